@@ -1,0 +1,1 @@
+"""Fine-tune DiffusionGemma with DeepSpeed."""

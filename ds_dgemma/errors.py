@@ -1,0 +1,26 @@
+"""The one way this project tells a person what to change.
+
+A `UserError` is a mistake that the reader can mend: its text says what was found, what was expected and what to do. Entry
+points print it without a trace and exit with `EXIT_USER_ERROR`; any other exception is our own bug and keeps its trace.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_USER_ERROR = 2
+
+
+class UserError(Exception):
+    """A mistake in a config, a file, an environment or a command line, told in the user's own spelling."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return " Did you mean X?" for the closest of `known`, or "" when nothing is close."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def one_line_each(heading: str, problems: list[str]) -> UserError:
+    """Join every problem found into one error: a heading that counts them, then a line each."""
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return UserError("\n".join([f"{count} in {heading}", *(f"  {problem}" for problem in problems)]))

@@ -1,0 +1,1 @@
+"""DiffusionGemma's weights in one sweep."""

@@ -1,0 +1,1 @@
+"""Noise and losses: pure, no ranks."""
