@@ -24,3 +24,8 @@ def one_line_each(heading: str, problems: list[str]) -> UserError:
     """Join every problem found into one error: a heading that counts them, then a line each."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     return UserError("\n".join([f"{count} in {heading}", *(f"  {problem}" for problem in problems)]))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text: what a person needs of a library's long message."""
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,98 @@
+"""Put a checkpoint's weights into a stack that was built on meta, each rank only its own part.
+
+`materialise` walks the parameters and asks `place` to make each one real and say which flat range of it this rank keeps; ZeRO-3's
+answer is in `engine/sharding.py`, the plain one (all of it) here.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from ds_dgemma.checkpoint.names import ENCODER_LAYERS, Place, is_expert, place_of
+from ds_dgemma.checkpoint.weights import WeightReader
+from ds_dgemma.errors import one_line_each
+from ds_dgemma.model.stack import DiffusionGemmaStack
+
+# (name, meta parameter) -> (the real parameter, its storage to fill, first and last flat element of the whole that it holds)
+MakeReal = Callable[[str, nn.Parameter], tuple[nn.Parameter, torch.Tensor, int, int]]
+
+
+def plain(dtype: torch.dtype, device: torch.device | str) -> MakeReal:
+    """Hold every parameter whole."""
+
+    def make(name: str, parameter: nn.Parameter) -> tuple[nn.Parameter, torch.Tensor, int, int]:
+        real = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device), parameter.requires_grad)
+        real.__dict__.update(parameter.__dict__)  # AutoEP's tags
+        return real, real.data.view(-1), 0, real.numel()
+
+    return make
+
+
+def materialise(
+    stack: DiffusionGemmaStack,
+    reader: WeightReader,
+    make_real: MakeReal,
+    *,
+    device: torch.device | str,
+    expert_rank: int = 0,
+    copy_decoder_scalars: bool = False,
+) -> None:
+    """Fill every meta parameter and buffer of `stack` from `reader`.
+
+    Raises:
+        UserError: tensors are missing or of another shape than config.json says; all of them named, before any is read.
+    """
+    places = {
+        name: place_of(name, tuple(tensor.shape), expert_rank)
+        for name, tensor in [*stack.named_parameters(), *stack.named_buffers()]
+        if tensor.is_meta
+    }
+    if copy_decoder_scalars:
+        places = {name: _decoder_scalar(place, reader) for name, place in places.items()}
+    _check(stack, reader, places)
+
+    for owner_name, owner in stack.named_modules():
+        prefix = f"{owner_name}." if owner_name else ""
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            real, storage, start, stop = make_real(prefix + name, parameter)
+            with torch.no_grad():
+                reader.read_into(storage, places[prefix + name], start, stop)
+                storage[max(stop - start, 0) :].zero_()  # ZeRO pads a tensor to equal shares
+            setattr(owner, name, real)
+        for name, buffer in list(owner.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                setattr(owner, name, reader.read(places[prefix + name].tensor).to(device, torch.float32))
+    stack.to(device)  # what was never on meta: rotary frequencies, counters
+
+
+def _decoder_scalar(place: Place, reader: WeightReader) -> Place:
+    """The decoder's layer scalar where the encoder's is missing."""
+    if place.tensor in reader or not place.tensor.startswith(ENCODER_LAYERS):
+        return place
+    return Place("model.decoder.layers." + place.tensor.removeprefix(ENCODER_LAYERS))
+
+
+def _check(stack: DiffusionGemmaStack, reader: WeightReader, places: dict[str, Place]) -> None:
+    local = dict([*stack.named_parameters(), *stack.named_buffers()])
+    problems = []
+    for name, place in places.items():
+        if place.tensor not in reader:
+            hint = ""
+            if place.tensor.startswith(ENCODER_LAYERS):
+                hint = " transformers would leave it uninitialised; set model.missing_encoder_scalars: copy_decoder."
+            problems.append(
+                f"{place.tensor} is missing, shape {tuple(local[name].shape)} was expected.{hint}"
+            )
+            continue
+        stored = reader.shape(place.tensor)
+        expected = tuple(local[name].shape)
+        if is_expert(name):
+            experts, rows, *rest = expected
+            parts = 1 if name.endswith("w2") else 2
+            expected = (stack.config.text_config.num_experts, rows * parts, *rest)
+        if stored != expected:
+            problems.append(f"{place.tensor} has shape {stored}, {expected} was expected from config.json.")
+    if problems:
+        shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise one_line_each(f"the checkpoint {reader.directory}", shown)

@@ -1,0 +1,60 @@
+"""Our parameters and buffers <-> transformers' tensors: one table, both directions.
+
+Ours are named as below transformers' `model.decoder.`, with two exceptions: DeepSpeed's expert layer keeps gate and up apart (w1, w3;
+w2 is down) and only this rank's experts; and the encoder's layer scalar sits beside the decoder's.
+"""
+
+import re
+from dataclasses import dataclass
+
+DECODER = "model.decoder."
+ENCODER_LAYERS = "model.encoder.language_model.layers."
+_EXPERT = re.compile(r"(?P<layer>layers\.\d+\.experts)\.experts\.(?P<part>w1|w2|w3)$")
+_ENCODER_SCALAR = re.compile(r"layers\.(\d+)\.encoder_layer_scalar$")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of ours lies in the checkpoint: `tensor[experts, rows]`, all of it when both are None."""
+
+    tensor: str
+    experts: tuple[int, int] | None = None
+    rows: tuple[int, int] | None = None
+
+    def view_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of this part of a tensor of `shape`."""
+        if self.experts is None:
+            return shape
+        assert self.rows is not None
+        return (self.experts[1] - self.experts[0], self.rows[1] - self.rows[0], *shape[2:])
+
+
+def is_expert(name: str) -> bool:
+    """Whether this parameter is split over expert-parallel ranks."""
+    return _EXPERT.search(name) is not None
+
+
+def place_of(name: str, shape: tuple[int, ...], expert_rank: int = 0) -> Place:
+    """Where the parameter or buffer `name` of local `shape` lies; `name` may start with the objective's `model.`."""
+    name = name.removeprefix("model.")
+    if match := _ENCODER_SCALAR.match(name):
+        return Place(f"{ENCODER_LAYERS}{match[1]}.layer_scalar")
+    if match := _EXPERT.match(name):
+        experts = (expert_rank * shape[0], (expert_rank + 1) * shape[0])
+        tensor = "down_proj" if match["part"] == "w2" else "gate_up_proj"
+        first = shape[1] if match["part"] == "w3" else 0
+        return Place(f"{DECODER}{match['layer']}.{tensor}", experts, (first, first + shape[1]))
+    return Place(DECODER + name)
+
+
+def sources_of(tensor: str) -> tuple[str, ...] | None:
+    """Our parameters that make up a checkpoint tensor, in the order of its rows; None for what we do not train (vision, buffers)."""
+    if not tensor.startswith(DECODER) or tensor.endswith(".layer_scalar"):
+        return None
+    name = "model." + tensor.removeprefix(DECODER)
+    if name.endswith(".experts.gate_up_proj"):
+        stem = name.removesuffix("gate_up_proj") + "experts."
+        return (stem + "w1", stem + "w3")
+    if name.endswith(".experts.down_proj"):
+        return (name.removesuffix("down_proj") + "experts.w2",)
+    return (name,)

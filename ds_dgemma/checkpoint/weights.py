@@ -1,0 +1,137 @@
+"""Read a transformers checkpoint by slice: a rank touches only the bytes that it keeps.
+
+A checkpoint is a directory, or a hub id that huggingface_hub resolves to one (its cache respected), with `model.safetensors` or
+shards under an index. Nothing is unpickled.
+"""
+
+import json
+from math import prod
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+
+from ds_dgemma.checkpoint.names import Place
+from ds_dgemma.errors import UserError, first_line
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def local_directory(path: str, revision: str | None = None) -> Path:
+    """The directory of a local checkpoint, or of a hub id after its download."""
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(
+            snapshot_download(
+                path, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model"]
+            )
+        )
+    except (
+        Exception
+    ) as error:  # huggingface_hub raises many kinds; each means that the checkpoint is not to be had
+        raise UserError(
+            f"model.path: {path} is no directory and could not be fetched: {first_line(error)}"
+        ) from error
+
+
+class WeightReader:
+    """Reads ranges of a checkpoint's tensors; `bytes_read` counts what was asked of the files."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.files = _tensor_files(directory)
+        self.bytes_read = 0
+        self._open: tuple[str, safe_open] | None = None
+
+    def __contains__(self, tensor: str) -> bool:
+        return tensor in self.files
+
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """The stored shape of a tensor; reads a header only."""
+        return tuple(self._slice(tensor).get_shape())
+
+    def read(self, tensor: str) -> torch.Tensor:
+        """Read a whole tensor."""
+        value = self._slice(tensor)[...]
+        self.bytes_read += value.nbytes
+        return value
+
+    def read_into(self, flat: torch.Tensor, place: Place, start: int, stop: int) -> None:
+        """Copy elements [start, stop) of the flattened part `place` into `flat` (same count, any dtype and device)."""
+        if stop <= start:
+            return
+        stored = self._slice(place.tensor)
+        shape = place.view_shape(tuple(stored.get_shape()))
+        origin = [bounds[0] for bounds in (place.experts, place.rows) if bounds]
+        origin += [0] * (len(shape) - len(origin))
+        filled = 0
+        for index in _boxes(shape, start, stop):
+            shifted = tuple(slice(s.start + o, s.stop + o) for s, o in zip(index, origin, strict=True))
+            piece = stored[shifted] if shifted else stored[...]
+            self.bytes_read += piece.nbytes
+            flat[filled : filled + piece.numel()].copy_(piece.reshape(-1))
+            filled += piece.numel()
+
+    def close(self) -> None:
+        """Unmap the file that is open."""
+        self._open = None
+
+    def _slice(self, tensor: str):
+        file = self.files[tensor]
+        if self._open is None or self._open[0] != file:
+            self._open = None  # one file mapped at a time: its pages count as ours while it is
+            try:
+                self._open = (file, safe_open(self.directory / file, "pt"))
+            except (OSError, SafetensorError) as error:
+                raise UserError(
+                    f"{self.directory / file} cannot be read: {first_line(error)}. Copy or download it again."
+                ) from error
+        return self._open[1].get_slice(tensor)
+
+
+def _boxes(shape: tuple[int, ...], start: int, stop: int) -> list[tuple[slice, ...]]:
+    """Cover the flat range [start, stop) of a row-major array with boxes: partial first row, whole rows, partial last row."""
+    if not shape:
+        return [()]
+    row = prod(shape[1:])
+    first, last = start // row, stop // row
+    inner = lambda index, a, b: [(slice(index, index + 1), *box) for box in _boxes(shape[1:], a, b)]  # noqa: E731
+    if first == last:
+        return inner(first, start - first * row, stop - first * row)
+    boxes = inner(first, start - first * row, row) if start % row else []
+    whole = first + 1 if start % row else first
+    if whole < last:
+        boxes.append((slice(whole, last), *(slice(0, size) for size in shape[1:])))
+    return boxes + (inner(last, 0, stop - last * row) if stop % row else [])
+
+
+def _tensor_files(directory: Path) -> dict[str, str]:
+    """Tensor name -> file name, with every named file present and inside the directory."""
+    if (directory / INDEX).is_file():
+        try:
+            files: dict[str, str] = json.loads((directory / INDEX).read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{directory / INDEX} is broken: {first_line(error)}. Download it again."
+            ) from error
+    elif (directory / SINGLE).is_file():
+        try:
+            with safe_open(directory / SINGLE, "pt") as file:
+                files = dict.fromkeys(file.keys(), SINGLE)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{directory / SINGLE} cannot be read: {first_line(error)}. Copy or download it again."
+            ) from error
+    else:
+        raise UserError(f"{directory} holds no weights: neither {SINGLE} nor {INDEX}.")
+    for name in sorted(set(files.values())):
+        if Path(name).name != name:
+            raise UserError(f"{directory / INDEX} names {name!r}, which is not a plain file name. Refused.")
+        if not (directory / name).is_file():
+            raise UserError(
+                f"{directory} lacks the shard {name} that its index names. Copy or download it again."
+            )
+    return files

@@ -1,0 +1,120 @@
+"""Ranks: who this process is, who shares experts with whom, and how all of them agree.
+
+Experts are split over `expert_parallel_size` neighbouring ranks; everything else is data parallel. With 8 ranks and EP 4:
+
+    expert group   0 1 2 3 | 4 5 6 7     each rank of a group holds a quarter of every layer's experts
+    replicas       0 4, 1 5, 2 6, 3 7    hold the same experts; ZeRO partitions them over these
+
+Source: DeepSpeed `utils/groups.py` (`_create_expert_and_data_parallel`, its default order).
+"""
+
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from ds_dgemma.errors import EXIT_USER_ERROR, UserError
+
+
+@dataclass(frozen=True)
+class RankLayout:
+    """This process among all, as arithmetic; no process group is needed to make one."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    expert_parallel_size: int
+
+    @classmethod
+    def from_environment(cls, expert_parallel_size: int) -> "RankLayout":
+        """Read what the launcher set; a process without one is rank 0 of 1."""
+        get = lambda name, default: int(os.environ.get(name, default))  # noqa: E731
+        world = get("WORLD_SIZE", 1)
+        return cls(
+            get("RANK", 0), world, get("LOCAL_RANK", 0), get("LOCAL_WORLD_SIZE", world), expert_parallel_size
+        )
+
+    @property
+    def expert_rank(self) -> int:
+        """Which part of every layer's experts this rank holds."""
+        return self.rank % self.expert_parallel_size
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0: the one that writes, prints and tracks."""
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's accelerator, or the CPU."""
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def connect(ranks: RankLayout, timeout_minutes: float) -> None:
+    """Join the process group through DeepSpeed; a process started without a launcher is a group of one."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world))
+    if "MASTER_ADDR" not in os.environ:
+        os.environ.update(
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0"
+        )
+    import deepspeed
+
+    if ranks.device.type == "cuda":
+        torch.cuda.set_device(ranks.device)
+    backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timedelta(minutes=timeout_minutes))
+
+
+def disconnect() -> None:
+    """Leave together: a fast rank's exit would abort the others' last collective."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
+    """Add numbers over all ranks, in float64."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+@contextmanager
+def agreed(ranks: RankLayout) -> Iterator[None]:
+    """Run a block that may find a user's mistake; when any rank found one, rank 0 tells it once and all ranks exit.
+
+    The block must not hold a collective: a rank that failed would leave the others waiting in it.
+    """
+    found: str | None = None
+    try:
+        yield
+    except UserError as error:
+        found = str(error)
+    messages: list[str | None] = [None] * ranks.world
+    dist.all_gather_object(messages, found)
+    problems = {text: rank for rank, text in reversed(list(enumerate(messages))) if text is not None}
+    if not problems:
+        return
+    if ranks.is_main:
+        for text, rank in problems.items():
+            where = "" if messages.count(text) == ranks.world else f"rank {rank}: "
+            print(f"{where}{text}", file=sys.stderr, flush=True)
+    disconnect()
+    raise SystemExit(EXIT_USER_ERROR)

@@ -1,0 +1,23 @@
+"""Build the stack without its weights: on the meta device, from the checkpoint's config alone."""
+
+import torch
+from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
+
+from ds_dgemma.model.stack import DiffusionGemmaStack
+
+
+def build_stack(
+    config: DiffusionGemmaConfig, *, train_router: bool, activation_checkpointing: bool
+) -> DiffusionGemmaStack:
+    """Return the stack with meta parameters; what is computed rather than stored (rotary frequencies) is real and fp32."""
+    config._attn_implementation = (
+        "sdpa"  # any mask, any head size; with a mask transformers expands the keys itself
+    )
+    config._experts_implementation = "eager"
+    with torch.device("meta"):
+        source = DiffusionGemmaForBlockDiffusion(config)
+        stack = DiffusionGemmaStack(source, activation_checkpointing)
+    stack.rotary_emb = type(stack.rotary_emb)(config.text_config)
+    for layer in stack.layers:
+        layer.router.requires_grad_(train_router)
+    return stack

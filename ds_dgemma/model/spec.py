@@ -1,0 +1,32 @@
+"""What a checkpoint says of itself, read from its config.json alone: no weights, no model."""
+
+from pathlib import Path
+
+from transformers import AutoConfig, DiffusionGemmaConfig
+
+from ds_dgemma.errors import UserError, first_line
+
+ARCHITECTURE = "DiffusionGemmaForBlockDiffusion"
+
+
+def read_spec(path: str, revision: str | None = None) -> DiffusionGemmaConfig:
+    """Read the transformers config of a local directory or a hub id.
+
+    Raises:
+        UserError: nothing there, unreadable, or another architecture.
+    """
+    looks_local = Path(path).is_dir() or path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not (Path(path) / "config.json").is_file():
+        found = "has no config.json" if Path(path).is_dir() else "does not exist"
+        raise UserError(f"model.path: {path} {found}. Give a transformers checkpoint directory or a hub id.")
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.path: {path} could not be read as a checkpoint: {first_line(error)}"
+        ) from error
+    if not isinstance(config, DiffusionGemmaConfig):
+        raise UserError(
+            f"model.path: {path} is a {config.model_type} checkpoint; {ARCHITECTURE} was expected."
+        )
+    return config

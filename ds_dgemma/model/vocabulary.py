@@ -1,0 +1,170 @@
+"""The tied embedding in its three uses: look-up, soft embedding, and the two-part loss; logits never exist whole.
+
+At real size a token's fp32 logits are 1 MiB and the matrix's fp32 gradient 2.9 GB. So logits are made in chunks of tokens, their
+gradient in the same visit, and the matrix's gradient of all three uses is summed in one fp32 buffer: `score` opens it, and the
+look-up, whose backward runs last because everything flows from it, adds its own share and the soft embedding's and hands it over.
+
+Shapes: N tokens, M canvas tokens, H hidden, V vocabulary. Numbers follow transformers `DiffusionGemmaForBlockDiffusion.forward`
+and `DiffusionGemmaDecoderModel.forward`: logits are soft-capped in fp32, probabilities are cast to the weight's type, only the
+first-pass logits are detached (the soft embedding's gradient reaches the matrix), and the padding row gets no look-up gradient.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class WeightGradient:
+    """The matrix's gradient [V, H] while a backward pass collects it; fp32, or wider if the weight is."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+
+    def open(self, weight: Tensor) -> Tensor:
+        """Return the buffer, zeroed at the first call."""
+        if self._sum is None:
+            self._sum = torch.zeros(weight.shape, dtype=wide(weight.dtype), device=weight.device)
+        return self._sum
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiply what was collected so far."""
+        if self._sum is not None:
+            self._sum.mul_(factor)
+
+    def take(self, weight: Tensor) -> Tensor:
+        """Hand the sum over and forget it."""
+        total, self._sum = self.open(weight), None
+        return total
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type sums and logits are held in: fp32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class TiedVocabulary(nn.Module):
+    """Owns the embedding matrix, named as in transformers (`embed_tokens.weight`).
+
+    Every use goes through `forward`, because under ZeRO-3 the matrix is whole only inside its owner's forward and backward.
+    """
+
+    def __init__(self, embedding: nn.Embedding, softcap: float, embed_scale: float) -> None:
+        super().__init__()
+        self.weight = embedding.weight
+        self.padding_id = embedding.padding_idx
+        self.softcap = softcap
+        self.embed_scale = float(np.float32(embed_scale))
+
+    def forward(self, use: type[torch.autograd.Function], *inputs: Any) -> Any:
+        return use.apply(self.weight, self, *inputs)
+
+    @property
+    def scale(self) -> Tensor:
+        """sqrt(H) as transformers keeps it: rounded to fp32, then to the weight's type."""
+        return torch.tensor(self.embed_scale, dtype=self.weight.dtype, device=self.weight.device)
+
+    def embed(
+        self, ids: Tensor, first_pass_MH: Tensor, chunk: int, gradient: WeightGradient
+    ) -> tuple[Tensor, Tensor]:
+        """Look up `ids` (any shape) and make the soft embedding of the first pass's hidden states (M may be 0).
+
+        Returns the scaled embeddings [*ids.shape, H] and softmax(logits) @ weight * sqrt(H), [M, H].
+        """
+        return self(_Embed, ids, first_pass_MH, chunk, gradient)
+
+    def score(
+        self, hidden_NH: Tensor, target_N: Tensor, weight_N: Tensor, chunk: int, gradient: WeightGradient
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy on soft-capped logits. Returns sum(weight_N * nll_N), differentiable, and nll_N, detached."""
+        return self(_Score, hidden_NH, target_N, weight_N, chunk, gradient, torch.is_grad_enabled())
+
+
+def capped_logits(hidden_NH: Tensor, weight_VH: Tensor, softcap: float) -> Tensor:
+    """softcap * tanh(hidden @ weight.T / softcap), [N, V], in fp32 at least."""
+    logits = F.linear(hidden_NH, weight_VH)
+    return logits.to(wide(logits.dtype)).div_(softcap).tanh_().mul_(softcap)
+
+
+def _chunks(count: int, chunk: int) -> Iterator[slice]:
+    return (slice(start, min(start + chunk, count)) for start in range(0, count, chunk))
+
+
+class _Embed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        owner: TiedVocabulary,
+        ids: Tensor,
+        first_pass_MH: Tensor,
+        chunk: int,
+        gradient: WeightGradient,
+    ):  # noqa: E501
+        soft_MH = torch.empty_like(first_pass_MH)
+        for part in _chunks(len(first_pass_MH), chunk):
+            probability = capped_logits(first_pass_MH[part], weight, owner.softcap).softmax(-1)
+            soft_MH[part] = probability.to(weight.dtype) @ weight
+        ctx.save_for_backward(weight, ids, first_pass_MH)
+        ctx.owner, ctx.chunk, ctx.gradient = owner, chunk, gradient
+        return F.embedding(ids, weight) * owner.scale, soft_MH * owner.scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        weight, ids, first_pass_MH = ctx.saved_tensors
+        if not ctx.needs_input_grad[0]:
+            return (None,) * 6
+        total = ctx.gradient.take(weight)
+        d_embedding, d_soft = (grad * ctx.owner.scale for grad in grads)
+        for part in _chunks(len(first_pass_MH), ctx.chunk):
+            probability = capped_logits(first_pass_MH[part], weight, ctx.owner.softcap).softmax(-1)
+            total += probability.to(weight.dtype).t() @ d_soft[part]
+        looked_up = (ids != ctx.owner.padding_id).flatten().unsqueeze(-1)
+        rows = d_embedding.reshape(-1, d_embedding.shape[-1]) * looked_up
+        total.index_add_(0, ids.flatten(), rows.to(total.dtype))
+        return total.to(weight.dtype), None, None, None, None, None
+
+
+class _Score(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        owner: TiedVocabulary,
+        hidden_NH: Tensor,
+        target_N: Tensor,
+        weight_N: Tensor,
+        chunk: int,
+        gradient: WeightGradient,
+        differentiate: bool,
+    ):  # noqa: E501
+        nll_N = torch.empty(len(target_N), dtype=wide(hidden_NH.dtype), device=hidden_NH.device)
+        d_hidden = torch.empty_like(hidden_NH) if differentiate else None
+        d_weight = gradient.open(weight) if differentiate and weight.requires_grad else None
+        for part in _chunks(len(target_N), chunk):
+            logits, target = capped_logits(hidden_NH[part], weight, owner.softcap), target_N[part, None]
+            log_normaliser = logits.logsumexp(-1, keepdim=True)
+            nll_N[part] = (log_normaliser - logits.gather(-1, target)).squeeze(-1)
+            if d_hidden is None:
+                continue
+            slope = logits.div(owner.softcap).square_().neg_().add_(1)  # of the soft cap: 1 - tanh^2
+            d_logits = logits.sub_(log_normaliser).exp_()
+            d_logits.scatter_add_(-1, target, torch.full_like(log_normaliser, -1.0))
+            d_logits = d_logits.mul_(slope).mul_(weight_N[part, None]).to(weight.dtype)
+            d_hidden[part] = d_logits @ weight
+            if d_weight is not None:
+                d_weight += d_logits.t() @ hidden_NH[part]
+        if d_hidden is not None:
+            ctx.save_for_backward(d_hidden)
+        ctx.gradient = gradient
+        ctx.mark_non_differentiable(nll_N)
+        return (nll_N * weight_N).sum(), nll_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (d_hidden,) = ctx.saved_tensors
+        ctx.gradient.scale(grads[0])
+        return None, None, d_hidden * grads[0].to(d_hidden.dtype), None, None, None, None, None
