@@ -1,7 +1,8 @@
 """Every setting of a run, as strict pydantic sections: one YAML file per run, the only home of defaults.
 
-YAML owns the science (batch, learning rate, steps, clipping, canvases, expert ranks); the DeepSpeed JSON that `deepspeed`
-names owns how ZeRO runs. `config_file.py` reads and overrides a file, `engine/ds_config.py` joins it with the JSON.
+YAML owns the science (batch, learning rate, steps, clipping, canvases, expert ranks); the DeepSpeed JSON that
+`deepspeed` names owns how ZeRO runs. `config_file.py` reads a file and applies overrides,
+`engine/ds_config.py` joins the two.
 """
 
 from pathlib import Path
@@ -13,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class Section(BaseModel):
     """A strict, frozen group of settings: an unknown key is an error, never a silent default."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class RunSection(Section):
@@ -21,7 +22,7 @@ class RunSection(Section):
 
     dir: Path = Field(description="run directory: config.yaml, metrics.jsonl, checkpoints/, plots/")
     resume: str = Field(
-        "auto",
+        default="auto",
         description="auto: continue from the newest complete checkpoint; never: refuse a used directory; "
         "or the path of one checkpoint",
     )
@@ -31,10 +32,10 @@ class ModelSection(Section):
     """The checkpoint to start from."""
 
     path: str = Field(description="a local transformers directory or a hub id")
-    revision: str | None = Field(None, description="branch, tag or commit of the hub id")
-    train_router: bool = Field(False, description="train the expert routers too; frozen by default")
+    revision: str | None = Field(default=None, description="branch, tag or commit of the hub id")
+    train_router: bool = Field(default=False, description="train the expert routers too; frozen by default")
     missing_encoder_scalars: Literal["error", "copy_decoder"] = Field(
-        "error",
+        default="error",
         description="a checkpoint without the encoder's layer scalars is refused, or gets the decoder's",
     )
 
@@ -50,20 +51,24 @@ class DataSection(Section):
     """Conversations and how they become token sequences."""
 
     train: str = Field(description="a JSONL file or a hub dataset id")
-    validation: str | None = Field(None, description="a JSONL file or a hub dataset id")
-    hub_config: str | None = Field(None, description="configuration name of a hub dataset")
-    train_split: str = Field("train", description="split of a hub dataset")
-    validation_split: str = Field("test", description="split of a hub dataset")
-    columns: ColumnsSection | None = Field(None, description="map two columns to a conversation of two turns")
-    assistant_turns: Literal["last", "all"] = Field(
-        "last", description="last: learn the last answer; all: one example for every answer"
+    validation: str | None = Field(default=None, description="a JSONL file or a hub dataset id")
+    hub_config: str | None = Field(default=None, description="configuration name of a hub dataset")
+    train_split: str = Field(default="train", description="split of a hub dataset")
+    validation_split: str = Field(default="test", description="split of a hub dataset")
+    columns: ColumnsSection | None = Field(
+        default=None, description="map two columns to a conversation of two turns"
     )
-    max_length: int = Field(4096, ge=2, description="tokens of prompt, response and fill together")
+    assistant_turns: Literal["last", "all"] = Field(
+        default="last", description="last: learn the last answer; all: one example for every answer"
+    )
+    max_length: int = Field(default=4096, ge=2, description="tokens of prompt, response and fill together")
     over_length: Literal["drop", "truncate", "error"] = Field(
-        "drop",
+        default="drop",
         description="examples over max_length: leave out, cut the response to whole canvases, or stop",
     )
-    workers: Annotated[int, Field(ge=0)] = Field(1, description="loader processes per rank; 0 loads inline")
+    workers: Annotated[int, Field(ge=0)] = Field(
+        default=1, description="loader processes per rank; 0 loads inline"
+    )
 
 
 class TrainSection(Section):
@@ -73,38 +78,46 @@ class TrainSection(Section):
     global_batch_size: int = Field(ge=1, description="examples per optimizer step, over all ranks")
     micro_batch_size: int = Field(ge=1, description="examples per rank and forward; accumulation follows")
     precision: Literal["bf16", "fp32"] = Field(
-        "bf16", description="compute type; master weights and accumulated gradients are fp32 in both"
+        default="bf16", description="compute type; master weights and accumulated gradients are fp32 in both"
     )
-    gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0 clips nothing")
-    activation_checkpointing: bool = Field(True, description="recompute every layer in the backward pass")
+    gradient_clipping: float = Field(
+        default=1.0, ge=0, description="largest global gradient norm; 0 clips nothing"
+    )
+    activation_checkpointing: bool = Field(
+        default=True, description="recompute every layer in the backward pass"
+    )
 
 
 class ParallelSection(Section):
     """How ranks share the experts."""
 
-    expert_parallel_size: int = Field(1, ge=1, description="ranks that split each layer's experts")
+    expert_parallel_size: int = Field(default=1, ge=1, description="ranks that split each layer's experts")
     grouped_matmul: Literal["auto", "on", "off"] = Field(
-        "auto", description="grouped matrix multiplication for experts; auto: on with CUDA"
+        default="auto", description="grouped matrix multiplication for experts; auto: on with CUDA"
     )
     collective_timeout_minutes: float = Field(
-        30.0, gt=0, description="a collective that takes longer ends the run"
+        default=30.0, gt=0, description="a collective that takes longer ends the run"
     )
 
 
 class ObjectiveSection(Section):
     """The two-part block-diffusion loss (DiffusionGemma; gemma/diffusion `hd/sft_model.py`)."""
 
-    noise_eps: float = Field(1e-3, ge=0, lt=1, description="noise level t ~ U(eps, 1)")
+    noise_eps: float = Field(default=1e-3, ge=0, lt=1, description="noise level t ~ U(eps, 1)")
     self_conditioning_probability: float = Field(
-        0.5, ge=0, le=1, description="chance that the second pass sees the first one's guess"
+        default=0.5, ge=0, le=1, description="chance that the second pass sees the first one's guess"
     )
-    encoder_loss_weight: float = Field(1.0, ge=0, description="weight of the encoder's next-token loss")
+    encoder_loss_weight: float = Field(
+        default=1.0, ge=0, description="weight of the encoder's next-token loss"
+    )
     canvases_per_example: int | Literal["all"] = Field(
-        1, description="canvases denoised per example and step, drawn without replacement; or all"
+        default=1, description="canvases denoised per example and step, drawn without replacement; or all"
     )
-    logits_chunk_mib: int = Field(256, ge=1, description="largest piece of fp32 logits held at once, MiB")
+    logits_chunk_mib: int = Field(
+        default=256, ge=1, description="largest piece of fp32 logits held at once, MiB"
+    )
     first_pass_bucket: int = Field(
-        64, ge=1, description="tokens: the first pass's clean prefix is rounded up to a multiple"
+        default=64, ge=1, description="tokens: the first pass's clean prefix is rounded up to a multiple"
     )
 
     @model_validator(mode="after")
@@ -117,12 +130,12 @@ class ObjectiveSection(Section):
 class OptimizerSection(Section):
     """AdamW and its schedule: linear warm-up, then a cosine to `min_lr`."""
 
-    lr: float = Field(1.5e-4, gt=0, description="peak learning rate")
-    min_lr: float = Field(1.5e-5, ge=0, description="learning rate at the last step")
-    warmup_steps: int = Field(25, ge=0, description="steps of linear warm-up")
-    betas: tuple[float, float] = Field((0.95, 0.99), description="Adam's decay rates")
-    eps: float = Field(1e-8, gt=0, description="Adam's denominator offset")
-    weight_decay: float = Field(1e-4, ge=0, description="decoupled weight decay")
+    lr: float = Field(default=1.5e-4, gt=0, description="peak learning rate")
+    min_lr: float = Field(default=1.5e-5, ge=0, description="learning rate at the last step")
+    warmup_steps: int = Field(default=25, ge=0, description="steps of linear warm-up")
+    betas: tuple[float, float] = Field(default=(0.95, 0.99), description="Adam's decay rates")
+    eps: float = Field(default=1e-8, gt=0, description="Adam's denominator offset")
+    weight_decay: float = Field(default=1e-4, ge=0, description="decoupled weight decay")
 
     @model_validator(mode="after")
     def _ordered(self) -> "OptimizerSection":
@@ -136,31 +149,33 @@ class OptimizerSection(Section):
 class ValidationSection(Section):
     """Loss on held-out data, with noise that is the same in every run and at every step."""
 
-    every: int = Field(0, ge=0, description="steps between validations; 0: never")
-    examples: int = Field(256, ge=1, description="examples of data.validation that are used")
+    every: int = Field(default=0, ge=0, description="steps between validations; 0: never")
+    examples: int = Field(default=256, ge=1, description="examples of data.validation that are used")
 
 
 class CheckpointSection(Section):
     """When the training state is written and how much of it is kept."""
 
-    every: int = Field(500, ge=0, description="steps between checkpoints; 0: only the last step")
-    keep_last: int = Field(2, ge=1, description="complete checkpoints kept")
+    every: int = Field(default=500, ge=0, description="steps between checkpoints; 0: only the last step")
+    keep_last: int = Field(default=2, ge=1, description="complete checkpoints kept")
 
 
 class WandbSection(Section):
     """Weights & Biases; the run id is kept in the run directory, so a resumed run continues its curve."""
 
-    mode: Literal["online", "offline", "disabled"] = Field("disabled", description="where wandb logs")
-    project: str = Field("ds_dgemma", description="project")
-    entity: str | None = Field(None, description="team or user; wandb's default when absent")
-    name: str | None = Field(None, description="run name; the run directory's name when absent")
-    tags: tuple[str, ...] = Field((), description="tags")
+    mode: Literal["online", "offline", "disabled"] = Field(default="disabled", description="where wandb logs")
+    project: str = Field(default="ds_dgemma", description="project")
+    entity: str | None = Field(default=None, description="team or user; wandb's default when absent")
+    name: str | None = Field(default=None, description="run name; the run directory's name when absent")
+    tags: tuple[str, ...] = Field(default=(), description="tags")
 
 
 class TrackingSection(Section):
     """What is written while training; `metrics.jsonl` always has every step."""
 
-    console_every: int = Field(10, ge=1, description="steps between plain lines when not on a terminal")
+    console_every: int = Field(
+        default=10, ge=1, description="steps between plain lines when not on a terminal"
+    )
     wandb: WandbSection = WandbSection()
 
 
@@ -168,7 +183,7 @@ class RunConfig(Section):
     """One run."""
 
     run: RunSection
-    seed: int = Field(0, ge=0, description="key of data order and of all noise")
+    seed: int = Field(default=0, ge=0, description="key of data order and of all noise")
     model: ModelSection
     data: DataSection
     train: TrainSection

@@ -1,0 +1,384 @@
+"""A YAML file and `--set a.b=value`, to a `RunConfig` or to one error that lists every problem with its line.
+
+The file is read as YAML 1.2 core types, so `1e-4` is a number, `on` and `off` are text and `010` is ten
+(PyYAML alone reads YAML 1.1). Overrides are read the same way and merged before anything is checked. Relative
+paths start at the current directory. Neither torch nor deepspeed is imported: a wrong config fails at once.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from ds_dgemma.config import RunConfig
+from ds_dgemma.config_schema import (
+    Key,
+    default_of,
+    dotted,
+    expected,
+    meaning,
+    nearest,
+    section_of,
+    settings,
+    show,
+)
+from ds_dgemma.errors import UserError, first_line, one_line_each
+
+# Settings that leave the numbers of a run alone; every other one is fixed by the run directory's config.yaml.
+MAY_CHANGE_WITHIN_A_RUN = (
+    "run",
+    "data.validation",
+    "data.validation_split",
+    "data.workers",
+    "train.micro_batch_size",
+    "train.activation_checkpointing",
+    "parallel",
+    "objective.logits_chunk_mib",
+    "objective.first_pass_bucket",
+    "validation",
+    "checkpoint",
+    "tracking",
+    "deepspeed",
+)
+
+
+class Problem(NamedTuple):
+    """One thing to mend: where it stands, what stands there, what is expected."""
+
+    where: str  # "sft.yaml:12" or "--set"
+    what: str  # "optimizer.lr = -1"
+    advice: str
+
+    @property
+    def line(self) -> float:
+        """The line in the file; what has none stands last."""
+        number = self.where.rpartition(":")[2]
+        return int(number) if number.isdigit() else float("inf")
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read one run's YAML, apply `--set` overrides and check everything that needs nothing loaded."""
+    source = _Source(path)
+    source.read()
+    for override in overrides:
+        source.override(override)
+    config = source.validate()
+    if config is not None:
+        source.problems.extend(_cross_section_problems(config, source))
+    if source.problems or config is None:
+        raise _all_problems(str(path), source.problems)
+    return config
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, its settings unchecked: for a run directory's config.yaml."""
+    source = _Source(path)
+    source.read()
+    if source.problems:
+        raise _all_problems(str(path), source.problems)
+    return source.values
+
+
+def resolved_yaml(config: RunConfig) -> str:
+    """Every setting with its value, defaults written out, in the order of the reference."""
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def check_topology(config: RunConfig, world_size: int) -> int:
+    """Return the micro-batches per optimizer step on `world_size` ranks, or say which sizes would fit."""
+    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
+    ep = config.parallel.expert_parallel_size
+    per_pass = micro * world_size
+    problems = []
+    if batch % per_pass:
+        nearest = sorted({max(batch // per_pass, 1) * per_pass, (batch // per_pass + 1) * per_pass})
+        advice = f"train.global_batch_size {_either(nearest)}"
+        if batch % world_size == 0:
+            advice += f", or train.micro_batch_size {_either(_divisors(batch // world_size))}"
+        problems.append(
+            f"train.global_batch_size = {batch}  is not a multiple of {per_pass}, "
+            f"train.micro_batch_size {micro} × {_ranks(world_size)}. Set {advice}."
+        )
+    if world_size % ep:
+        problems.append(
+            f"parallel.expert_parallel_size = {ep}  does not divide {_ranks(world_size)}. "
+            f"Set {_either(_divisors(world_size))}, or start a multiple of {ep} ranks."
+        )
+    if problems:
+        raise one_line_each("the run config", problems)
+    return batch // per_pass
+
+
+def same_run_problems(old: Mapping[str, Any], new: RunConfig) -> list[str]:
+    """Settings that change a run's numbers and differ from `old`, the run directory's config.yaml.
+
+    A setting that `old` does not name counts as its default: it was written before the setting existed.
+    """
+    dumped = new.model_dump(mode="json")
+    problems = []
+    for key, field in settings():
+        if _may_change(key):
+            continue
+        before, now = _lookup(old, key, default_of(field)), _lookup(dumped, key, None)
+        if before != now:
+            why = " (the learning rate's schedule ends there)" if key == ("train", "max_steps") else ""
+            problems.append(
+                f"{dotted(key)}: run directory has {show(before)}, this config says {show(now)}{why}"
+            )
+    return problems
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's core types."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012  (PyYAML's own name and type; empty, so that 1.1's are not inherited)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that YAML 1.1 or 1.2 would read as another type."""
+
+
+_CORE_TYPES = {
+    "null": r"^(~|null|Null|NULL|)$",
+    "bool": r"^(true|True|TRUE|false|False|FALSE)$",
+    "int": r"^([-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$",
+    "float": r"^([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$",
+}
+for _name, _pattern in _CORE_TYPES.items():
+    for _yaml in (_Loader, _Dumper):
+        _yaml.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(_pattern), None)
+
+
+def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    text = str(loader.construct_scalar(node))
+    return int(text, 0 if text[:2] in ("0o", "0x") else 10)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+class _Source:
+    """The values of one file and its overrides, where each was written, and the problems found so far."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.values: dict[str, Any] = {}
+        self.places: dict[Key, str] = {}
+        self.problems: list[Problem] = []
+
+    def read(self) -> None:
+        """Fill `values` from the file; a file that is no YAML mapping is an error at once."""
+        text = _read_text(self.path)
+        try:
+            loader = _Loader(text)
+            node = loader.get_single_node()
+            if not isinstance(node, yaml.MappingNode):
+                found = (
+                    f"starts as a list or plain text, line {node.start_mark.line + 1}" if node else "is empty"
+                )
+                raise UserError(f"{self.path} holds no settings: it {found}. Expected `key: value` lines.")
+            self.values = self._walk(loader, node, ())
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            place = f"{self.path}:{mark.line + 1}" if mark else str(self.path)
+            begun = f" ({error.context}, line {error.context_mark.line + 1})" if error.context_mark else ""
+            raise UserError(f"{place} is not valid YAML: {error.problem or error.context}{begun}") from None
+        except yaml.YAMLError as error:
+            raise UserError(f"{self.path} is not valid YAML: {first_line(error)}") from None
+
+    def _walk(self, loader: _Loader, mapping: yaml.MappingNode, above: Key) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for name_node, node in mapping.value:
+            line = name_node.start_mark.line + 1
+            place, key = f"{self.path}:{line}", (*above, str(name_node.value))
+            if key[-1] in values:
+                first = self.places[key].rpartition(":")[2]
+                self.problems.append(
+                    Problem(place, dotted(key), f"is set twice, first on line {first}. Keep one of them.")
+                )
+                continue
+            self.places[key] = place
+            if isinstance(node, yaml.MappingNode):
+                values[key[-1]] = self._walk(loader, node, key)
+            else:
+                values[key[-1]] = loader.construct_object(node, deep=True)
+        return values
+
+    def override(self, override: str) -> None:
+        """Merge one `a.b=value`."""
+        name, equals, text = override.partition("=")
+        key = tuple(name.strip().split("."))
+        if not equals or not all(key):
+            self.problems.append(Problem("--set", override, "expected key=value, as in optimizer.lr=1e-4."))
+            return
+        try:
+            value = yaml.load(text, Loader=_Loader)  # a SafeLoader
+        except yaml.YAMLError:
+            self.problems.append(Problem("--set", override, "the value is not valid YAML. Put it in quotes."))
+            return
+        section = self.values
+        for depth, part in enumerate(key[:-1], start=1):
+            if not isinstance(section.get(part), dict):
+                section[part] = {}
+                self.places[key[:depth]] = "--set"
+            section = section[part]
+        section[key[-1]] = value
+        self.places = {other: place for other, place in self.places.items() if other[: len(key)] != key}
+        self.places[key] = "--set"
+
+    def place(self, key: Key) -> str:
+        """Where a key, or the closest thing around it, was written."""
+        for length in range(len(key), 0, -1):
+            if key[:length] in self.places:
+                return self.places[key[:length]]
+        return str(self.path)
+
+    def validate(self) -> RunConfig | None:
+        """Return the config, or None with every problem noted."""
+        try:
+            config = RunConfig.model_validate(self.values)
+        except ValidationError as error:
+            self.problems.extend(_translate(error, self))
+            return None
+        before = len(self.problems)
+        self.problems.extend(_booleans_for_numbers(config, self))
+        return config if len(self.problems) == before else None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        beside = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, beside, n=1)
+        hint = f" Did you mean {path.parent / close[0]}?" if close else ""
+        raise UserError(f"{path} does not exist (looked in {Path.cwd()}).{hint}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a directory. Give the run's YAML file.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}).") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _all_problems(heading: str, problems: Sequence[Problem]) -> UserError:
+    """One error: in the file's order, `--set` last, columns aligned."""
+    problems = sorted(problems, key=lambda problem: problem.line)
+    places = max(len(problem.where) for problem in problems)
+    whats = max((len(p.what) for p in problems if len(p.what) <= 48), default=0)
+    return one_line_each(heading, [f"{p.where:<{places}}  {p.what:<{whats}}  {p.advice}" for p in problems])
+
+
+def _translate(error: ValidationError, source: _Source) -> Iterator[Problem]:
+    """pydantic's errors in our words; the branches of one union become one problem."""
+    seen: set[Key] = set()
+    for found in error.errors(include_url=False):
+        key, field, inside = _resolve(found["loc"])
+        if key in seen:
+            continue
+        seen.add(key)
+        if field is None:
+            yield Problem(source.place(key), dotted(key), f"unknown setting.{nearest(key)}")
+        elif found["type"] == "missing" and not inside:
+            yield Problem(
+                source.place(key), dotted(key), f"is required: {expected(field)}; {meaning(field)}."
+            )
+        elif found["type"] == "value_error":
+            yield Problem(source.place(key), dotted(key), f"{found['msg'].removeprefix('Value error, ')}.")
+        else:
+            yield _wrong_value(key, field, source)
+
+
+def _wrong_value(key: Key, field: FieldInfo, source: _Source) -> Problem:
+    what = f"{dotted(key)} = {show(_lookup(source.values, key, None))}"
+    return Problem(source.place(key), what, f"expected {expected(field)}: {meaning(field)}.")
+
+
+def _resolve(loc: tuple[int | str, ...]) -> tuple[Key, FieldInfo | None, tuple[int | str, ...]]:
+    """Split pydantic's location into our key, its field (None: unknown) and what lies inside the value."""
+    section: type[BaseModel] | None = RunConfig
+    key: Key = ()
+    field: FieldInfo | None = None
+    for index, part in enumerate(loc):
+        if section is None:
+            return key, field, loc[index:]
+        key, field = (*key, str(part)), section.model_fields.get(str(part))
+        section = section_of(field) if field else None
+    return key, field, ()
+
+
+def _booleans_for_numbers(config: RunConfig, source: _Source) -> Iterator[Problem]:
+    """pydantic reads true as 1; nobody means that."""
+    for key, field in settings():
+        given = _lookup(source.values, key, None)
+        if isinstance(given, bool) and not isinstance(_value(config, key), bool):
+            yield _wrong_value(key, field, source)
+
+
+def _cross_section_problems(config: RunConfig, source: _Source) -> Iterator[Problem]:
+    def problem(key: str, advice: str) -> Problem:
+        parts = tuple(key.split("."))
+        default = "" if parts in source.places else " (the default)"
+        return Problem(source.place(parts), f"{key} = {show(_value(config, parts))}{default}", advice)
+
+    train = config.train
+    if train.global_batch_size % train.micro_batch_size:
+        fits = _either(_divisors(train.global_batch_size))
+        yield problem(
+            "train.micro_batch_size",
+            f"does not divide train.global_batch_size {train.global_batch_size}. Set {fits}.",
+        )
+    if config.validation.every and config.data.validation is None:
+        yield problem("validation.every", "needs held-out data. Set data.validation, or validation.every: 0.")
+    if not config.deepspeed.is_file():
+        yield problem("deepspeed", _missing_json(config.deepspeed, source.path))
+
+
+def _missing_json(wanted: Path, config_path: Path) -> str:
+    base = config_path.resolve().parent
+    places = [base / wanted, base / wanted.name, base.parent / wanted, base.parent / wanted.name]
+    there = next((place for place in places if place.is_file()), None)
+    hint = (
+        f" But there is {there}: give that path, or start from the folder that yours is relative to."
+        if there
+        else ""
+    )
+    return f"no such file; relative paths start at the current directory, {Path.cwd()}.{hint}"
+
+
+def _may_change(key: Key) -> bool:
+    return any(dotted(key[:length]) in MAY_CHANGE_WITHIN_A_RUN for length in range(1, len(key) + 1))
+
+
+def _lookup(values: Any, key: Key, default: Any) -> Any:
+    for part in key:
+        if not isinstance(values, Mapping) or part not in values:
+            return default
+        values = values[part]
+    return values
+
+
+def _value(config: BaseModel, key: Key) -> Any:
+    value: Any = config
+    for part in key:
+        value = getattr(value, part)
+    return value
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _either(numbers: Sequence[int]) -> str:
+    """2, 4 or 8"""
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def _ranks(count: int) -> str:
+    return "1 rank" if count == 1 else f"{count} ranks"

@@ -1,0 +1,165 @@
+"""The settings in words, read from the pydantic models: errors and the reference can't fall behind them.
+
+A key is a path in the schema, `("optimizer", "lr")`, and is shown to people with dots.
+"""
+
+import difflib
+import json
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from ds_dgemma.config import RunConfig
+
+Key = tuple[str, ...]
+
+REFERENCE_BEGIN = "<!-- config reference: begin -->"
+REFERENCE_END = "<!-- config reference: end -->"
+
+
+def dotted(key: Key) -> str:
+    """A key as people write it."""
+    return ".".join(key)
+
+
+def settings(
+    section: type[BaseModel] = RunConfig, above: Key = (), inside_optional: bool = False
+) -> Iterator[tuple[Key, FieldInfo]]:
+    """Every setting of the schema; a section that may be null is one setting, unless `inside_optional`."""
+    for name, field in section.model_fields.items():
+        below = section_of(field)
+        if below is None or (below is not field.annotation and not inside_optional):
+            yield (*above, name), field
+        else:
+            yield from settings(below, (*above, name), inside_optional)
+
+
+def section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The section that a field holds, also where it may be null; None for a plain setting."""
+    members = [field.annotation, *get_args(field.annotation)]
+    return next((m for m in members if isinstance(m, type) and issubclass(m, BaseModel)), None)
+
+
+def default_of(field: FieldInfo) -> Any:
+    """A field's default as YAML holds it; None where it is required."""
+    return None if field.is_required() else plain(field.get_default(call_default_factory=True))
+
+
+def nearest(key: Key) -> str:
+    """Advice for an unknown key: a close name beside it, the same name elsewhere, or what is known there."""
+    names = [name for name, _ in settings(inside_optional=True)]
+    known = sorted({name[:length] for name in names for length in range(1, len(name) + 1)}, key=dotted)
+    if len(key) == 1 and tuple(key[0].split(".")) in known:
+        section, _, name = key[0].rpartition(".")
+        return f" In a file, write {name}: indented below {section}:."
+    beside = [other[-1] for other in known if other[:-1] == key[:-1]]
+    same = [other for other in known if other[-1] == key[-1]]
+    if close := difflib.get_close_matches(key[-1], beside, n=1):
+        return f" Did you mean {dotted((*key[:-1], close[0]))}?"
+    if same:
+        return f" Did you mean {' or '.join(map(dotted, same))}?"
+    if close := difflib.get_close_matches(dotted(key), map(dotted, known), n=1, cutoff=0.75):
+        return f" Did you mean {close[0]}?"
+    return f" Known here: {', '.join(beside)}." if beside else ""
+
+
+def expected(field: FieldInfo) -> str:
+    """A field's type and bounds in words: "a number > 0", "bf16 or fp32", "a section with dir"."""
+    section = section_of(field)
+    if section is not None:
+        required = [name for name, inner in section.model_fields.items() if inner.is_required()]
+        null = "" if section is field.annotation else "null or "
+        return f"{null}a section with {', '.join(required or section.model_fields)}"
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    bounds = [
+        f"{sign} {getattr(bound, name)}"
+        for bound in field.metadata
+        for name, sign in signs.items()
+        if hasattr(bound, name)
+    ]
+    return " ".join(filter(None, [_type_in_words(field.annotation), " and ".join(bounds)]))
+
+
+def _type_in_words(annotation: Any) -> str:
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+    if annotation in words:
+        return words[annotation]
+    origin, members = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_in_words(members[0])
+    if origin is Literal:
+        *most, last = map(str, members)
+        return f"{', '.join(most)} or {last}" if most else last
+    if origin in (Union, types.UnionType):
+        return " or ".join("null" if member is type(None) else _type_in_words(member) for member in members)
+    if origin is tuple:
+        inner = _type_in_words(members[0]).removeprefix("a ")
+        return f"a list of {inner}" if members[-1] is Ellipsis else f"a list of {len(members)} {inner}s"
+    raise TypeError(f"no words for a setting of type {annotation}")
+
+
+def meaning(field: FieldInfo) -> str:
+    """A field's description; a section's is the first sentence of its docstring."""
+    section = section_of(field)
+    if field.description or section is None:
+        return field.description or ""
+    return (section.__doc__ or "").strip().splitlines()[0].rstrip(".")
+
+
+def plain(value: Any) -> Any:
+    """A setting as YAML and JSON hold it."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def show(value: Any) -> str:
+    """A value for one line of a message."""
+    text = json.dumps(plain(value), ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def reference_markdown() -> str:
+    """The config reference: one table for every section."""
+    return "\n\n".join(_tables((), RunConfig)) + "\n"
+
+
+def update_reference(document: Path) -> None:
+    """Write the reference between the two marks in a Markdown file."""
+    before, _, rest = document.read_text(encoding="utf-8").partition(REFERENCE_BEGIN)
+    _, _, after = rest.partition(REFERENCE_END)
+    marked = f"{REFERENCE_BEGIN}\n\n{reference_markdown()}\n{REFERENCE_END}"
+    document.write_text(before + marked + after, encoding="utf-8")
+
+
+def _tables(above: Key, section: type[BaseModel]) -> Iterator[str]:
+    rows = [_row((*above, name), field) for name, field in section.model_fields.items() if _has_a_row(field)]
+    title = f"### `{dotted(above)}`" if above else "### Top level"
+    if rows:
+        purpose = (section.__doc__ or "").strip().splitlines()[0]
+        yield "\n".join(
+            [title, "", purpose, "", "| key | value | default | meaning |", "|---|---|---|---|", *rows]
+        )
+    for name, field in section.model_fields.items():
+        if (below := section_of(field)) is not None:
+            yield from _tables((*above, name), below)
+
+
+def _has_a_row(field: FieldInfo) -> bool:
+    return section_of(field) is not field.annotation  # a section that may be null has a row and a table
+
+
+def _row(key: Key, field: FieldInfo) -> str:
+    default = "**required**" if field.is_required() else f"`{show(default_of(field))}`"
+    return f"| `{dotted(key)}` | {expected(field)} | {default} | {meaning(field)} |"
+
+
+if __name__ == "__main__":
+    update_reference(Path(sys.argv[1]))

@@ -1,0 +1,212 @@
+"""A run's config: what a file and `--set` mean, and what a person reads when they are wrong."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ds_dgemma.config import RunConfig
+from ds_dgemma.config_file import check_topology, load_config, read_yaml, resolved_yaml, same_run_problems
+from ds_dgemma.config_schema import REFERENCE_BEGIN, REFERENCE_END, reference_markdown
+from ds_dgemma.errors import UserError
+
+REPOSITORY = Path(__file__).parents[1]
+RUNS = sorted((REPOSITORY / "ds_configs" / "runs").glob("*.yaml"))
+
+GOOD = """\
+run: {dir: runs/x}
+model: {path: model}
+data:
+  train: train.jsonl
+train:
+  max_steps: 100
+  global_batch_size: 32
+  micro_batch_size: 4
+deepspeed: zero.json
+"""
+
+
+@pytest.fixture(autouse=True)
+def _in_an_own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("zero.json").write_text("{}")
+
+
+def load(text: str = GOOD, *overrides: str) -> RunConfig:
+    Path("sft.yaml").write_text(text)
+    return load_config(Path("sft.yaml"), overrides)
+
+
+def refusal(text: str = GOOD, *overrides: str) -> str:
+    with pytest.raises(UserError) as error:
+        load(text, *overrides)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "value"),
+    [
+        ("optimizer.lr=1e-4", lambda c: c.optimizer.lr, 1e-4),  # text to YAML 1.1
+        ("parallel.grouped_matmul=on", lambda c: c.parallel.grouped_matmul, "on"),  # true to YAML 1.1
+        ("seed=010", lambda c: c.seed, 10),  # 8 to YAML 1.1
+        ("train.max_steps=1e3", lambda c: c.train.max_steps, 1000),
+        ("objective.canvases_per_example=all", lambda c: c.objective.canvases_per_example, "all"),
+        ("objective.canvases_per_example=2", lambda c: c.objective.canvases_per_example, 2),
+        ("optimizer.betas=[0.9, 0.99]", lambda c: c.optimizer.betas, (0.9, 0.99)),
+        ("data.train=null.jsonl", lambda c: c.data.train, "null.jsonl"),
+        ("data.validation=null", lambda c: c.data.validation, None),
+        ("data.columns={prompt: q, response: a}", lambda c: c.data.columns.response, "a"),
+        ("tracking.wandb.name='12'", lambda c: c.tracking.wandb.name, "12"),
+    ],
+)
+def test_set_reads_a_value_as_yaml_and_wins_over_the_file(override, read, value) -> None:
+    text = GOOD + "seed: 3\noptimizer: {lr: 0.1, betas: [0.5, 0.5], min_lr: 0}\n"
+    found = read(load(text, override))
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("added", "overrides", "said"),
+    [
+        ("optimizer:\n  lear: 1", [], r"sft.yaml:11 +optimizer.lear +unknown .* Did you mean optimizer.lr\?"),
+        ("optimiser: {lr: 1}", [], r"sft.yaml:10 +optimiser .* Did you mean optimizer\?"),
+        ("precision: fp32", [], r"sft.yaml:10 +precision .* Did you mean train.precision\?"),
+        ("optimizer.lr: 1", [], r"sft.yaml:10 +optimizer.lr .*write lr: indented below optimizer:"),
+        ("seed: abc", [], r'sft.yaml:10 +seed = "abc" +expected a whole number ≥ 0'),
+        ("seed: true", [], r"sft.yaml:10 +seed = true +expected a whole number"),
+        ("optimizer: {betas: [0.9]}", [], r"optimizer.betas = \[0.9\] +expected a list of 2 numbers"),
+        ("optimizer: {lr: .inf}", [], r"optimizer.lr = Infinity"),
+        ("optimizer: {lr: 1e-6}", [], r"sft.yaml:10 +optimizer +min_lr 1.5e-05 is above lr 1e-06"),
+        ("objective: {canvases_per_example: few}", [], r"expected a whole number or all"),
+        ("optimizer:", [], r"sft.yaml:10 +optimizer = null +expected a section with"),
+        ("seed: 1\nseed: 2", [], r"sft.yaml:11 +seed +is set twice, first on line 10"),
+        ("", ["train.precison=fp32"], r"--set +train.precison .* Did you mean train.precision\?"),
+        ("", ["train.precision=fp16"], r'--set +train.precision = "fp16" +expected bf16 or fp32'),
+        ("", ["optimizer.lr"], r"--set +optimizer.lr +expected key=value"),
+        ("", ["data.train=[a"], r"--set +data.train=\[a +the value is not valid YAML"),
+        ("", ["train={max_steps: 1}"], r"--set +train.micro_batch_size +is required: a whole number"),
+        ("", ["train.micro_batch_size=5"], r"does not divide train.global_batch_size 32. Set 1, 2, 4, 8"),
+        ("validation: {every: 5}", [], r"sft.yaml:10 +validation.every = 5 +needs held-out data"),
+        ("", ["deepspeed=none.json"], r'deepspeed = "none.json" +no such file; relative paths start at'),
+    ],
+)
+def test_each_mistake_is_told_with_its_place_and_remedy(added, overrides, said) -> None:
+    assert re.search(said, refusal(GOOD + added, *overrides))
+
+
+def test_all_problems_are_told_at_once_in_the_order_of_the_file() -> None:
+    lines = refusal("seed: x\nrun: {dirr: a}\n", "train.max_steps=0").splitlines()
+    assert lines[0] == "9 problems in sft.yaml"
+    places = [line.split()[0] for line in lines[1:]]
+    assert places[:3] == ["sft.yaml:1", "sft.yaml:2", "sft.yaml:2"]
+    assert {"--set", "sft.yaml"} == set(places[3:])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "sft.yaml does not exist"),
+        (b"", "sft.yaml holds no settings: it is empty"),
+        (b"- a\n", "sft.yaml holds no settings: it starts as a list"),
+        (b"seed: 1\nrun: [\n", "sft.yaml:3 is not valid YAML"),
+        (b"a: !!python/name:os.system x\n", "sft.yaml:1 is not valid YAML"),
+        (b"a: \x00\n", "sft.yaml is not valid YAML: unacceptable character"),
+        (b"a: \xff\n", "sft.yaml is not UTF-8 text"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(content, said) -> None:
+    if content is not None:
+        Path("sft.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(said)):
+        load_config(Path("sft.yaml"))
+
+
+def test_a_json_beside_the_yaml_is_pointed_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=re.escape(f"But there is {tmp_path / 'zero.json'}")):
+        load_config(Path("../sft.yaml"))
+
+
+def test_the_resolved_config_reads_back_the_same_with_any_yaml_reader() -> None:
+    names = [f"tracking.wandb.tags={tag!r}" for tag in [["on", "1e-4", "0o7", "010", "null", "true", "1:30"]]]
+    config = load(GOOD, *names, "model.revision='12e4567'", "optimizer.eps=1e-9")
+    text = resolved_yaml(config)
+    assert load(text) == config
+    assert RunConfig.model_validate(yaml.safe_load(text)) == config
+
+
+@pytest.mark.parametrize(("ranks", "micro", "accumulation"), [(1, 4, 8), (2, 4, 4), (8, 4, 1), (4, 2, 4)])
+def test_accumulation_follows_from_the_batch_and_the_ranks(ranks, micro, accumulation) -> None:
+    assert check_topology(load(GOOD, f"train.micro_batch_size={micro}"), ranks) == accumulation
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "said"),
+    [
+        ([], 16, "is not a multiple of 64, train.micro_batch_size 4 × 16 ranks"),
+        ([], 16, "Set train.global_batch_size 64, or train.micro_batch_size 1 or 2."),
+        ([], 3, "Set train.global_batch_size 24 or 36."),
+        (["parallel.expert_parallel_size=3"], 8, "does not divide 8 ranks. Set 1, 2, 4 or 8"),
+        (["parallel.expert_parallel_size=2"], 1, "does not divide 1 rank. Set 1"),
+    ],
+)
+def test_a_topology_that_does_not_fit_is_told_with_those_that_do(overrides, ranks, said) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        check_topology(load(GOOD, *overrides), ranks)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("seed=1", "seed: run directory has 0, this config says 1"),
+        ("optimizer.lr=1", "optimizer.lr: run directory has 0.00015, this config says 1.0"),
+        (
+            "train.max_steps=7",
+            "train.max_steps: run directory has 100, this config says 7 (the learning rate's",
+        ),
+        ("train.precision=fp32", 'train.precision: run directory has "bf16"'),
+        ("data.columns={prompt: q, response: a}", "data.columns: run directory has null"),
+        ("run.resume=never", None),
+        ("train.micro_batch_size=1", None),
+        ("parallel.expert_parallel_size=8", None),
+        ("objective.logits_chunk_mib=1", None),
+        ("data.workers=0", None),
+        ("data.validation=held-out.jsonl", None),
+        ("tracking.wandb.mode=offline", None),
+    ],
+)
+def test_within_a_run_only_settings_that_change_no_number_may_change(override, said) -> None:
+    Path("config.yaml").write_text(resolved_yaml(load()))
+    problems = same_run_problems(read_yaml(Path("config.yaml")), load(GOOD, override))
+    assert len(problems) == (said is not None)
+    assert not said or problems[0].startswith(said)
+
+
+def test_a_run_older_than_a_setting_counts_as_having_its_default() -> None:
+    assert same_run_problems(yaml.safe_load(GOOD), load()) == []
+    assert same_run_problems(yaml.safe_load(GOOD), load(GOOD, "objective.noise_eps=0.1"))
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_the_run_configs_we_ship_load(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    load_config(path)
+
+
+def test_the_reference_in_the_readme_is_up_to_date() -> None:
+    written = (REPOSITORY / "ds_configs" / "README.md").read_text()
+    between = written.partition(REFERENCE_BEGIN)[2].partition(REFERENCE_END)[0]
+    assert between.strip() == reference_markdown().strip(), (
+        "run: python -m ds_dgemma.config_schema ds_configs/README.md"
+    )
+
+
+def test_a_config_is_checked_without_torch_or_deepspeed() -> None:
+    code = "import sys, ds_dgemma.config_file; sys.exit(bool({'torch', 'deepspeed'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
