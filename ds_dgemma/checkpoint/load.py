@@ -1,7 +1,8 @@
 """Put a checkpoint's weights into a stack that was built on meta, each rank only its own part.
 
-`materialise` walks the parameters and asks `place` to make each one real and say which flat range of it this rank keeps; ZeRO-3's
-answer is in `engine/sharding.py`, the plain one (all of it) here.
+`materialise` walks the parameters, asks `make_real` for each one's storage and which flat range of it this rank keeps (ZeRO-3's
+answer is in `engine/sharding.py`, the plain one, all of it, here), and fills it: from the checkpoint to start from, or, for what a
+resumed run has trained, from its training state.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from ds_dgemma.checkpoint.names import ENCODER_LAYERS, Place, is_expert, place_of
+from ds_dgemma.checkpoint.run_state import StateReader
 from ds_dgemma.checkpoint.weights import WeightReader
 from ds_dgemma.errors import one_line_each
 from ds_dgemma.model.stack import DiffusionGemmaStack
@@ -29,19 +31,17 @@ def plain(dtype: torch.dtype, device: torch.device | str) -> MakeReal:
     return make
 
 
-def materialise(
+def find_places(
     stack: DiffusionGemmaStack,
     reader: WeightReader,
-    make_real: MakeReal,
     *,
-    device: torch.device | str,
     expert_rank: int = 0,
     copy_decoder_scalars: bool = False,
-) -> None:
-    """Fill every meta parameter and buffer of `stack` from `reader`.
+) -> dict[str, Place]:
+    """Where every meta parameter and buffer of `stack` lies in the checkpoint; reads headers only.
 
     Raises:
-        UserError: tensors are missing or of another shape than config.json says; all of them named, before any is read.
+        UserError: tensors are missing or of another shape than config.json says; all of them are named.
     """
     places = {
         name: place_of(name, tuple(tensor.shape), expert_rank)
@@ -51,14 +51,32 @@ def materialise(
     if copy_decoder_scalars:
         places = {name: _decoder_scalar(place, reader) for name, place in places.items()}
     _check(stack, reader, places)
+    return places
 
+
+def materialise(
+    stack: DiffusionGemmaStack,
+    reader: WeightReader,
+    places: dict[str, Place],
+    make_real: MakeReal,
+    *,
+    device: torch.device | str,
+    expert_rank: int = 0,
+    trained: StateReader | None = None,
+) -> None:
+    """Fill every meta parameter and buffer of `stack` from `reader`, or from `trained` what that has."""
     for owner_name, owner in stack.named_modules():
         prefix = f"{owner_name}." if owner_name else ""
         for name, parameter in list(owner.named_parameters(recurse=False)):
             real, storage, start, stop = make_real(prefix + name, parameter)
+            logical = f"model.{prefix}{name}"
             with torch.no_grad():
-                reader.read_into(storage, places[prefix + name], start, stop)
-                storage[max(stop - start, 0) :].zero_()  # ZeRO pads a tensor to equal shares
+                if trained is not None and logical in trained:
+                    offset = expert_rank * parameter.numel() if is_expert(logical) else 0
+                    storage[: stop - start] = trained.read(logical, "fp32", offset + start, offset + stop)
+                else:
+                    reader.read_into(storage, places[prefix + name], start, stop)
+                storage[stop - start :].zero_()  # ZeRO pads a tensor to equal shares
             setattr(owner, name, real)
         for name, buffer in list(owner.named_buffers(recurse=False)):
             if buffer.is_meta:

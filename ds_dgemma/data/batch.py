@@ -65,3 +65,7 @@ class Batch:
     def counts(self) -> tuple[int, int]:
         """Tokens scored by the diffusion loss and by the AR loss."""
         return int(self.supervised_BKL.sum()), int(self.ar_pairs_BS.sum())
+
+    def tokens(self) -> int:
+        """Tokens read by the model, padding left out: clean ones, and those of scored canvases."""
+        return int(self.clean_valid_BS.sum() + self.supervised_BKL.any(-1).sum() * self.supervised_BKL.shape[-1])

@@ -8,9 +8,11 @@ Experts are split over `expert_parallel_size` neighbouring ranks; everything els
 Source: DeepSpeed `utils/groups.py` (`_create_expert_and_data_parallel`, its default order).
 """
 
+import logging
 import os
 import socket
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,12 +69,22 @@ def connect(ranks: RankLayout, timeout_minutes: float) -> None:
         os.environ.update(
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0"
         )
-    import deepspeed
+    import deepspeed  # its accelerator is chosen at import
 
+    quiet_libraries()
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timedelta(minutes=timeout_minutes))
+
+
+def quiet_libraries() -> None:
+    """Silence what DeepSpeed and torch say on every step or rank about each other's internals."""
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")
 
 
 def disconnect() -> None:

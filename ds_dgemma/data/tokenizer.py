@@ -1,0 +1,33 @@
+"""The checkpoint's tokenizer, checked for what training needs of it."""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from ds_dgemma.errors import UserError, first_line
+
+
+def load_tokenizer(directory: Path, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Load the tokenizer beside a model of `vocab_size` tokens.
+
+    Raises:
+        UserError: there is none, or it has no EOS, no chat template, or ids that the model's embedding lacks.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # transformers raises many kinds; each means that there is no usable tokenizer
+        raise UserError(
+            f"{directory} has no usable tokenizer: {first_line(error)}. Put tokenizer.json beside the model."
+        ) from error
+    problem = None
+    if tokenizer.eos_token_id is None:
+        problem = "has no EOS token, which fills the last canvas. Set eos_token in tokenizer_config.json."
+    elif not tokenizer.chat_template:
+        problem = "has no chat template, which says how a conversation is written. Put a chat_template.jinja beside it."
+    elif len(tokenizer) > vocab_size:
+        problem = (
+            f"has {len(tokenizer)} tokens, the model's embedding {vocab_size}. They do not belong together."
+        )
+    if problem:
+        raise UserError(f"the tokenizer of {directory} {problem}")
+    return tokenizer

@@ -1,0 +1,55 @@
+"""From an objective and a config to a DeepSpeed engine, and one optimizer step of it."""
+
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
+
+from ds_dgemma.model.stack import DiffusionGemmaStack, SweepLayer
+from ds_dgemma.model.vocabulary import TiedVocabulary
+from ds_dgemma.objective.denoising import DenoisingObjective
+
+
+def start_engine(
+    objective: DenoisingObjective, deepspeed_config: dict[str, Any]
+) -> deepspeed.DeepSpeedEngine:
+    """Wrap the objective; its trainable parameters get fp32 master weights and AdamW."""
+    gather_as_units(objective.model)
+    buffers = {name: buffer.clone() for name, buffer in objective.named_buffers()}
+    trainable = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    engine, *_ = deepspeed.initialize(
+        model=objective, model_parameters=trainable, config=deepspeed_config, dist_init_required=False
+    )
+    # Below ZeRO-3 DeepSpeed casts buffers with the model; rotary frequencies in bf16 would blur long positions.
+    for name, buffer in objective.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        setattr(objective.get_submodule(owner), leaf, buffers[name].to(buffer.device))
+    return engine
+
+
+def gather_as_units(stack: DiffusionGemmaStack) -> None:
+    """Let ZeRO-3 gather a whole layer at once: one coalesced collective where there would be one per linear."""
+    for module in stack.modules():
+        if isinstance(module, SweepLayer | TiedVocabulary):
+            set_z3_leaf_module(module, True)
+    set_z3_leaf_module(stack.self_conditioning, True)
+
+
+def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
+    """Set the next update's learning rate on every parameter group."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float:
+    """The global norm before clipping, of the update just made."""
+    norm = engine.get_global_grad_norm()
+    return float(norm.item() if isinstance(norm, torch.Tensor) else norm or 0.0)
+
+
+def count_steps_done(engine: deepspeed.DeepSpeedEngine, steps: int) -> None:
+    """Tell a resumed engine how far the run is."""
+    engine.global_steps = steps
+    engine.micro_steps = steps * engine.gradient_accumulation_steps()
+    engine.global_samples = steps * engine.train_batch_size()

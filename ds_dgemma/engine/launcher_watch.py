@@ -1,0 +1,39 @@
+"""End this rank when its launcher is gone.
+
+DeepSpeed's launcher can die and leave its ranks behind: SIGKILL to `deepspeed` or to its per-node child orphans them, and they would
+go on training beside the run that replaces them. So every rank looks, once a second, whether those processes are still its ancestors.
+"""
+
+import os
+import threading
+import time
+
+import psutil
+
+LAUNCHERS = ("deepspeed.launcher.launch", "deepspeed.launcher.runner", "bin/deepspeed")
+EXIT_ORPHANED = 3
+
+
+def watch_launcher() -> None:
+    """Start watching, when a DeepSpeed launcher started this process; otherwise do nothing."""
+    launchers = []
+    for ancestor in psutil.Process().parents():
+        command = " ".join(_command(ancestor))
+        if not any(name in command for name in LAUNCHERS):
+            break
+        launchers.append(ancestor)
+    if launchers:
+        threading.Thread(target=_watch, args=(launchers,), daemon=True, name="launcher-watch").start()
+
+
+def _watch(launchers: list[psutil.Process]) -> None:
+    while all(launcher.is_running() and launcher.status() != psutil.STATUS_ZOMBIE for launcher in launchers):
+        time.sleep(1)
+    os._exit(EXIT_ORPHANED)  # no clean-up: the other ranks do the same, and a collective would wait for them
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []

@@ -1,0 +1,91 @@
+"""From a checkpoint directory to a stack that DeepSpeed can wrap, each rank holding only its own part.
+
+Two stages: `outline_model` builds on meta and checks every name and shape, so a wrong checkpoint is refused on all ranks before any
+of them waits for another; `fill_model` makes the shards and reads them.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DiffusionGemmaConfig
+
+from ds_dgemma.checkpoint.load import find_places, materialise, plain
+from ds_dgemma.checkpoint.names import Place
+from ds_dgemma.checkpoint.run_state import StateReader
+from ds_dgemma.checkpoint.weights import WeightReader
+from ds_dgemma.engine.expert_parallel import place_experts
+from ds_dgemma.engine.ranks import RankLayout
+from ds_dgemma.engine.sharding import zero3
+from ds_dgemma.errors import UserError
+from ds_dgemma.model.build import build_stack
+from ds_dgemma.model.stack import DiffusionGemmaStack
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class OutlinedModel:
+    """A stack on meta, and where in the checkpoint its tensors lie."""
+
+    stack: DiffusionGemmaStack
+    reader: WeightReader
+    places: dict[str, Place]
+
+
+def outline_model(
+    spec: DiffusionGemmaConfig,
+    directory: Path,
+    ranks: RankLayout,
+    *,
+    grouped_matmul: bool,
+    train_router: bool = False,
+    activation_checkpointing: bool = True,
+    copy_decoder_scalars: bool = False,
+) -> OutlinedModel:
+    """Build on meta with this rank's experts and find every tensor; no collective, no weights read.
+
+    Raises:
+        UserError: the experts do not divide, or the checkpoint lacks tensors or has them in other shapes.
+    """
+    experts, size = spec.text_config.num_experts, ranks.expert_parallel_size
+    if experts % size:
+        fitting = [n for n in range(1, ranks.world + 1) if experts % n == 0 and ranks.world % n == 0]
+        raise UserError(
+            f"parallel.expert_parallel_size = {size} does not divide the model's {experts} experts. "
+            f"With {ranks.world} ranks: {', '.join(map(str, fitting))}."
+        )
+    stack = build_stack(spec, train_router=train_router, activation_checkpointing=activation_checkpointing)
+    place_experts(stack, size, ranks.expert_rank, grouped_matmul)
+    reader = WeightReader(directory)
+    places = find_places(
+        stack, reader, expert_rank=ranks.expert_rank, copy_decoder_scalars=copy_decoder_scalars
+    )
+    return OutlinedModel(stack, reader, places)
+
+
+def fill_model(
+    outlined: OutlinedModel,
+    ranks: RankLayout,
+    deepspeed_config: dict[str, Any],
+    precision: str,
+    trained: StateReader | None = None,
+) -> DiffusionGemmaStack:
+    """Make this rank's parameters real and read them: from `trained` what a resumed run has trained, else from the checkpoint."""
+    dtype = DTYPES[precision]
+    if deepspeed_config.get("zero_optimization", {}).get("stage", 0) == 3:
+        make_real = zero3(deepspeed_config, dtype, ranks.expert_parallel_size)
+    else:
+        make_real = plain(dtype, ranks.device)
+    materialise(
+        outlined.stack,
+        outlined.reader,
+        outlined.places,
+        make_real,
+        device=ranks.device,
+        expert_rank=ranks.expert_rank,
+        trained=trained,
+    )
+    outlined.reader.close()
+    return outlined.stack

@@ -1,0 +1,124 @@
+"""What this rank owns of the training state: fp32 weights and Adam's moments, each as an interval of its logical tensor.
+
+A logical tensor is a parameter as if there were one rank: for experts, all of them. ZeRO stages keep the state in different places;
+here each is only "a flat fp32 view and where it lies in the whole", so what is on disk does not depend on stage or topology.
+Sources: deepspeed 0.19.8 `utils/tensor_fragment.py` (stages 1 to 3), `runtime/zero/stage3.py`.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+
+from ds_dgemma.engine.ranks import RankLayout
+from ds_dgemma.engine.sharding import is_expert_parameter
+
+Kind = Literal["fp32", "exp_avg", "exp_avg_sq"]
+KINDS: tuple[Kind, ...] = ("fp32", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class OwnedShard:
+    """Elements [start, stop) of the flattened logical tensor `name`, and how to read and write this rank's copy of them."""
+
+    name: str
+    start: int
+    stop: int
+    get: Callable[[Kind], torch.Tensor]  # flat fp32, stop - start elements
+    set: Callable[[Kind, torch.Tensor], None]
+
+
+def owned_shards(engine: deepspeed.DeepSpeedEngine, ranks: RankLayout) -> Iterator[OwnedShard]:
+    """Every trainable parameter's part on this rank; a rank that owns nothing of a parameter skips it."""
+    stage = engine.zero_optimization_stage()
+    own = _zero3_shard if stage == 3 else _zero12_shard if stage in (1, 2) else _replicated_shard
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        offset = ranks.expert_rank * _numel(parameter) if is_expert_parameter(parameter) else 0
+        shard = own(engine, name, parameter, offset)
+        if shard is not None and shard.stop > shard.start:
+            yield shard
+
+
+def create_moments(engine: deepspeed.DeepSpeedEngine, adam_step: float) -> None:
+    """Give AdamW its state before its first step, so that a checkpoint can be read into it; one step tensor for each."""
+    optimizer = _adam(engine)
+    for group in optimizer.param_groups:
+        for tensor in group["params"]:
+            state = optimizer.state[tensor]
+            for kind in KINDS[1:]:
+                state.setdefault(kind, torch.zeros_like(tensor))
+            device = tensor.device if group.get("fused") or group.get("capturable") else "cpu"
+            state["step"] = torch.tensor(adam_step, dtype=torch.float32, device=device)
+
+
+def adam_step(engine: deepspeed.DeepSpeedEngine) -> float:
+    """How many updates AdamW has made: fewer than the run's steps when some were skipped."""
+    state = next(iter(_adam(engine).state.values()), {"step": 0.0})
+    return float(state["step"])
+
+
+def _adam(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _numel(parameter: Any) -> int:
+    return parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
+
+
+def _zero3_shard(engine: Any, name: str, parameter: Any, offset: int) -> OwnedShard:
+    share = parameter.ds_tensor.ds_numel
+    start = min(parameter.ds_zero_partition_rank * share, parameter.ds_numel)
+    count = min(share, parameter.ds_numel - start)
+
+    def get(kind: Kind) -> torch.Tensor:
+        if kind == "fp32":
+            return safe_get_local_fp32_param(parameter)[:count]
+        return safe_get_local_optimizer_state(parameter, kind)[:count]
+
+    def put(kind: Kind, value: torch.Tensor) -> None:
+        padded = value.new_zeros(share)  # DeepSpeed writes whole, padded shares
+        padded[:count] = value
+        if kind == "fp32":
+            safe_set_local_fp32_param(parameter, padded)
+        else:
+            safe_set_local_optimizer_state(parameter, padded, kind)
+
+    return OwnedShard(name, offset + start, offset + start + count, get, put)
+
+
+def _zero12_shard(engine: Any, name: str, parameter: Any, offset: int) -> OwnedShard | None:
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    inside, flat = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
+    owner = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+
+    def view(kind: Kind) -> torch.Tensor:
+        whole = owner if kind == "fp32" else _adam(engine).state[owner][kind]
+        return whole.data.narrow(0, flat.start, flat.numel)
+
+    start = offset + inside.start
+    return OwnedShard(name, start, start + inside.numel, view, lambda kind, value: _copy(view(kind), value))
+
+
+def _replicated_shard(engine: Any, name: str, parameter: Any, offset: int) -> OwnedShard:
+    def view(kind: Kind) -> torch.Tensor:
+        whole = parameter.data if kind == "fp32" else _adam(engine).state[parameter][kind]
+        return whole.view(-1)
+
+    stop = offset + parameter.numel()
+    return OwnedShard(name, offset, stop, view, lambda kind, value: _copy(view(kind), value))
+
+
+def _copy(target: torch.Tensor, value: torch.Tensor) -> None:
+    target.copy_(value)

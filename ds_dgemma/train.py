@@ -1,0 +1,265 @@
+"""The recipe: fine-tune DiffusionGemma as a config says. Read this first.
+
+    deepspeed [--num_gpus N | --hostfile H] --module ds_dgemma.train --config C.yaml [--set a.b=value ...]
+
+The same command continues a run that was interrupted, from its newest complete checkpoint.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ds_dgemma.checkpoint.run_state import StateReader, prune, save
+from ds_dgemma.checkpoint.weights import local_directory
+from ds_dgemma.config import RunConfig
+from ds_dgemma.config_file import load_config
+from ds_dgemma.data.batch import Batch, Example
+from ds_dgemma.data.sources import load_conversations
+from ds_dgemma.data.stream import ExampleSet, Stream, prepare_examples
+from ds_dgemma.data.tokenizer import load_tokenizer
+from ds_dgemma.engine.deepspeed_engine import (
+    count_steps_done,
+    gradient_norm,
+    set_learning_rate,
+    start_engine,
+)
+from ds_dgemma.engine.ds_config import deepspeed_config
+from ds_dgemma.engine.launcher_watch import watch_launcher
+from ds_dgemma.engine.open_model import OutlinedModel, fill_model, outline_model
+from ds_dgemma.engine.optimizer_state import KINDS, adam_step, create_moments, owned_shards
+from ds_dgemma.engine.ranks import RankLayout, agreed, connect, disconnect, sum_over_ranks
+from ds_dgemma.engine.schedule import learning_rate
+from ds_dgemma.errors import EXIT_USER_ERROR, UserError
+from ds_dgemma.evaluation.validation import validate
+from ds_dgemma.model.spec import read_spec
+from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
+from ds_dgemma.objective.noise import Corruption
+from ds_dgemma.run_directory import CHECKPOINTS, METRICS, claim, find_start
+from ds_dgemma.tracking.metrics import StepMetrics, memory_gib
+from ds_dgemma.tracking.sinks import ConsoleSink, JsonlSink, Sink, Tracker, WandbSink
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that was checked and read before the first weight."""
+
+    deepspeed: dict[str, Any]
+    model: OutlinedModel
+    collate: Callable[[list[tuple[Example, int]]], Batch]
+    examples: ExampleSet
+    held_out: list[Example]  # empty when nothing is validated
+    resumed: StateReader | None
+
+    @property
+    def start(self) -> int:
+        """Steps that are done."""
+        return self.resumed.checkpoint.step if self.resumed else 0
+
+
+def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
+    """Check everything that a user can get wrong; no collective, no weights.
+
+    Raises:
+        UserError: what is wrong, and what to do about it.
+    """
+    settings = deepspeed_config(config, ranks.world, "cuda" if ranks.device.type == "cuda" else "cpu")
+    resumed, warnings = find_start(config)
+    spec = read_spec(config.model.path, config.model.revision)
+    directory = local_directory(config.model.path, config.model.revision)
+    tokenizer = load_tokenizer(directory, spec.text_config.vocab_size)
+    grouped = config.parallel.grouped_matmul
+    model = outline_model(
+        spec,
+        directory,
+        ranks,
+        grouped_matmul=ranks.device.type == "cuda" if grouped == "auto" else grouped == "on",
+        train_router=config.model.train_router,
+        activation_checkpointing=config.train.activation_checkpointing,
+        copy_decoder_scalars=config.model.missing_encoder_scalars == "copy_decoder",
+    )
+
+    def read(split: Literal["train", "validation"]) -> ExampleSet:
+        conversations = load_conversations(config.data, split)
+        examples = prepare_examples(
+            conversations, tokenizer, config.data, spec.canvas_length, tokenizer.eos_token_id
+        )
+        if ranks.is_main:
+            print(f"{split}: {examples.report}", flush=True)
+        return examples
+
+    examples, held_out = read("train"), []
+    if config.validation.every:
+        validation = read("validation")
+        held_out = [validation[i] for i in range(min(len(validation), config.validation.examples))]
+    corruption = Corruption(
+        seed=config.seed,
+        vocab_size=spec.text_config.vocab_size,
+        noise_eps=config.objective.noise_eps,
+        self_conditioning_probability=config.objective.self_conditioning_probability,
+        canvases_per_example=config.objective.canvases_per_example,
+        first_pass_bucket=config.objective.first_pass_bucket,
+        pad_id=spec.text_config.pad_token_id or 0,
+    )
+    if ranks.is_main:
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+    reader = StateReader(resumed) if resumed else None
+    return Prepared(settings, model, corruption.collate, examples, held_out, reader)
+
+
+def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tracker) -> None:
+    """Train from the prepared start to `train.max_steps`; a collective."""
+    stack = fill_model(prepared.model, ranks, prepared.deepspeed, config.train.precision, prepared.resumed)
+    engine = start_engine(
+        DenoisingObjective(stack, config.objective.logits_chunk_mib).train(), prepared.deepspeed
+    )
+    if prepared.resumed:
+        restore(engine, ranks, prepared.resumed)
+        count_steps_done(engine, prepared.start)
+    stream = Stream(
+        examples=prepared.examples,
+        collate=prepared.collate,
+        seed=config.seed,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world,
+        workers=config.data.workers,
+        start_step=prepared.start,
+    )
+    checkpoints, last = config.run.dir / CHECKPOINTS, config.train.max_steps
+    batches = iter(stream)
+    for step in range(prepared.start + 1, last + 1):
+        tracker.track(update(engine, batches, step, config, ranks))
+        if prepared.held_out and due(step, config.validation.every):
+            losses = validate(
+                engine,
+                prepared.held_out,
+                prepared.collate,
+                config.train.micro_batch_size,
+                ranks,
+                config.objective.encoder_loss_weight,
+            )
+            tracker.track({"kind": "validation", "step": step, **losses})
+        if due(step, config.checkpoint.every) or step == last:
+            facts = {"adam_step": adam_step(engine), "model": config.model.path}
+            save(checkpoints, step, owned_shards(engine, ranks), KINDS, ranks.rank, facts)
+            if ranks.is_main:
+                prune(checkpoints, config.checkpoint.keep_last)
+
+
+def update(
+    engine: Any, batches: Iterator[list[Batch]], step: int, config: RunConfig, ranks: RankLayout
+) -> StepMetrics:
+    """One optimizer step: count, then forward and backward for every micro-batch."""
+    began = time.perf_counter()
+    micro_batches = next(batches)
+    # The tokens of the whole global batch, before any forward: a token counts the same on every rank.
+    counts = [(batch.tokens(), *batch.counts()) for batch in micro_batches]
+    totals = [float(sum(column)) for column in zip(*counts, strict=True)]
+    tokens, diffusion_tokens, ar_tokens = sum_over_ranks(totals, ranks.device)
+    ar_weight = config.objective.encoder_loss_weight
+    shares = ranks.world * len(micro_batches)
+    weights = TokenWeights.global_mean(int(diffusion_tokens), int(ar_tokens), ar_weight, shares)
+    lr = learning_rate(step - 1, config.train.max_steps, config.optimizer)
+    set_learning_rate(engine, lr)
+
+    nll = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    for batch in micro_batches:
+        parts = engine(batch.to(ranks.device), weights)
+        engine.backward(parts.loss)
+        engine.step()  # after every micro-batch: DeepSpeed counts the boundary itself
+        nll += torch.stack([parts.diffusion_nll, parts.ar_nll])
+
+    diffusion_nll, ar_nll = sum_over_ranks(nll.tolist(), ranks.device)
+    diffusion, ar = diffusion_nll / max(diffusion_tokens, 1), ar_nll / max(ar_tokens, 1)
+    seconds = time.perf_counter() - began
+    return StepMetrics(
+        step=step,
+        loss=diffusion + ar_weight * ar,
+        loss_diffusion=diffusion,
+        loss_ar=ar,
+        grad_norm=gradient_norm(engine),
+        lr=lr,
+        samples=step * config.train.global_batch_size,
+        tokens=int(tokens),
+        seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        memory_gib=memory_gib(ranks.device),
+    )
+
+
+def restore(engine: Any, ranks: RankLayout, trained: StateReader) -> None:
+    """Put fp32 weights and moments back, whatever topology they were written by."""
+    create_moments(engine, trained.checkpoint.state["adam_step"])
+    for shard in owned_shards(engine, ranks):
+        for kind in KINDS:
+            shard.set(kind, trained.read(shard.name, kind, shard.start, shard.stop).to(ranks.device))
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens after this one."""
+    return every > 0 and step % every == 0
+
+
+def open_tracker(config: RunConfig, ranks: RankLayout, start: int) -> Tracker:
+    """Rank 0's sinks; the metrics file is cut back to the step that the run continues from."""
+    if not ranks.is_main:
+        return Tracker([])
+    sinks: list[Sink] = [
+        JsonlSink(config.run.dir / METRICS, keep_through_step=start),
+        ConsoleSink(config.train.max_steps, start, config.tracking.console_every),
+    ]
+    if config.tracking.wandb.mode != "disabled":
+        sinks.append(WandbSink(config.tracking.wandb, config.run.dir, config.model_dump(mode="json")))
+    return Tracker(sinks)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, check, train; 0 when the run is complete, 2 for a user's mistake."""
+    parser = argparse.ArgumentParser(
+        prog="ds_dgemma.train", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, required=True, help="the run's YAML")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=value", help="override a setting")
+    parser.add_argument(
+        "--local_rank", type=int, help=argparse.SUPPRESS
+    )  # the launcher passes it; the environment says the same
+    args = parser.parse_args(argv)
+    try:
+        config = load_config(args.config, args.set)
+    except UserError as error:
+        # All ranks of a host read the same file: one of them tells.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(error, file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    ranks = RankLayout.from_environment(config.parallel.expert_parallel_size)
+    watch_launcher()
+    connect(ranks, config.parallel.collective_timeout_minutes)
+    with agreed(ranks):
+        prepared = prepare(config, ranks)
+    with agreed(ranks):
+        lock = claim(config, prepared.deepspeed) if ranks.is_main else nullcontext()
+        tracker = open_tracker(config, ranks, prepared.start)
+    code = 0
+    with lock, tracker:
+        try:
+            train(config, ranks, prepared, tracker)
+        except UserError as error:  # of all ranks at once: the disk is full, say
+            code = EXIT_USER_ERROR
+            if ranks.is_main:
+                print(error, file=sys.stderr, flush=True)
+    disconnect()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
