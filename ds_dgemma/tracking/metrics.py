@@ -1,0 +1,86 @@
+"""What a run measures at every optimizer step, and how one record becomes one line of `metrics.jsonl`.
+
+A record is a flat mapping with a "step" (int). One without "kind" holds the fields of `StepMetrics`; any
+other kind (validation, ...) names itself in "kind". A line is strict JSON, and a finite float is written in
+the shortest form that reads back to the same 64 bits. JSON has no NaN or infinity: such a value is null on
+the line, which readers take for a gap, and its spelling is kept beside it, `"not_finite": {"loss": "nan"}`.
+"""
+
+import json
+import math
+import resource
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ds_dgemma.errors import UserError
+
+Record = Mapping[str, int | float | str]
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step, already reduced over all ranks where that means anything."""
+
+    step: int  # optimizer steps done, this one included: the first is 1
+    loss: float  # loss_diffusion + encoder_loss_weight * loss_ar: what was minimised
+    loss_diffusion: float  # nats per supervised canvas token of the global batch
+    loss_ar: float  # nats per scored next token of the global batch
+    grad_norm: float  # global L2 norm before clipping
+    lr: float  # learning rate that this step used
+    samples: int  # examples since the start of the run, all ranks: grows from step to step
+    tokens: int  # clean and canvas tokens that this step read, all ranks, padding left out
+    seconds: float  # wall time of this step, loading included; validation and checkpoints left out
+    tokens_per_second: float  # tokens / seconds
+    memory_gib: float  # `memory_gib` of rank 0
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this process since its start, GiB: allocated by torch on a GPU, resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / GIB  # macOS counts bytes, Linux KiB
+
+
+def to_line(record: Record) -> str:
+    """Write a record as one line of JSON, newline included."""
+    odd = {key: str(value) for key, value in record.items() if not _finite(value)}
+    shown = {**record, **dict.fromkeys(odd), "not_finite": odd} if odd else dict(record)
+    return json.dumps(shown, allow_nan=False) + "\n"
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, Record]]:
+    """Yield every line of a metrics file with its record, without the torn last line of a killed writer."""
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        lines = file.readlines()
+    for number, line in enumerate(lines, start=1):
+        record = _from_line(line)
+        if record is not None:
+            yield line if line.endswith("\n") else line + "\n", record
+        elif number < len(lines):
+            found = repr(line.strip()[:60])
+            raise UserError(
+                f"{path}:{number}: expected a JSON object with a step, found {found}. Delete that line."
+            )
+
+
+def _finite(value: int | float | str) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _from_line(line: str) -> Record | None:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        return None
+    for key, value in record.pop("not_finite", {}).items():
+        record[key] = float(value)
+    return record

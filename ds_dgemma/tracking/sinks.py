@@ -1,0 +1,231 @@
+"""Where records go: `metrics.jsonl`, the console and wandb. Rank 0 has the sinks, every other rank none.
+
+A sink has two methods: `write(record)` and `close(failed)`. After a resume the run repeats the steps since
+its checkpoint: `JsonlSink` forgets the first telling of them; wandb, which cannot forget, skips the second.
+"""
+
+import os
+import secrets
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from ds_dgemma.config import WandbSection
+from ds_dgemma.errors import UserError
+from ds_dgemma.tracking.metrics import Record, StepMetrics, read_lines, to_line
+
+WANDB_START_SECONDS = 60
+WANDB_FINISH_SECONDS = 300
+
+
+class Sink(Protocol):
+    """Something that takes records."""
+
+    def write(self, record: Record) -> None:
+        """Take one record."""
+        ...
+
+    def close(self, failed: bool) -> None:
+        """Release everything; `failed`: the run ends by an exception."""
+        ...
+
+
+class Tracker:
+    """Every sink in turn; a context, so that terminal and files are left in order however a run ends."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self._sinks = sinks
+
+    def track(self, record: StepMetrics | Record) -> None:
+        """Hand a step's metrics, or a record of another kind, to every sink."""
+        flat = asdict(record) if isinstance(record, StepMetrics) else record
+        for sink in self._sinks:
+            sink.write(flat)
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for sink in self._sinks:
+            sink.close(failed=kind is not None)
+
+
+class JsonlSink:
+    """Appends to `metrics.jsonl`; a line is with the kernel, safe from SIGKILL, when `write` returns."""
+
+    def __init__(self, path: Path, keep_through_step: int) -> None:
+        if path.exists():
+            _cut_back(path, keep_through_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        """Append one line."""
+        self._file.write(to_line(record))
+        self._file.flush()
+
+    def close(self, failed: bool) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _cut_back(path: Path, keep_through_step: int) -> None:
+    """Drop every record after a step, whole or not at all."""
+    kept = [line for line, record in read_lines(path) if int(record["step"]) <= keep_through_step]
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("w", encoding="utf-8") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+class ConsoleSink:
+    """A progress bar on a terminal; elsewhere a line for the first, the last and every `every`-th step."""
+
+    def __init__(self, total_steps: int, start_step: int, every: int) -> None:
+        self._total_steps = total_steps
+        self._every = every
+        self._first = True
+        self._clock: deque[float] = deque(maxlen=51)  # when the last 50 steps ended, and the one before them
+        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            self._bar = Progress(
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TextColumn("{task.description}"),
+                console=self._console,
+                expand=True,
+            )
+            self._task = self._bar.add_task("first step ...", total=total_steps, completed=start_step)
+            self._bar.start()
+
+    def write(self, record: Record) -> None:
+        """Show one record; kinds other than a step always get a line of their own."""
+        if "kind" in record:
+            self._console.print(_other_line(record), markup=False)
+            return
+        step = int(record["step"])
+        left = _duration(self._seconds_left(step, float(record["seconds"])))
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=_bar_text(record, left))
+        elif self._first or step == self._total_steps or step % self._every == 0:
+            print(_plain_line(record, self._total_steps, left), flush=True)
+        self._first = False
+
+    def close(self, failed: bool) -> None:
+        """Leave the bar as it stands and restore the cursor."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _seconds_left(self, step: int, step_seconds: float) -> float:
+        """Time of the steps left at the pace of the last 50, whatever was done between them included."""
+        now = time.monotonic()
+        if not self._clock:
+            self._clock.append(now - step_seconds)
+        self._clock.append(now)
+        return (self._total_steps - step) * (now - self._clock[0]) / (len(self._clock) - 1)
+
+
+def _plain_line(record: Record, total_steps: int, left: str) -> str:
+    width = len(str(total_steps))
+    return (
+        f"step {record['step']:>{width}}/{total_steps}  loss {record['loss']:.4f}  "
+        f"diffusion {record['loss_diffusion']:.4f}  ar {record['loss_ar']:.4f}  "
+        f"grad {record['grad_norm']:.3g}  lr {record['lr']:.2e}  "
+        f"{record['tokens_per_second']:,.0f} tok/s  {left} left"
+    )
+
+
+def _bar_text(record: Record, left: str) -> str:
+    return (
+        f"loss [bold]{record['loss']:.3f}[/] [dim]diff[/] {record['loss_diffusion']:.3f} "
+        f"[dim]ar[/] {record['loss_ar']:.3f} [cyan]{record['tokens_per_second']:,.0f}[/] tok/s {left} left"
+    )
+
+
+def _other_line(record: Record) -> str:
+    shown = (
+        f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in record.items()
+        if key not in ("kind", "step")
+    )
+    return f"{record['kind']} at step {record['step']}: " + "  ".join(shown)
+
+
+def _duration(seconds: float) -> str:
+    """Write a duration as m:ss or h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class WandbSink:
+    """Weights & Biases, under the names of `metrics.jsonl`; a record of another kind becomes `kind/name`.
+
+    The run id lives in the run directory, so a resumed run continues its curve. wandb uploads in a process of
+    its own; what goes wrong there, or here, after the start costs the curve and never the training.
+    """
+
+    def __init__(self, config: WandbSection, run_dir: Path, resolved_config: dict[str, Any]) -> None:
+        import wandb  # slow to import and pointless when disabled
+
+        id_file = run_dir / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(4) + "\n")
+        try:
+            self._run = wandb.init(
+                project=config.project,
+                entity=config.entity,
+                name=config.name or run_dir.resolve().name,
+                tags=config.tags,
+                id=id_file.read_text().strip(),
+                resume="allow",
+                mode=config.mode,
+                dir=run_dir,
+                config=resolved_config,
+                # console: wandb's capture of stdout would record every redraw of the progress bar
+                settings=wandb.Settings(
+                    init_timeout=WANDB_START_SECONDS, finish_timeout=WANDB_FINISH_SECONDS, console="off"
+                ),
+            )
+        except wandb.Error as error:
+            raise UserError(
+                f"wandb did not start (tracking.wandb.mode = {config.mode}): {error}\n"
+                "  Log in with `wandb login`, or set tracking.wandb.mode to offline (`wandb sync` uploads "
+                "later) or to disabled."
+            ) from error
+        self._broken = False
+
+    def write(self, record: Record) -> None:
+        """Log one record, unless wandb has this step from before a resume."""
+        if self._broken or int(record["step"]) < self._run.step:
+            return
+        prefix = f"{record['kind']}/" if "kind" in record else ""
+        named = {prefix + key: value for key, value in record.items() if key not in ("kind", "step")}
+        try:
+            self._run.log(named, step=int(record["step"]))
+        except Exception as error:  # any failure of a service that the training does not need
+            self._give_up(error)
+
+    def close(self, failed: bool) -> None:
+        """Upload what is left, for a bounded time."""
+        try:
+            self._run.finish(exit_code=int(failed))
+        except Exception as error:  # as above
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        print(
+            f"wandb stopped: {error}. Training goes on; metrics.jsonl has every step.",
+            file=sys.stderr,
+            flush=True,
+        )
+        self._broken = True

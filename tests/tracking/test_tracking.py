@@ -1,0 +1,204 @@
+"""What tracking promises: exact lines, a clean cut on resume, a bar or lines, pictures of a run."""
+
+import json
+import math
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from ds_dgemma.config import WandbSection
+from ds_dgemma.errors import UserError
+from ds_dgemma.tracking.metrics import StepMetrics, memory_gib, read_lines
+from ds_dgemma.tracking.plots import plot_runs, smooth
+from ds_dgemma.tracking.sinks import ConsoleSink, JsonlSink, Tracker, WandbSink
+
+NAMES = "step loss loss_diffusion loss_ar grad_norm lr samples tokens seconds tokens_per_second memory_gib"
+
+
+def metrics(step: int, loss: float = 1.5) -> StepMetrics:
+    return StepMetrics(step, loss, 1.0, 0.5, 0.25, 1e-3, step * 8, 1000, 0.5, 2000.0, 0.75)
+
+
+def write_steps(path: Path, steps: range) -> None:
+    with Tracker([JsonlSink(path, keep_through_step=steps.start - 1)]) as tracker:
+        for step in steps:
+            tracker.track(metrics(step))
+
+
+def steps_in(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_a_step_is_written_under_the_fixed_names(tmp_path: Path) -> None:
+    write_steps(tmp_path / "metrics.jsonl", range(1, 2))
+    assert list(json.loads((tmp_path / "metrics.jsonl").read_text())) == NAMES.split()
+    assert [field.name for field in fields(StepMetrics)] == NAMES.split()
+
+
+def test_floats_come_back_bit_for_bit(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    values = [struct.unpack("<d", draw.randbytes(8))[0] for _ in range(2000)] + [5e-324, -0.0, 0.1 + 0.2]
+    sink = JsonlSink(tmp_path / "m.jsonl", keep_through_step=0)
+    for step, value in enumerate(values):
+        sink.write({"step": step, "value": value})
+    sink.close(failed=False)
+    read = [float(record["value"]) for _, record in read_lines(tmp_path / "m.jsonl")]
+    for written, found in zip(values, read, strict=True):
+        same_bits = struct.pack("<d", written) == struct.pack("<d", found)
+        assert same_bits or (math.isnan(written) and math.isnan(found))
+
+
+def test_a_line_stays_valid_json_when_the_loss_is_not_finite(tmp_path: Path) -> None:
+    with Tracker([JsonlSink(tmp_path / "m.jsonl", 0)]) as tracker:
+        tracker.track(metrics(1, loss=float("-inf")))
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    line = json.loads((tmp_path / "m.jsonl").read_text(), parse_constant=refuse)
+    assert line["loss"] is None
+    assert line["not_finite"] == {"loss": "-inf"}
+    ((_, record),) = read_lines(tmp_path / "m.jsonl")
+    assert record == asdict(metrics(1, loss=float("-inf")))
+
+
+def test_resuming_cuts_back_to_the_checkpoint_and_keeps_the_rest_byte_for_byte(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, range(1, 8))
+    with path.open("a") as file:
+        file.write('{"kind": "validation", "step": 7, "loss": 1}\n{"step": 8, "lo')  # torn by SIGKILL
+    before = path.read_bytes().splitlines(keepends=True)
+    sink = JsonlSink(path, keep_through_step=5)
+    assert path.read_bytes().splitlines(keepends=True) == before[:5]
+    sink.write(asdict(metrics(6)))
+    sink.close(failed=False)
+    assert steps_in(path) == [1, 2, 3, 4, 5, 6]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_damaged_line_inside_the_file_is_named_and_nothing_is_cut(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2"):
+        JsonlSink(path, keep_through_step=1)
+    assert path.read_text() == '{"step": 1}\n{"st\n{"step": 3}\n'
+
+
+def test_a_killed_process_has_written_every_step_it_reported(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    program = (
+        "import sys, itertools; from pathlib import Path; from ds_dgemma.tracking.sinks import JsonlSink\n"
+        "sink = JsonlSink(Path(sys.argv[1]), 0)\n"
+        "for step in itertools.count(1): sink.write({'step': step}); print(step, flush=True)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        reported = int([child.stdout.readline() for _ in range(500)][-1])
+        child.send_signal(signal.SIGKILL)
+    whole = [int(record["step"]) for _, record in read_lines(path)]
+    assert len(whole) >= reported
+    assert whole == list(range(1, len(whole) + 1))
+
+
+def test_without_a_terminal_the_console_gets_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with Tracker([ConsoleSink(total_steps=25, start_step=3, every=10)]) as tracker:
+        for step in range(4, 26):
+            tracker.track(metrics(step))
+        tracker.track({"kind": "validation", "step": 25, "loss_diffusion": 0.125})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:10] for line in lines[:-1]] == ["step  4/25", "step 10/25", "step 20/25", "step 25/25"]
+    for shown in (
+        "loss 1.5000",
+        "diffusion 1.0000",
+        "ar 0.5000",
+        "grad 0.25",
+        "lr 1.00e-03",
+        "2,000 tok/s",
+        "left",
+    ):
+        assert shown in lines[0]
+    assert lines[-1] == "validation at step 25: loss_diffusion 0.1250"
+
+
+def test_on_a_terminal_the_console_shows_a_bar_with_losses_speed_and_time_left(monkeypatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    leader, follower = os.openpty()
+    with os.fdopen(follower, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        with Tracker([ConsoleSink(total_steps=3, start_step=0, every=1)]) as tracker:
+            for step in (1, 2, 3):
+                tracker.track(metrics(step))
+        monkeypatch.undo()
+        cursor_restored, shown = b"\x1b[?25h", b""
+        while cursor_restored not in shown:
+            shown += os.read(leader, 4096)
+    os.close(leader)
+    for part in ("3/3", "1.500", "1.000", "0.500", "2,000", "tok/s", "0:00 left", "━"):
+        assert part in shown.decode()
+    assert "step 1/3" not in shown.decode()
+
+
+def test_wandb_offline_keeps_the_run_id_and_survives_a_step_it_has_seen(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = WandbSection(mode="offline", project="tests")
+    for steps in (range(1, 6), range(3, 8)):  # the second one resumed from step 2
+        with Tracker([WandbSink(config, tmp_path, {"seed": 1, "train": {"max_steps": 7}})]) as tracker:
+            for step in steps:
+                tracker.track(metrics(step))
+                tracker.track({"kind": "validation", "step": step, "loss": 1.0})
+            tracker.track(metrics(steps.start))  # older than what was logged: left out, not an error
+    run_id = (tmp_path / "wandb_id").read_text().strip()
+    written = [path.name for path in (tmp_path / "wandb").glob("offline-run-*/*.wandb")]
+    assert written == [f"run-{run_id}.wandb"] * 2
+
+
+def test_wandb_that_cannot_start_says_what_to_do(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with pytest.raises(UserError, match="offline"):
+        WandbSink(WandbSection(mode="online"), tmp_path, {})
+
+
+def test_memory_is_in_gib_and_at_least_what_is_resident_now() -> None:
+    resident = psutil.Process().memory_info().rss / 2**30
+    assert resident * 0.99 <= memory_gib(torch.device("cpu")) <= psutil.virtual_memory().total / 2**30
+
+
+def test_smoothing_keeps_a_constant_and_skips_a_gap() -> None:
+    assert np.allclose(smooth(np.full(40, 3.0), deviation=4.0), 3.0)
+    gap = np.array([1.0, np.nan, 3.0])
+    assert np.isfinite(smooth(gap, deviation=1.0)).all()
+    assert np.allclose(smooth(np.array([7.0]), deviation=1.0), 7.0)
+
+
+def test_runs_are_drawn_over_one_another_as_a_png(tmp_path: Path) -> None:
+    for name, count in (("one", 1), ("two", 30)):
+        (tmp_path / name).mkdir()
+        write_steps(tmp_path / name / "metrics.jsonl", range(1, count + 1))
+    out = plot_runs([tmp_path / "one", tmp_path / "two"])
+    assert out == tmp_path / "one" / "plots" / "curves.png"
+    assert out.read_bytes().startswith(b"\x89PNG")
+    assert plot_runs([tmp_path / "two"], tmp_path / "new" / "x.png").stat().st_size > 10_000
+
+
+def test_a_run_without_metrics_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"metrics\.jsonl does not exist"):
+        plot_runs([tmp_path])
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "validation", "step": 1}\n')
+    with pytest.raises(UserError, match="no step yet"):
+        plot_runs([tmp_path])
