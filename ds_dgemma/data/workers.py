@@ -1,0 +1,90 @@
+"""A function mapped over items by worker processes, results in order.
+
+The workers are torch's, started from a `forkserver`: a fork of a rank would copy the locks of its CUDA, NCCL
+and wandb threads as they happen to be held, and can hang; the server is a fresh process that has imported
+what workers need, so that each starts at the price of a fork. They use one thread each. They end with their
+rank, on SIGKILL too: a thread waits for that. torch's own watch does not see it, for a worker's parent is the
+server, and the server stays while it has workers.
+"""
+
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ds_dgemma.errors import UserError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+PREFETCH = 4  # results a worker prepares ahead
+
+
+class _Mapped(Dataset):
+    """A function as a dataset of its arguments. A `UserError` is returned: torch rewrites raised ones."""
+
+    def __init__(self, function: Callable[[Any], Any]):
+        self.function = function
+
+    def __getitem__(self, index: Any) -> Any:
+        try:
+            return self.function(index)
+        except UserError as error:
+            return error
+
+
+def start_server() -> None:
+    """Start the server that workers are forked from; it imports in the background, so call it early."""
+    main = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m`: every worker imports it
+    ours = [name for name in sys.modules if name.startswith(__name__.partition(".")[0] + ".")]
+    multiprocessing.set_forkserver_preload(["__main__", *ours, *([main.name] if main else [])])
+    multiprocessing.forkserver.ensure_running()
+
+
+def map_in_order(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+    """Yield `function(item)` for each item, made ahead by `workers` processes; 0: made here, when asked for.
+
+    `function` and its results travel between processes: no closures. `items` may be endless.
+    """
+    if workers == 0:
+        yield from map(function, items)
+        return
+    start_server()
+    loader = DataLoader(
+        _Mapped(function),
+        sampler=items,
+        batch_size=None,  # an item is a whole batch already
+        collate_fn=_unchanged,
+        num_workers=workers,
+        prefetch_factor=PREFETCH,
+        multiprocessing_context="forkserver",
+        worker_init_fn=_prepare_worker,
+        generator=torch.Generator(),  # else torch advances the global one, unlike in a run never stopped
+    )
+    for result in loader:
+        if isinstance(result, UserError):
+            raise result
+        yield result
+
+
+def _unchanged(value: Any) -> Any:
+    return value
+
+
+def _prepare_worker(worker: int) -> None:
+    """Keep tokenizers to one thread, as torch does for itself, and watch the rank."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_rank, daemon=True).start()
+
+
+def _end_with_rank() -> None:
+    rank = multiprocessing.parent_process()
+    assert rank is not None  # this is a worker
+    rank.join()
+    os._exit(1)
