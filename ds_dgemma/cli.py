@@ -1,0 +1,157 @@
+"""`ds-dgemma COMMAND`: all but training, which is `deepspeed --module ds_dgemma.train --config C.yaml`.
+
+One short function per command: it reads arguments, calls and prints. What it calls is imported inside it, so
+`--help` and a mistyped command answer at once. Exit codes: 0; 2 for a mistake that the message tells how to
+mend; 130 for Ctrl-C.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ds_dgemma.errors import EXIT_USER_ERROR, UserError
+
+EXIT_INTERRUPTED = 130
+
+
+def make_tiny(args: argparse.Namespace) -> None:
+    """Make a tiny checkpoint of random weights, with a tokenizer."""
+    from ds_dgemma.tools.tiny import make_tiny
+
+    make_tiny(args.preset, args.out, args.text, args.seed, args.vocab_size, args.force)
+    print(f"{args.out}: a {args.preset} checkpoint of random weights")
+
+
+def make_sudoku(args: argparse.Namespace) -> None:
+    """Make Sudoku puzzles with one solution each, as JSONL."""
+    from ds_dgemma.data.sudoku import write_sudoku
+
+    write_sudoku(args.size, args.split, args.count, args.seed, args.out)
+    print(f"{args.out}: {args.count} puzzles of {args.split}, {args.size}x{args.size}")
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write a run's checkpoint as a transformers directory."""
+    from ds_dgemma.checkpoint.export import export_run
+
+    export_run(args.run, args.out, args.step, args.dtype)
+    print(f"{args.out}: exported from {args.run}")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Answer held-out conversations with transformers' generate() and score the answers."""
+    from rich.console import Console
+
+    from ds_dgemma.evaluation.generation import evaluate
+    from ds_dgemma.evaluation.scorers import report_table
+
+    report = evaluate(args.model, args.data, args.scorer, args.batch_size, args.limit, args.seed)
+    Console().print(report_table(report))
+    if args.out is not None:
+        _write_json(args.out, report)
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Answer one prompt."""
+    from ds_dgemma.evaluation.generation import answer_text
+
+    print(answer_text(args.model, args.prompt, args.seed))
+
+
+def plot(args: argparse.Namespace) -> None:
+    """Draw the loss curves of one or more runs as a PNG."""
+    from ds_dgemma.tracking.plots import plot_runs
+
+    print(plot_runs(args.runs, args.out))
+
+
+def config_reference(args: argparse.Namespace) -> None:
+    """Print every setting of a run's YAML, as Markdown."""
+    from ds_dgemma.config_schema import reference_markdown
+
+    print(reference_markdown())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; return the exit code."""
+    args = _parser().parse_args(argv)
+    # transformers loads DeepSpeed where it is installed; its accelerator warning would land in our stdout
+    logging.getLogger("DeepSpeed").addFilter(lambda log: log.levelno >= logging.ERROR)
+    try:
+        args.command(args)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ds-dgemma", description="Fine-tune DiffusionGemma with DeepSpeed.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    tiny = _add(commands, "make-tiny", make_tiny)
+    tiny.add_argument("--preset", choices=["sudoku4", "text"], required=True)
+    tiny.add_argument("--out", type=Path, required=True, metavar="DIR")
+    tiny.add_argument("--text", type=Path, metavar="FILE", help="preset text: JSONL or text to train the tokenizer on")
+    tiny.add_argument("--vocab-size", type=int, metavar="N", help="preset text: tokens, image tokens included (4096)")
+    tiny.add_argument("--seed", type=int, default=0)
+    tiny.add_argument("--force", action="store_true", help="replace DIR")
+
+    sudoku = _add(commands, "make-sudoku", make_sudoku)
+    sudoku.add_argument("--size", type=int, choices=[4, 9], default=4)
+    sudoku.add_argument("--split", choices=["train", "test"], required=True)
+    sudoku.add_argument("--count", type=int, required=True, metavar="N")
+    sudoku.add_argument("--seed", type=int, default=0)
+    sudoku.add_argument("--out", type=Path, required=True, metavar="F.jsonl")
+
+    export_ = _add(commands, "export", export)
+    export_.add_argument("--run", type=Path, required=True, metavar="DIR", help="run directory")
+    export_.add_argument("--step", type=int, metavar="N", help="the newest complete checkpoint when absent")
+    export_.add_argument("--out", type=Path, required=True, metavar="DIR")
+    export_.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+
+    evaluate_ = _add(commands, "evaluate", evaluate)
+    evaluate_.add_argument("--model", required=True, metavar="DIR", help="transformers checkpoint or hub id")
+    evaluate_.add_argument("--data", required=True, metavar="F.jsonl")
+    evaluate_.add_argument("--scorer", required=True, metavar="NAME", help="sudoku")
+    evaluate_.add_argument("--batch-size", type=int, default=64, metavar="N")
+    evaluate_.add_argument("--limit", type=int, metavar="N", help="score the first N conversations only")
+    evaluate_.add_argument("--seed", type=int, default=0)
+    evaluate_.add_argument("--out", type=Path, metavar="JSON", help="write the report too")
+
+    generate_ = _add(commands, "generate", generate)
+    generate_.add_argument("--model", required=True, metavar="DIR", help="transformers checkpoint or hub id")
+    generate_.add_argument("--prompt", required=True, metavar="TEXT")
+    generate_.add_argument("--seed", type=int, default=0)
+
+    plot_ = _add(commands, "plot", plot)
+    plot_.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
+    plot_.add_argument("--out", type=Path, metavar="PNG")
+
+    _add(commands, "config-reference", config_reference)
+    return parser
+
+
+def _add(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    command: Callable[[argparse.Namespace], None],
+) -> argparse.ArgumentParser:
+    """Add a command; its docstring is its help."""
+    parser = commands.add_parser(name, help=command.__doc__, description=command.__doc__)
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _write_json(out: Path, report: dict[str, Any]) -> None:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(report, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot write there ({error.strerror}). Name another file.") from error

@@ -1,0 +1,145 @@
+"""Answer prompts with unmodified transformers `generate()`, and score the answers.
+
+A prompt is what training calls one (`data/chat.py`): all messages before the last answer, with the generation
+prompt. Prompts of equal length share a batch, so nothing is padded. Facts about DiffusionGemma's `generate()`
+in transformers 5.23:
+
+- It makes whole canvases, ceil(max_new_tokens / canvas_length) of them: up to a canvas more than asked for.
+- A canvas starts as uniform random ids and gets at most `max_denoising_steps` (48) decoder passes. A row is
+  done early once its argmax stayed the same for `stability_threshold` (1) steps and its mean entropy is below
+  `confidence_threshold` (0.005); then its canvas is frozen, but the batch goes on until its slowest row. What
+  is kept is the last argmax: the samples only steer the next pass.
+- Logits are divided by a temperature, 0.8 falling to 0.4, before sampling, entropy and self-conditioning.
+- Stop ids are looked for in finished canvases. What follows the first becomes the pad id where there is one,
+  and a stopped row gets canvases of pad until all have stopped. Without `eos_token_id` in
+  generation_config.json nothing stops.
+- Randomness is torch's global generator over the whole batch: equal answers need equal seed, batch size and
+  data.
+- Positions count padding too, and eager attention raises a TypeError on a padded prompt: unequal prompts in
+  one batch would need padding on the left, an `attention_mask` and SDPA. Only a static cache is compiled; the
+  default one is not.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion, PreTrainedTokenizerFast
+
+from ds_dgemma.config import DataSection
+from ds_dgemma.data.chat import split_last_turn, tokenize_turns
+from ds_dgemma.data.sources import Conversations, load_conversations
+from ds_dgemma.errors import UserError, did_you_mean, first_line
+from ds_dgemma.evaluation.scorers import SCORERS, Score, summarise
+from ds_dgemma.model.spec import read_spec
+
+ONE_THREAD_BELOW = 50_000_000  # parameters: a smaller model's CPU threads mostly wait for each other
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A model that answers, its tokenizer, and the ids that end an answer."""
+
+    model: DiffusionGemmaForBlockDiffusion
+    tokenizer: PreTrainedTokenizerFast
+    stop_ids: frozenset[int]
+
+
+def load_generator(path: str) -> Generator:
+    """Load a transformers checkpoint onto the GPU in its own dtype, or onto the CPU in float32.
+
+    Raises:
+        UserError: no DiffusionGemma checkpoint, weights missing, or no tokenizer.
+    """
+    read_spec(path)
+    on_gpu = torch.cuda.is_available()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        loaded: Any = DiffusionGemmaForBlockDiffusion.from_pretrained(
+            path,
+            dtype="auto" if on_gpu else torch.float32,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path} could not be loaded: {first_line(error)}") from error
+    model, info = loaded
+    if info["missing_keys"]:  # transformers would answer with random weights in their place
+        missing = sorted(info["missing_keys"])
+        raise UserError(f"{path} lacks {len(missing)} weights, {missing[0]} first. Export or download it again.")
+    if not on_gpu and model.num_parameters() < ONE_THREAD_BELOW:
+        torch.set_num_threads(1)
+    stop = model.generation_config.eos_token_id
+    stop_ids = {tokenizer.eos_token_id, *(stop if isinstance(stop, list) else [stop])} - {None}
+    return Generator(model.to("cuda" if on_gpu else "cpu").eval(), tokenizer, frozenset(stop_ids))
+
+
+def answer_prompts(generator: Generator, prompts: list[list[int]], batch_size: int, seed: int) -> list[str]:
+    """Answer prompts of token ids; the answers are text, in the order of the prompts."""
+    torch.manual_seed(seed)
+    generate: Callable[..., Any] = generator.model.generate  # typed for LongTensor, a type no tensor has
+    batches = list(_equal_length_batches(prompts, batch_size))
+    answers = [""] * len(prompts)
+    console = Console(stderr=True)
+    for rows in track(batches, "answering", console=console, transient=True, disable=not console.is_terminal):
+        ids = torch.tensor([prompts[row] for row in rows], device=generator.model.device)
+        output = generate(input_ids=ids)
+        for row, generated in zip(rows, output.sequences[:, ids.shape[1] :].tolist(), strict=True):
+            answers[row] = _text_before_stop(generated, generator)
+    return answers
+
+
+def evaluate(model: str, data: str, scorer: str, batch_size: int, limit: int | None, seed: int) -> dict[str, Any]:
+    """Answer the conversations of a JSONL file; return the report of `summarise` and what was evaluated."""
+    if scorer not in SCORERS:
+        raise UserError(f"--scorer {scorer}: known are {', '.join(SCORERS)}.{did_you_mean(scorer, SCORERS)}")
+    if batch_size < 1 or (limit is not None and limit < 1):
+        raise UserError(f"--batch-size {batch_size}, --limit {limit}: both must be at least 1.")
+    conversations = load_conversations(DataSection(train=data), "train")
+    rows = range(min(limit or len(conversations), len(conversations)))
+    for row in rows:  # a record of another task is refused before minutes are spent on answers
+        _score(scorer, conversations, row, answer="")
+    generator = load_generator(model)
+    turns = tokenize_turns(conversations, rows, generator.tokenizer, "last")
+    answers = answer_prompts(generator, [turn.prompt_ids for turn in turns], batch_size, seed)
+    scores = [_score(scorer, conversations, row, answer) for row, answer in zip(rows, answers, strict=True)]
+    return {"model": model, "data": data, "scorer": scorer, "seed": seed, **summarise(scores)}
+
+
+def answer_text(model: str, prompt: str, seed: int) -> str:
+    """Answer one user's message."""
+    generator = load_generator(model)
+    conversation = [{"role": "user", "content": prompt}, {"role": "assistant", "content": "?"}]
+    text, _ = split_last_turn(conversation, generator.tokenizer)
+    ids = generator.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return answer_prompts(generator, [ids], batch_size=1, seed=seed)[0]
+
+
+def _equal_length_batches(prompts: list[list[int]], batch_size: int) -> Iterator[list[int]]:
+    """Yield rows of prompts, short prompts first."""
+    by_length: dict[int, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt), []).append(row)
+    for _, rows in sorted(by_length.items()):
+        for start in range(0, len(rows), batch_size):
+            yield rows[start : start + batch_size]
+
+
+def _text_before_stop(generated: list[int], generator: Generator) -> str:
+    """Decode up to the first stop id; stray special tokens stay visible, for they make an answer wrong."""
+    stop = next((place for place, token in enumerate(generated) if token in generator.stop_ids), len(generated))
+    text = generator.tokenizer.decode(generated[:stop])
+    assert isinstance(text, str)  # one sequence
+    return text
+
+
+def _score(scorer: str, conversations: Conversations, row: int, answer: str) -> Score:
+    *prompt, reference = conversations[row]
+    try:
+        return SCORERS[scorer](prompt, reference["content"], answer)
+    except UserError as error:
+        raise UserError(f"{conversations.where(row)}: {error}") from error
