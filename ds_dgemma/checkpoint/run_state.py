@@ -192,6 +192,7 @@ def _write_shards(
         }
         intervals = {shard.name: (shard.start, shard.stop) for shard in group}
         save_file(tensors, file, metadata={"intervals": json.dumps(intervals)})
+        file.chmod(0o644)  # safetensors writes for the owner alone
         _sync_file(file)
         sizes[file.name] = file.stat().st_size
     return sizes

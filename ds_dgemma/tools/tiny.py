@@ -100,6 +100,9 @@ def _random_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = DiffusionGemmaForBlockDiffusion(_config(shape, len(tokenizer)))
+        for layer in model.model.decoder.layers:
+            # Experts with near-equal scores swap places by rounding alone, and a run would depend on its topology.
+            torch.nn.init.normal_(layer.router.proj.weight, std=1.0)
     end_of_turn = tokenizer.convert_tokens_to_ids(END_OF_TURN)
     model.generation_config = DiffusionGemmaGenerationConfig(
         max_new_tokens=shape.new_tokens,

@@ -1,0 +1,29 @@
+"""What tests share: a tiny checkpoint, puzzles, and a run config over them."""
+
+from pathlib import Path
+
+import pytest
+
+from ds_dgemma.data.sudoku import write_sudoku
+from ds_dgemma.tools.tiny import make_tiny
+
+RUN = """
+run: {{dir: {folder}/run}}
+model: {{path: {folder}/model}}
+data: {{train: {folder}/train.jsonl, workers: 0}}
+train: {{max_steps: 20, global_batch_size: 8, micro_batch_size: 8, precision: fp32}}
+optimizer: {{lr: 1e-3, min_lr: 1e-4, warmup_steps: 25}}
+checkpoint: {{every: 0}}
+deepspeed: {repository}/ds_configs/zero3.json
+"""
+
+
+@pytest.fixture(scope="session")
+def sudoku_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run config (fp32, ZeRO-3, one rank) with its tiny model and 64 puzzles; tests override run.dir."""
+    folder = tmp_path_factory.mktemp("sudoku")
+    make_tiny("sudoku4", folder / "model")
+    write_sudoku(4, "train", 64, 1, folder / "train.jsonl")
+    repository = Path(__file__).resolve().parent.parent
+    (folder / "run.yaml").write_text(RUN.format(folder=folder, repository=repository))
+    return folder / "run.yaml"
