@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -41,10 +42,21 @@ class _Mapped(Dataset):
 
 def start_server() -> None:
     """Start the server that workers are forked from; it imports in the background, so call it early."""
-    main = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m`: every worker imports it
-    ours = [name for name in sys.modules if name.startswith(__name__.partition(".")[0] + ".")]
-    multiprocessing.set_forkserver_preload(["__main__", *ours, *([main.name] if main else [])])
+    needed = [name for name in sys.modules if name.startswith("ds_dgemma.data.")]
+    multiprocessing.set_forkserver_preload([*needed, "ds_dgemma.objective.noise"])
     multiprocessing.forkserver.ensure_running()
+
+
+@contextmanager
+def _without_main_module() -> Iterator[None]:
+    """Hide the program from processes that start: they would import it, DeepSpeed and all, and use none of it."""
+    main = sys.modules["__main__"]
+    hidden = {name: vars(main).pop(name, None) for name in ("__spec__", "__file__")}
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        vars(main).update({name: value for name, value in hidden.items() if value is not None or name == "__spec__"})
 
 
 def map_in_order(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
@@ -67,7 +79,9 @@ def map_in_order(function: Callable[[Item], Result], items: Iterable[Item], work
         worker_init_fn=_prepare_worker,
         generator=torch.Generator(),  # else torch advances the global one, unlike in a run never stopped
     )
-    for result in loader:
+    with _without_main_module():
+        results = iter(loader)
+    for result in results:
         if isinstance(result, UserError):
             raise result
         yield result
