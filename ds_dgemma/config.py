@@ -55,9 +55,7 @@ class DataSection(Section):
     hub_config: str | None = Field(default=None, description="configuration name of a hub dataset")
     train_split: str = Field(default="train", description="split of a hub dataset")
     validation_split: str = Field(default="test", description="split of a hub dataset")
-    columns: ColumnsSection | None = Field(
-        default=None, description="map two columns to a conversation of two turns"
-    )
+    columns: ColumnsSection | None = Field(default=None, description="map two columns to a conversation of two turns")
     assistant_turns: Literal["last", "all"] = Field(
         default="last", description="last: learn the last answer; all: one example for every answer"
     )
@@ -66,9 +64,7 @@ class DataSection(Section):
         default="drop",
         description="examples over max_length: leave out, cut the response to whole canvases, or stop",
     )
-    workers: Annotated[int, Field(ge=0)] = Field(
-        default=1, description="loader processes per rank; 0 loads inline"
-    )
+    workers: Annotated[int, Field(ge=0)] = Field(default=1, description="loader processes per rank; 0 loads inline")
 
 
 class TrainSection(Section):
@@ -80,12 +76,8 @@ class TrainSection(Section):
     precision: Literal["bf16", "fp32"] = Field(
         default="bf16", description="compute type; master weights and accumulated gradients are fp32 in both"
     )
-    gradient_clipping: float = Field(
-        default=1.0, ge=0, description="largest global gradient norm; 0 clips nothing"
-    )
-    activation_checkpointing: bool = Field(
-        default=True, description="recompute every layer in the backward pass"
-    )
+    gradient_clipping: float = Field(default=1.0, ge=0, description="largest global gradient norm; 0 clips nothing")
+    activation_checkpointing: bool = Field(default=True, description="recompute every layer in the backward pass")
 
 
 class ParallelSection(Section):
@@ -107,15 +99,11 @@ class ObjectiveSection(Section):
     self_conditioning_probability: float = Field(
         default=0.5, ge=0, le=1, description="chance that the second pass sees the first one's guess"
     )
-    encoder_loss_weight: float = Field(
-        default=1.0, ge=0, description="weight of the encoder's next-token loss"
-    )
+    encoder_loss_weight: float = Field(default=1.0, ge=0, description="weight of the encoder's next-token loss")
     canvases_per_example: int | Literal["all"] = Field(
         default=1, description="canvases denoised per example and step, drawn without replacement; or all"
     )
-    logits_chunk_mib: int = Field(
-        default=256, ge=1, description="largest piece of fp32 logits held at once, MiB"
-    )
+    logits_chunk_mib: int = Field(default=256, ge=1, description="largest piece of fp32 logits held at once, MiB")
     first_pass_bucket: int = Field(
         default=64, ge=1, description="tokens: the first pass's clean prefix is rounded up to a multiple"
     )
@@ -173,9 +161,7 @@ class WandbSection(Section):
 class TrackingSection(Section):
     """What is written while training; `metrics.jsonl` always has every step."""
 
-    console_every: int = Field(
-        default=10, ge=1, description="steps between plain lines when not on a terminal"
-    )
+    console_every: int = Field(default=10, ge=1, description="steps between plain lines when not on a terminal")
     wandb: WandbSection = WandbSection()
 
 

@@ -127,9 +127,7 @@ def same_run_problems(old: Mapping[str, Any], new: RunConfig) -> list[str]:
         before, now = _lookup(old, key, default_of(field)), _lookup(dumped, key, None)
         if before != now:
             why = " (the learning rate's schedule ends there)" if key == ("train", "max_steps") else ""
-            problems.append(
-                f"{dotted(key)}: run directory has {show(before)}, this config says {show(now)}{why}"
-            )
+            problems.append(f"{dotted(key)}: run directory has {show(before)}, this config says {show(now)}{why}")
     return problems
 
 
@@ -178,9 +176,7 @@ class _Source:
             loader = _Loader(text)
             node = loader.get_single_node()
             if not isinstance(node, yaml.MappingNode):
-                found = (
-                    f"starts as a list or plain text, line {node.start_mark.line + 1}" if node else "is empty"
-                )
+                found = f"starts as a list or plain text, line {node.start_mark.line + 1}" if node else "is empty"
                 raise UserError(f"{self.path} holds no settings: it {found}. Expected `key: value` lines.")
             self.values = self._walk(loader, node, ())
         except yaml.MarkedYAMLError as error:
@@ -285,9 +281,7 @@ def _translate(error: ValidationError, source: _Source) -> Iterator[Problem]:
         if field is None:
             yield Problem(source.place(key), dotted(key), f"unknown setting.{nearest(key)}")
         elif found["type"] == "missing" and not inside:
-            yield Problem(
-                source.place(key), dotted(key), f"is required: {expected(field)}; {meaning(field)}."
-            )
+            yield Problem(source.place(key), dotted(key), f"is required: {expected(field)}; {meaning(field)}.")
         elif found["type"] == "value_error":
             yield Problem(source.place(key), dotted(key), f"{found['msg'].removeprefix('Value error, ')}.")
         else:
@@ -344,9 +338,7 @@ def _missing_json(wanted: Path, config_path: Path) -> str:
     places = [base / wanted, base / wanted.name, base.parent / wanted, base.parent / wanted.name]
     there = next((place for place in places if place.is_file()), None)
     hint = (
-        f" But there is {there}: give that path, or start from the folder that yours is relative to."
-        if there
-        else ""
+        f" But there is {there}: give that path, or start from the folder that yours is relative to." if there else ""
     )
     return f"no such file; relative paths start at the current directory, {Path.cwd()}.{hint}"
 

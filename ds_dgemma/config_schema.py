@@ -144,9 +144,7 @@ def _tables(above: Key, section: type[BaseModel]) -> Iterator[str]:
     title = f"### `{dotted(above)}`" if above else "### Top level"
     if rows:
         purpose = (section.__doc__ or "").strip().splitlines()[0]
-        yield "\n".join(
-            [title, "", purpose, "", "| key | value | default | meaning |", "|---|---|---|---|", *rows]
-        )
+        yield "\n".join([title, "", purpose, "", "| key | value | default | meaning |", "|---|---|---|---|", *rows])
     for name, field in section.model_fields.items():
         if (below := section_of(field)) is not None:
             yield from _tables((*above, name), below)

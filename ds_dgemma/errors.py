@@ -1,7 +1,8 @@
 """The one way this project tells a person what to change.
 
-A `UserError` is a mistake that the reader can mend: its text says what was found, what was expected and what to do. Entry
-points print it without a trace and exit with `EXIT_USER_ERROR`; any other exception is our own bug and keeps its trace.
+A `UserError` is a mistake that the reader can mend: its text says what was found, what was expected and what to do.
+Entry points print it without a trace and exit with `EXIT_USER_ERROR`; any other exception is our own bug and keeps
+its trace.
 """
 
 import difflib

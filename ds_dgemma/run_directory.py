@@ -25,10 +25,12 @@ LOCK_SECONDS = 20  # the ranks of a launcher that was killed need a moment to no
 
 
 def find_start(config: RunConfig) -> tuple[Checkpoint | None, list[str]]:
-    """Which checkpoint to continue from (None: from the model), and warnings; changes nothing but an empty directory's existence.
+    """Which checkpoint to continue from (None: from the model), and warnings; changes nothing but an empty
+    directory's existence.
 
     Raises:
-        UserError: the directory cannot be written, belongs to another config, or holds nothing to continue from that is whole.
+        UserError: the directory cannot be written, belongs to another config, or holds nothing to continue from
+        that is whole.
     """
     directory = config.run.dir
     try:
@@ -38,9 +40,7 @@ def find_start(config: RunConfig) -> tuple[Checkpoint | None, list[str]]:
             f"run.dir: {directory} cannot be created: {error.strerror}. Choose another directory."
         ) from error
     if not os.access(directory, os.W_OK) or not os.access(directory / CHECKPOINTS, os.W_OK):
-        raise UserError(
-            f"run.dir: {directory} is not writable. Choose another directory, or change its permissions."
-        )
+        raise UserError(f"run.dir: {directory} is not writable. Choose another directory, or change its permissions.")
     used = (directory / CONFIG).is_file()
     if used and config.run.resume == "never":
         raise UserError(

@@ -88,9 +88,7 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
 
     def read(split: Literal["train", "validation"]) -> ExampleSet:
         conversations = load_conversations(config.data, split)
-        examples = prepare_examples(
-            conversations, tokenizer, config.data, spec.canvas_length, tokenizer.eos_token_id
-        )
+        examples = prepare_examples(conversations, tokenizer, config.data, spec.canvas_length, tokenizer.eos_token_id)
         if ranks.is_main:
             print(f"{split}: {examples.report}", flush=True)
         return examples
@@ -118,9 +116,7 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
 def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tracker) -> None:
     """Train from the prepared start to `train.max_steps`; a collective."""
     stack = fill_model(prepared.model, ranks, prepared.deepspeed, config.train.precision, prepared.resumed)
-    engine = start_engine(
-        DenoisingObjective(stack, config.objective.logits_chunk_mib).train(), prepared.deepspeed
-    )
+    engine = start_engine(DenoisingObjective(stack, config.objective.logits_chunk_mib).train(), prepared.deepspeed)
     if prepared.resumed:
         restore(engine, ranks, prepared.resumed)
         count_steps_done(engine, prepared.start)
@@ -156,9 +152,7 @@ def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tra
                 prune(checkpoints, config.checkpoint.keep_last)
 
 
-def update(
-    engine: Any, batches: Iterator[list[Batch]], step: int, config: RunConfig, ranks: RankLayout
-) -> StepMetrics:
+def update(engine: Any, batches: Iterator[list[Batch]], step: int, config: RunConfig, ranks: RankLayout) -> StepMetrics:
     """One optimizer step: count, then forward and backward for every micro-batch."""
     began = time.perf_counter()
     micro_batches = next(batches)
@@ -262,4 +256,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is closed. Threads of gloo and of DeepSpeed's libraries may not be, and their destructors can abort a
+    # finished run.
+    os._exit(code)

@@ -1,8 +1,11 @@
 """What tests share: a tiny checkpoint, puzzles, and a run config over them."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from ds_dgemma.data.sudoku import write_sudoku
 from ds_dgemma.tools.tiny import make_tiny

@@ -2,11 +2,13 @@
 
     python tests/parity.py DIR [--dtype float32|float64] [--ep 2] [--verbose]
 
-DIR holds cases, each a folder with `model/` (a transformers checkpoint), `case.safetensors` (a batch and what is expected of it) and
-`grad_norms.json`; `tests/reference/fixtures.py` makes such a folder. Every case runs with three sets of self-conditioning coins.
+DIR holds cases, each a folder with `model/` (a transformers checkpoint), `case.safetensors` (a batch and what is
+expected of it) and `grad_norms.json`; `tests/reference/fixtures.py` makes such a folder. Every case runs with three
+sets of self-conditioning coins.
 
-float32 (default): as training would, ZeRO-3 and expert parallelism on DeepSpeed, in one process or in `--ep` processes that this
-script starts itself. float64: transformers' own experts, no engine. Exit 1 when any difference is above its tolerance.
+float32 (default): as training would, ZeRO-3 and expert parallelism on DeepSpeed, in one process or in `--ep`
+processes that this script starts itself. float64: transformers' own experts, no engine. Exit 1 when any difference
+is above its tolerance.
 """
 
 import argparse
@@ -84,9 +86,7 @@ def capture_hidden(objective: DenoisingObjective) -> list[torch.Tensor]:
 
 def run_float64(directory: Path, case: dict[str, torch.Tensor], train_router: bool):
     """Yield one `Observed` per set of coins, in double precision throughout."""
-    stack = build_stack(
-        read_spec(str(directory / "model")), train_router=train_router, activation_checkpointing=False
-    )
+    stack = build_stack(read_spec(str(directory / "model")), train_router=train_router, activation_checkpointing=False)
     materialise(stack, WeightReader(directory / "model"), plain(torch.float64, "cpu"), device="cpu")
     objective = DenoisingObjective(stack, logits_chunk_mib=1).train()
     seen = capture_hidden(objective)
@@ -96,11 +96,7 @@ def run_float64(directory: Path, case: dict[str, torch.Tensor], train_router: bo
         with DoublePrecision():
             parts = objective(batch, TokenWeights.global_mean(*batch.counts(), 1.0, 1))
             parts.loss.backward()
-        squares = {
-            DECODER + n: float(p.grad.square().sum())
-            for n, p in stack.named_parameters()
-            if p.grad is not None
-        }
+        squares = {DECODER + n: float(p.grad.square().sum()) for n, p in stack.named_parameters() if p.grad is not None}
         yield Observed(float(parts.diffusion_nll), float(parts.ar_nll), seen.pop(), squares)
 
 
@@ -149,9 +145,7 @@ def gradient_squares(engine, ranks: RankLayout) -> dict[str, float]:
         if not parameter.requires_grad:
             continue
         square = safe_get_full_grad(parameter).double().square().sum()
-        if is_expert(
-            name
-        ):  # every rank of an expert group has its own part, every replica of the group the same
+        if is_expert(name):  # every rank of an expert group has its own part, every replica of the group the same
             dist.all_reduce(square)
             square /= ranks.world / ranks.expert_parallel_size
         tensor = place_of(name, (1,) * 3).tensor
@@ -169,19 +163,14 @@ def compare(
 ):
     """Differences in the order of QUANTITIES, and the parameter whose gradient norm is furthest off."""
     expected = {
-        k.removeprefix("expected."): v[rows] if v.shape[0] > 1 else v
-        for k, v in case.items()
-        if "expected" in k
+        k.removeprefix("expected."): v[rows] if v.shape[0] > 1 else v for k, v in case.items() if "expected" in k
     }
     canvas, clean = case["canvas_ids"][rows], case["input_ids"][rows]
     spec = read_spec(str(directory / "model")).text_config
     weight = WeightReader(directory / "model").read(DECODER + "embed_tokens.weight").to(seen.hidden_NH)
     cap = spec.final_logit_softcapping
     logits = (
-        torch.tanh(
-            F.linear(seen.hidden_NH, weight).to(torch.promote_types(weight.dtype, torch.float32)) / cap
-        )
-        * cap
+        torch.tanh(F.linear(seen.hidden_NH, weight).to(torch.promote_types(weight.dtype, torch.float32)) / cap) * cap
     )
     logits = logits.cpu()
     canvas_logits = logits[: canvas.numel()].view(*canvas.shape, -1)
@@ -189,19 +178,14 @@ def compare(
     valid = case["attention_mask"][rows].bool()[:, :-1]
     pairs = (case["attention_mask"][:, 1:] & case["attention_mask"][:, :-1]).sum()
     furthest = {
-        name: abs(seen.grad_square[name] ** 0.5 - norm) / norm
-        if norm > 1e-9
-        else seen.grad_square[name] ** 0.5
+        name: abs(seen.grad_square[name] ** 0.5 - norm) / norm if norm > 1e-9 else seen.grad_square[name] ** 0.5
         for name, norm in norms.items()
     }
     extra = set(seen.grad_square) - set(norms)
     assert not extra, f"gradients that transformers does not have: {sorted(extra)}"
     worst = max(furthest, key=lambda name: furthest[name])
     differences = (
-        abs(
-            seen.diffusion_nll / float(case["canvas_loss_mask"].sum())
-            - float(expected[f"{coins}.diffusion_loss"])
-        ),
+        abs(seen.diffusion_nll / float(case["canvas_loss_mask"].sum()) - float(expected[f"{coins}.diffusion_loss"])),
         abs(seen.ar_nll / float(pairs) - float(expected[f"{coins}.ar_loss"])),
         float((canvas_logits - expected[f"{coins}.pass2_logits"]).abs().max()),
         float(((lse - expected["encoder_logsumexp"][:, :-1]) * valid).abs().max()),
@@ -212,12 +196,11 @@ def compare(
 
 def start_ranks(argv: list[str], count: int) -> int:
     """Run this script once per rank; the first failure ends the others."""
-    environment = dict(
-        os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(count)
-    )
+    environment = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(count))
     ranks = [
         subprocess.Popen(
-            [sys.executable, __file__, *argv], env={**environment, "RANK": str(r), "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": str(count)}
+            [sys.executable, __file__, *argv], env={**environment, "RANK": str(r), "LOCAL_RANK": str(r),
+            "LOCAL_WORLD_SIZE": str(count)}
         )
         for r in range(count)
     ]  # fmt: skip
@@ -227,9 +210,7 @@ def start_ranks(argv: list[str], count: int) -> int:
 
 def main(argv: list[str]) -> int:
     """Compare every case; return the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", type=Path)
     parser.add_argument("--dtype", choices=["float32", "float64", "bfloat16"], default="float32")
     parser.add_argument("--ep", type=int, default=1, help="ranks and expert-parallel size")
@@ -247,11 +228,7 @@ def main(argv: list[str]) -> int:
         connect(ranks, timeout_minutes=5)
     failed = False
     if ranks.is_main:
-        print(
-            f"{'case':<16}{'coins':<7}"
-            + "".join(f"{name:>15}" for name in QUANTITIES)
-            + "  furthest gradient"
-        )
+        print(f"{'case':<16}{'coins':<7}" + "".join(f"{name:>15}" for name in QUANTITIES) + "  furthest gradient")
     for directory in directories:
         case = load_file(directory / "case.safetensors")
         norms = json.loads((directory / "grad_norms.json").read_text())

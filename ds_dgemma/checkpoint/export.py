@@ -1,7 +1,9 @@
-"""From a run directory to a checkpoint that unmodified transformers loads: no launcher, no GPU, one file in memory at a time.
+"""From a run directory to a checkpoint that unmodified transformers loads: no launcher, no GPU, one file in memory
+at a time.
 
-The training state is in logical tensors, so a single process can put transformers' tensors together whatever topology trained them.
-What was not trained (vision tower, layer scalars, frozen parts) is copied bit for bit from the model that the run started from.
+The training state is in logical tensors, so a single process can put transformers' tensors together whatever
+topology trained them. What was not trained (vision tower, layer scalars, frozen parts) is copied bit for bit from
+the model that the run started from.
 """
 
 import json
@@ -25,7 +27,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def export_run(run_dir: Path, out: Path, step: int | None = None, dtype: str = "auto") -> Path:
     """Write the weights of a run's checkpoint (the newest, or of `step`) as a transformers directory; return it.
 
-    `dtype` auto keeps every tensor's type in the model that the run started from. The directory appears whole or not at all.
+    `dtype` auto keeps every tensor's type in the model that the run started from. The directory appears whole or
+    not at all.
 
     Raises:
         UserError: no such run or checkpoint, an `out` that holds something else, or a disk that refuses.
@@ -98,9 +101,7 @@ def _write_weights(reader: WeightReader, trained: StateReader, out: Path, dtype:
         _flush(out / INDEX)
 
 
-def _export_tensor(
-    tensor: str, reader: WeightReader, trained: StateReader, dtype: torch.dtype | None
-) -> torch.Tensor:
+def _export_tensor(tensor: str, reader: WeightReader, trained: StateReader, dtype: torch.dtype | None) -> torch.Tensor:
     """A tensor as trained, or as it was where it was not trained."""
     source = reader.read(tensor)
     names = sources_of(tensor)

@@ -1,8 +1,8 @@
 """Put a checkpoint's weights into a stack that was built on meta, each rank only its own part.
 
-`materialise` walks the parameters, asks `make_real` for each one's storage and which flat range of it this rank keeps (ZeRO-3's
-answer is in `engine/sharding.py`, the plain one, all of it, here), and fills it: from the checkpoint to start from, or, for what a
-resumed run has trained, from its training state.
+`materialise` walks the parameters, asks `make_real` for each one's storage and which flat range of it this rank
+keeps (ZeRO-3's answer is in `engine/sharding.py`, the plain one, all of it, here), and fills it: from the
+checkpoint to start from, or, for what a resumed run has trained, from its training state.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from ds_dgemma.checkpoint.weights import WeightReader
 from ds_dgemma.errors import one_line_each
 from ds_dgemma.model.stack import DiffusionGemmaStack
 
-# (name, meta parameter) -> (the real parameter, its storage to fill, first and last flat element of the whole that it holds)
+# (name, meta parameter) -> (the real parameter, its storage to fill, first and last flat element that it holds)
 MakeReal = Callable[[str, nn.Parameter], tuple[nn.Parameter, torch.Tensor, int, int]]
 
 
@@ -99,14 +99,12 @@ def _check(stack: DiffusionGemmaStack, reader: WeightReader, places: dict[str, P
             hint = ""
             if place.tensor.startswith(ENCODER_LAYERS):
                 hint = " transformers would leave it uninitialised; set model.missing_encoder_scalars: copy_decoder."
-            problems.append(
-                f"{place.tensor} is missing, shape {tuple(local[name].shape)} was expected.{hint}"
-            )
+            problems.append(f"{place.tensor} is missing, shape {tuple(local[name].shape)} was expected.{hint}")
             continue
         stored = reader.shape(place.tensor)
         expected = tuple(local[name].shape)
         if is_expert(name):
-            experts, rows, *rest = expected
+            _, rows, *rest = expected
             parts = 1 if name.endswith("w2") else 2
             expected = (stack.config.text_config.num_experts, rows * parts, *rest)
         if stored != expected:

@@ -1,7 +1,8 @@
 """Our parameters and buffers <-> transformers' tensors: one table, both directions.
 
-Ours are named as below transformers' `model.decoder.`, with two exceptions: DeepSpeed's expert layer keeps gate and up apart (w1, w3;
-w2 is down) and only this rank's experts; and the encoder's layer scalar sits beside the decoder's.
+Ours are named as below transformers' `model.decoder.`, with two exceptions: DeepSpeed's expert layer keeps gate and
+up apart (w1, w3; w2 is down) and only this rank's experts; and the encoder's layer scalar sits beside the
+decoder's.
 """
 
 import re
@@ -48,7 +49,9 @@ def place_of(name: str, shape: tuple[int, ...], expert_rank: int = 0) -> Place:
 
 
 def sources_of(tensor: str) -> tuple[str, ...] | None:
-    """Our parameters that make up a checkpoint tensor, in the order of its rows; None for what we do not train (vision, buffers)."""
+    """Our parameters that make up a checkpoint tensor, in the order of its rows; None for what we do not train
+    (vision, buffers).
+    """
     if not tensor.startswith(DECODER) or tensor.endswith(".layer_scalar"):
         return None
     name = "model." + tensor.removeprefix(DECODER)

@@ -1,10 +1,12 @@
 """The training state on disk: whole or not at all, free of topology, no pickle.
 
-`checkpoints/step-000100/` holds, per rank, safetensors files of flat fp32 shards (weights and Adam's moments), each tagged with its
-interval in the logical tensor, and `state.json`: step, AdamW's step, the size of every file. Any number of ranks, any expert split
-and any ZeRO stage reads the intervals that overlap its own. Order of data, noise and schedule need no more than the step.
+`checkpoints/step-000100/` holds, per rank, safetensors files of flat fp32 shards (weights and Adam's moments), each
+tagged with its interval in the logical tensor, and `state.json`: step, AdamW's step, the size of every file. Any
+number of ranks, any expert split and any ZeRO stage reads the intervals that overlap its own. Order of data, noise
+and schedule need no more than the step.
 
-A checkpoint is written into `step-000100.partial/`, flushed, and renamed last; what has another name than `step-NNNNNN` is debris.
+A checkpoint is written into `step-000100.partial/`, flushed, and renamed last; what has another name than
+`step-NNNNNN` is debris.
 """
 
 import json
@@ -102,9 +104,7 @@ def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
             problems.append(str(error))
     if problems:
         raise UserError(
-            "\n  ".join(
-                ["No complete checkpoint is left:", *problems, "Restore one, or choose a new run.dir."]
-            )
+            "\n  ".join(["No complete checkpoint is left:", *problems, "Restore one, or choose a new run.dir."])
         )
     return None, problems
 
@@ -144,9 +144,7 @@ class StateReader:
                 file = safe_open(checkpoint.path / name, "pt")
                 intervals = json.loads(file.metadata()["intervals"])
             except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"checkpoint {checkpoint.path} is damaged: {name}: {first_line(error)}."
-                ) from error
+                raise UserError(f"checkpoint {checkpoint.path} is damaged: {name}: {first_line(error)}.") from error
             for tensor, (start, stop) in intervals.items():
                 self._pieces.setdefault(tensor, []).append((start, stop, file))
 
@@ -178,9 +176,7 @@ class StateReader:
         return out
 
 
-def _write_shards(
-    partial: Path, shards: Iterable[Shard], kinds: tuple[str, ...], rank: int
-) -> dict[str, int]:
+def _write_shards(partial: Path, shards: Iterable[Shard], kinds: tuple[str, ...], rank: int) -> dict[str, int]:
     """Write this rank's files; return their sizes."""
     sizes = {}
     for number, group in enumerate(_groups(shards, len(kinds))):

@@ -1,7 +1,7 @@
 """Read a transformers checkpoint by slice: a rank touches only the bytes that it keeps.
 
-A checkpoint is a directory, or a hub id that huggingface_hub resolves to one (its cache respected), with `model.safetensors` or
-shards under an index. Nothing is unpickled.
+A checkpoint is a directory, or a hub id that huggingface_hub resolves to one (its cache respected), with
+`model.safetensors` or shards under an index. Nothing is unpickled.
 """
 
 import json
@@ -25,16 +25,10 @@ def local_directory(path: str, revision: str | None = None) -> Path:
         return Path(path)
     try:
         return Path(
-            snapshot_download(
-                path, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model"]
-            )
+            snapshot_download(path, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model"])
         )
-    except (
-        Exception
-    ) as error:  # huggingface_hub raises many kinds; each means that the checkpoint is not to be had
-        raise UserError(
-            f"model.path: {path} is no directory and could not be fetched: {first_line(error)}"
-        ) from error
+    except Exception as error:  # huggingface_hub raises many kinds; each means that the checkpoint is not to be had
+        raise UserError(f"model.path: {path} is no directory and could not be fetched: {first_line(error)}") from error
 
 
 class WeightReader:
@@ -93,7 +87,9 @@ class WeightReader:
 
 
 def _boxes(shape: tuple[int, ...], start: int, stop: int) -> list[tuple[slice, ...]]:
-    """Cover the flat range [start, stop) of a row-major array with boxes: partial first row, whole rows, partial last row."""
+    """Cover the flat range [start, stop) of a row-major array with boxes: partial first row, whole rows, partial
+    last row.
+    """
     if not shape:
         return [()]
     row = prod(shape[1:])
@@ -114,9 +110,7 @@ def _tensor_files(directory: Path) -> dict[str, str]:
         try:
             files: dict[str, str] = json.loads((directory / INDEX).read_text())["weight_map"]
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{directory / INDEX} is broken: {first_line(error)}. Download it again."
-            ) from error
+            raise UserError(f"{directory / INDEX} is broken: {first_line(error)}. Download it again.") from error
     elif (directory / SINGLE).is_file():
         try:
             with safe_open(directory / SINGLE, "pt") as file:
@@ -131,7 +125,5 @@ def _tensor_files(directory: Path) -> dict[str, str]:
         if Path(name).name != name:
             raise UserError(f"{directory / INDEX} names {name!r}, which is not a plain file name. Refused.")
         if not (directory / name).is_file():
-            raise UserError(
-                f"{directory} lacks the shard {name} that its index names. Copy or download it again."
-            )
+            raise UserError(f"{directory} lacks the shard {name} that its index names. Copy or download it again.")
     return files

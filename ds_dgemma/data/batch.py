@@ -1,7 +1,7 @@
 """Example and Batch: the two containers between data, objective and model.
 
-Shapes: B examples, S clean tokens (prompt, response, EOS fill, then padding), K scored canvases per example, L canvas tokens.
-A batch holds its noise already: the objective that reads it draws nothing.
+Shapes: B examples, S clean tokens (prompt, response, EOS fill, then padding), K scored canvases per example, L
+canvas tokens. A batch holds its noise already: the objective that reads it draws nothing.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -27,7 +27,9 @@ class Example:
 
 @dataclass(frozen=True)
 class FirstPass:
-    """Which examples the no-gradient pass runs on, and how much clean prefix it reads: host integers, so no device sync."""
+    """Which examples the no-gradient pass runs on, and how much clean prefix it reads: host integers, so no device
+    sync.
+    """
 
     rows: tuple[int, ...]  # never empty: every rank runs the pass, so that its collectives stay in step
     prefix: int  # clean tokens kept, at least every chosen canvas's start

@@ -25,9 +25,7 @@ def load_tokenizer(directory: Path, vocab_size: int) -> PreTrainedTokenizerFast:
     elif not tokenizer.chat_template:
         problem = "has no chat template, which says how a conversation is written. Put a chat_template.jinja beside it."
     elif len(tokenizer) > vocab_size:
-        problem = (
-            f"has {len(tokenizer)} tokens, the model's embedding {vocab_size}. They do not belong together."
-        )
+        problem = f"has {len(tokenizer)} tokens, the model's embedding {vocab_size}. They do not belong together."
     if problem:
         raise UserError(f"the tokenizer of {directory} {problem}")
     return tokenizer

@@ -11,9 +11,7 @@ from ds_dgemma.model.vocabulary import TiedVocabulary
 from ds_dgemma.objective.denoising import DenoisingObjective
 
 
-def start_engine(
-    objective: DenoisingObjective, deepspeed_config: dict[str, Any]
-) -> deepspeed.DeepSpeedEngine:
+def start_engine(objective: DenoisingObjective, deepspeed_config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
     """Wrap the objective; its trainable parameters get fp32 master weights and AdamW."""
     gather_as_units(objective.model)
     buffers = {name: buffer.clone() for name, buffer in objective.named_buffers()}

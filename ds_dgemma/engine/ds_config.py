@@ -241,9 +241,7 @@ def _deepspeed_problems(settings: dict[str, Any]) -> Iterator[str]:
         DeepSpeedConfig(copy.deepcopy(one_rank))
     except ValidationError as error:
         yield from _translate(error)
-    except (
-        Exception
-    ) as error:  # whatever type DeepSpeed raises for a setting, the setting is the user's to mend
+    except Exception as error:  # whatever type DeepSpeed raises for a setting, the setting is the user's to mend
         yield f"DeepSpeed refuses it: {first_line(error) or type(error).__name__}"
 
 

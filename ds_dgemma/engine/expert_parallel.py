@@ -1,8 +1,9 @@
 """DiffusionGemma's experts on DeepSpeed's expert-parallel layer (AutoEP).
 
-The model's own router decides; a slot hands its result to AutoEP, which sends tokens to the ranks that hold their experts and back.
-`per_expert_scale` stays in the routing weights, so it is exact, and no token is ever dropped. DeepSpeed has no preset for
-DiffusionGemma, so the layer is placed here, before `deepspeed.initialize`, and the DeepSpeed JSON has no `expert_parallel` block.
+The model's own router decides; a slot hands its result to AutoEP, which sends tokens to the ranks that hold their
+experts and back. `per_expert_scale` stays in the routing weights, so it is exact, and no token is ever dropped.
+DeepSpeed has no preset for DiffusionGemma, so the layer is placed here, before `deepspeed.initialize`, and the
+DeepSpeed JSON has no `expert_parallel` block.
 
 Shapes: N tokens, H hidden, k experts per token, E experts. Source: deepspeed 0.19.8 `module_inject/auto_ep_layer.py`.
 """
@@ -32,9 +33,7 @@ class RoutingSlot(nn.Module):
 class ExpertParallelExperts(AutoEPMoELayer):
     """AutoEP behind transformers' call `experts(hidden, top_k_index, top_k_weights)`."""
 
-    def __init__(
-        self, experts: nn.Module, config: DiffusionGemmaConfig, size: int, rank: int, grouped: bool
-    ) -> None:
+    def __init__(self, experts: nn.Module, config: DiffusionGemmaConfig, size: int, rank: int, grouped: bool) -> None:
         text = config.text_config
         spec = MoELayerSpec(
             moe_module_name="experts",
@@ -64,9 +63,7 @@ class ExpertParallelExperts(AutoEPMoELayer):
         source = nn.Module()
         source.gate = nn.Linear(text.hidden_size, text.num_experts, bias=False, device="meta")
         source.experts = experts
-        super().__init__(
-            spec, source, size, rank, AutoEPConfig(enabled=True, autoep_size=size, use_grouped_mm=grouped)
-        )
+        super().__init__(spec, source, size, rank, AutoEPConfig(enabled=True, autoep_size=size, use_grouped_mm=grouped))
         self.router = RoutingSlot()
         self.tokens_per_expert = torch.zeros(text.num_experts)
 

@@ -1,7 +1,8 @@
 """End this rank when its launcher is gone.
 
-DeepSpeed's launcher can die and leave its ranks behind: SIGKILL to `deepspeed` or to its per-node child orphans them, and they would
-go on training beside the run that replaces them. So every rank looks, once a second, whether those processes are still its ancestors.
+DeepSpeed's launcher can die and leave its ranks behind: SIGKILL to `deepspeed` or to its per-node child orphans
+them, and they would go on training beside the run that replaces them. So every rank looks, once a second, whether
+those processes are still its ancestors.
 """
 
 import os

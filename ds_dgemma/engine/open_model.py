@@ -1,7 +1,7 @@
 """From a checkpoint directory to a stack that DeepSpeed can wrap, each rank holding only its own part.
 
-Two stages: `outline_model` builds on meta and checks every name and shape, so a wrong checkpoint is refused on all ranks before any
-of them waits for another; `fill_model` makes the shards and reads them.
+Two stages: `outline_model` builds on meta and checks every name and shape, so a wrong checkpoint is refused on all
+ranks before any of them waits for another; `fill_model` makes the shards and reads them.
 """
 
 from dataclasses import dataclass
@@ -59,9 +59,7 @@ def outline_model(
     stack = build_stack(spec, train_router=train_router, activation_checkpointing=activation_checkpointing)
     place_experts(stack, size, ranks.expert_rank, grouped_matmul)
     reader = WeightReader(directory)
-    places = find_places(
-        stack, reader, expert_rank=ranks.expert_rank, copy_decoder_scalars=copy_decoder_scalars
-    )
+    places = find_places(stack, reader, expert_rank=ranks.expert_rank, copy_decoder_scalars=copy_decoder_scalars)
     return OutlinedModel(stack, reader, places)
 
 
@@ -72,7 +70,9 @@ def fill_model(
     precision: str,
     trained: StateReader | None = None,
 ) -> DiffusionGemmaStack:
-    """Make this rank's parameters real and read them: from `trained` what a resumed run has trained, else from the checkpoint."""
+    """Make this rank's parameters real and read them: from `trained` what a resumed run has trained, else from the
+    checkpoint.
+    """
     dtype = DTYPES[precision]
     if deepspeed_config.get("zero_optimization", {}).get("stage", 0) == 3:
         make_real = zero3(deepspeed_config, dtype, ranks.expert_parallel_size)

@@ -1,8 +1,10 @@
-"""What this rank owns of the training state: fp32 weights and Adam's moments, each as an interval of its logical tensor.
+"""What this rank owns of the training state: fp32 weights and Adam's moments, each as an interval of its logical
+tensor.
 
-A logical tensor is a parameter as if there were one rank: for experts, all of them. ZeRO stages keep the state in different places;
-here each is only "a flat fp32 view and where it lies in the whole", so what is on disk does not depend on stage or topology.
-Sources: deepspeed 0.19.8 `utils/tensor_fragment.py` (stages 1 to 3), `runtime/zero/stage3.py`.
+A logical tensor is a parameter as if there were one rank: for experts, all of them. ZeRO stages keep the state in
+different places; here each is only "a flat fp32 view and where it lies in the whole", so what is on disk does not
+depend on stage or topology. Sources: deepspeed 0.19.8 `utils/tensor_fragment.py` (stages 1 to 3),
+`runtime/zero/stage3.py`.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +29,9 @@ KINDS: tuple[Kind, ...] = ("fp32", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class OwnedShard:
-    """Elements [start, stop) of the flattened logical tensor `name`, and how to read and write this rank's copy of them."""
+    """Elements [start, stop) of the flattened logical tensor `name`, and how to read and write this rank's copy of
+    them.
+    """
 
     name: str
     start: int
@@ -50,7 +54,9 @@ def owned_shards(engine: deepspeed.DeepSpeedEngine, ranks: RankLayout) -> Iterat
 
 
 def create_moments(engine: deepspeed.DeepSpeedEngine, adam_step: float) -> None:
-    """Give AdamW its state before its first step, so that a checkpoint can be read into it; one step tensor for each."""
+    """Give AdamW its state before its first step, so that a checkpoint can be read into it; one step tensor for
+    each.
+    """
     optimizer = _adam(engine)
     for group in optimizer.param_groups:
         for tensor in group["params"]:

@@ -1,6 +1,7 @@
 """Ranks: who this process is, who shares experts with whom, and how all of them agree.
 
-Experts are split over `expert_parallel_size` neighbouring ranks; everything else is data parallel. With 8 ranks and EP 4:
+Experts are split over `expert_parallel_size` neighbouring ranks; everything else is data parallel. With 8 ranks and
+EP 4:
 
     expert group   0 1 2 3 | 4 5 6 7     each rank of a group holds a quarter of every layer's experts
     replicas       0 4, 1 5, 2 6, 3 7    hold the same experts; ZeRO partitions them over these
@@ -39,9 +40,7 @@ class RankLayout:
         """Read what the launcher set; a process without one is rank 0 of 1."""
         get = lambda name, default: int(os.environ.get(name, default))  # noqa: E731
         world = get("WORLD_SIZE", 1)
-        return cls(
-            get("RANK", 0), world, get("LOCAL_RANK", 0), get("LOCAL_WORLD_SIZE", world), expert_parallel_size
-        )
+        return cls(get("RANK", 0), world, get("LOCAL_RANK", 0), get("LOCAL_WORLD_SIZE", world), expert_parallel_size)
 
     @property
     def expert_rank(self) -> int:

@@ -1,8 +1,9 @@
-"""Make parameters that are born partitioned: a rank never holds more of the model than its own ZeRO-3 shards and one tensor.
+"""Make parameters that are born partitioned: a rank never holds more of the model than its own ZeRO-3 shards and
+one tensor.
 
-Each parameter becomes a ZeRO-3 parameter of its real shape (memory that is reserved, never touched), is partitioned at once, and
-only then is its shard filled. Expert parameters are partitioned over the ranks that hold the same experts.
-Source: deepspeed 0.19.8 `runtime/zero/partition_parameters.py` (`Init._convert_to_deepspeed_param`).
+Each parameter becomes a ZeRO-3 parameter of its real shape (memory that is reserved, never touched), is partitioned
+at once, and only then is its shard filled. Expert parameters are partitioned over the ranks that hold the same
+experts. Source: deepspeed 0.19.8 `runtime/zero/partition_parameters.py` (`Init._convert_to_deepspeed_param`).
 """
 
 from typing import Any

@@ -1,8 +1,9 @@
-"""The training loss on held-out examples, with the same noise in every run, at every step and on any number of ranks."""
+"""The training loss on held-out examples, with the same noise in every run, at every step and on any number of
+ranks.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-
 
 import torch
 

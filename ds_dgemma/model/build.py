@@ -9,10 +9,10 @@ from ds_dgemma.model.stack import DiffusionGemmaStack
 def build_stack(
     config: DiffusionGemmaConfig, *, train_router: bool, activation_checkpointing: bool
 ) -> DiffusionGemmaStack:
-    """Return the stack with meta parameters; what is computed rather than stored (rotary frequencies) is real and fp32."""
-    config._attn_implementation = (
-        "sdpa"  # any mask, any head size; with a mask transformers expands the keys itself
-    )
+    """Return the stack with meta parameters; what is computed rather than stored (rotary frequencies) is real and
+    fp32.
+    """
+    config._attn_implementation = "sdpa"  # any mask, any head size; with a mask transformers expands the keys itself
     config._experts_implementation = "eager"
     with torch.device("meta"):
         source = DiffusionGemmaForBlockDiffusion(config)

@@ -1,15 +1,16 @@
 """Who sees whom in one sweep over `[clean | canvases]`.
 
-The encoder (causal, clean tokens) and the decoder (bidirectional, canvas tokens) share their weights, and a canvas token reads the
-same layer's clean keys. So both modes fit in one sequence, and one mask tells them apart:
+The encoder (causal, clean tokens) and the decoder (bidirectional, canvas tokens) share their weights, and a canvas
+token reads the same layer's clean keys. So both modes fit in one sequence, and one mask tells them apart:
 
 - clean -> clean: causal, and on sliding layers within the window (itself included), in the same document;
-- canvas -> clean: what lies before its canvas's start; on sliding layers only the last `window - 1` of those, the same for every
-  token of the canvas;
+- canvas -> clean: what lies before its canvas's start; on sliding layers only the last `window - 1` of those, the
+  same for every token of the canvas;
 - canvas -> canvas: all of the same canvas, even when it is longer than the window. Nothing else reads a canvas.
 
 Shapes: B rows, T tokens of a row (clean tokens and canvases). Sources: transformers `modeling_diffusion_gemma.py`
-(`create_diffusion_decoder_attention_mask`, sliding cache) and gemma/diffusion `hackable_diffusion_adapter/hd/mask_helpers.py`.
+(`create_diffusion_decoder_attention_mask`, sliding cache) and gemma/diffusion
+`hackable_diffusion_adapter/hd/mask_helpers.py`.
 """
 
 from dataclasses import dataclass
@@ -35,9 +36,7 @@ class TokenLayout:
         return self.canvas_BT != CLEAN
 
 
-def clean_and_canvases(
-    clean_valid_BS: torch.Tensor, canvas_start_BK: torch.Tensor, length: int
-) -> TokenLayout:
+def clean_and_canvases(clean_valid_BS: torch.Tensor, canvas_start_BK: torch.Tensor, length: int) -> TokenLayout:
     """Lay out one document per row: S clean tokens, then K canvases of `length` tokens."""
     (B, S), K = clean_valid_BS.shape, canvas_start_BK.shape[1]
     device = clean_valid_BS.device
@@ -57,7 +56,8 @@ def clean_and_canvases(
 def attention_masks(layout: TokenLayout, window: int) -> dict[str, torch.Tensor]:
     """Bool masks [B, 1, T, T] (query, key; True sees), by transformers' layer type.
 
-    Three clean tokens a b c and a canvas x y that starts at position 2 (so it may not read c, its own clean text), window 2:
+    Three clean tokens a b c and a canvas x y that starts at position 2 (so it may not read c, its own clean text),
+    window 2:
 
               full_attention        sliding_attention
               a b c x y             a b c x y
@@ -69,9 +69,7 @@ def attention_masks(layout: TokenLayout, window: int) -> dict[str, torch.Tensor]
     """
     query, key = (lambda t: t[:, :, None]), (lambda t: t[:, None, :])
     position, start, canvas = layout.position_BT, layout.start_BT, layout.canvas_BT
-    same_document = (query(layout.document_BT) == key(layout.document_BT)) & (
-        key(layout.document_BT) != PADDING
-    )
+    same_document = (query(layout.document_BT) == key(layout.document_BT)) & (key(layout.document_BT) != PADDING)
     from_canvas, to_canvas = query(layout.is_canvas_BT), key(layout.is_canvas_BT)
     same_canvas = to_canvas & (query(canvas) == key(canvas))
 

@@ -22,11 +22,7 @@ def read_spec(path: str, revision: str | None = None) -> DiffusionGemmaConfig:
     try:
         config = AutoConfig.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"model.path: {path} could not be read as a checkpoint: {first_line(error)}"
-        ) from error
+        raise UserError(f"model.path: {path} could not be read as a checkpoint: {first_line(error)}") from error
     if not isinstance(config, DiffusionGemmaConfig):
-        raise UserError(
-            f"model.path: {path} is a {config.model_type} checkpoint; {ARCHITECTURE} was expected."
-        )
+        raise UserError(f"model.path: {path} is a {config.model_type} checkpoint; {ARCHITECTURE} was expected.")
     return config

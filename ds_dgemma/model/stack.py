@@ -1,10 +1,11 @@
 """DiffusionGemma's layers in one sweep, encoder and decoder at once, over transformers' own submodules and weights.
 
-A layer is transformers' decoder layer taken apart: the same attention, norms, dense MLP, router and experts, under the same names,
-with both of its layer scalars (the encoder's for clean tokens, the decoder's for canvas tokens). What is ours is the order in which
-they are called and the mask that lets one sequence hold both modes (`masks.py`).
+A layer is transformers' decoder layer taken apart: the same attention, norms, dense MLP, router and experts, under
+the same names, with both of its layer scalars (the encoder's for clean tokens, the decoder's for canvas tokens).
+What is ours is the order in which they are called and the mask that lets one sequence hold both modes (`masks.py`).
 
-Shapes: B rows, T tokens, H hidden. Source: transformers `DiffusionGemmaDecoderTextLayer.forward`, `DiffusionGemmaDecoderModel.forward`.
+Shapes: B rows, T tokens, H hidden. Source: transformers `DiffusionGemmaDecoderTextLayer.forward`,
+`DiffusionGemmaDecoderModel.forward`.
 """
 
 import torch
@@ -26,9 +27,7 @@ class SweepLayer(nn.Module):
         self.register_buffer("layer_scalar", decoder_layer.layer_scalar)
         self.register_buffer("encoder_layer_scalar", encoder_scalar)
 
-    def forward(
-        self, hidden_BTH: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, is_canvas_BT: Tensor
-    ) -> Tensor:
+    def forward(self, hidden_BTH: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, is_canvas_BT: Tensor) -> Tensor:
         """Return the layer's output, [B, T, H]; cos and sin [B, T, head dim], mask [B, 1, T, T] bool."""
         attended, _ = self.self_attn(
             self.input_layernorm(hidden_BTH), position_embeddings=(cos, sin), attention_mask=mask
@@ -46,7 +45,9 @@ class SweepLayer(nn.Module):
 
 
 class DiffusionGemmaStack(nn.Module):
-    """Embedding, layers, final norm and self-conditioning block; parameter names are transformers' below `model.decoder`."""
+    """Embedding, layers, final norm and self-conditioning block; parameter names are transformers' below
+    `model.decoder`.
+    """
 
     def __init__(self, source: DiffusionGemmaForBlockDiffusion, activation_checkpointing: bool) -> None:
         super().__init__()
@@ -62,8 +63,7 @@ class DiffusionGemmaStack(nn.Module):
         )
         self.self_conditioning = decoder.self_conditioning
         self.layers = nn.ModuleList(
-            SweepLayer(layer, twin.layer_scalar)
-            for layer, twin in zip(decoder.layers, encoder.layers, strict=True)
+            SweepLayer(layer, twin.layer_scalar) for layer, twin in zip(decoder.layers, encoder.layers, strict=True)
         )
         self.norm = decoder.norm
         self.rotary_emb = decoder.rotary_emb
@@ -71,9 +71,7 @@ class DiffusionGemmaStack(nn.Module):
     def forward(self, inputs_BTH: Tensor, layout: TokenLayout) -> Tensor:
         """Sweep once: input embeddings [B, T, H] to normed hidden states [B, T, H]."""
         masks = attention_masks(layout, self.window)
-        rotary = {
-            kind: self.rotary_emb(inputs_BTH, layout.position_BT, kind) for kind in set(self.layer_types)
-        }
+        rotary = {kind: self.rotary_emb(inputs_BTH, layout.position_BT, kind) for kind in set(self.layer_types)}
         hidden, is_canvas = inputs_BTH, layout.is_canvas_BT
         for layer, kind in zip(self.layers, self.layer_types, strict=True):
             arguments = (hidden, *rotary[kind], masks[kind], is_canvas)

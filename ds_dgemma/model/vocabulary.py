@@ -1,12 +1,14 @@
 """The tied embedding in its three uses: look-up, soft embedding, and the two-part loss; logits never exist whole.
 
-At real size a token's fp32 logits are 1 MiB and the matrix's fp32 gradient 2.9 GB. So logits are made in chunks of tokens, their
-gradient in the same visit, and the matrix's gradient of all three uses is summed in one fp32 buffer: `score` opens it, and the
-look-up, whose backward runs last because everything flows from it, adds its own share and the soft embedding's and hands it over.
+At real size a token's fp32 logits are 1 MiB and the matrix's fp32 gradient 2.9 GB. So logits are made in chunks of
+tokens, their gradient in the same visit, and the matrix's gradient of all three uses is summed in one fp32 buffer:
+`score` opens it, and the look-up, whose backward runs last because everything flows from it, adds its own share and
+the soft embedding's and hands it over.
 
-Shapes: N tokens, M canvas tokens, H hidden, V vocabulary. Numbers follow transformers `DiffusionGemmaForBlockDiffusion.forward`
-and `DiffusionGemmaDecoderModel.forward`: logits are soft-capped in fp32, probabilities are cast to the weight's type, only the
-first-pass logits are detached (the soft embedding's gradient reaches the matrix), and the padding row gets no look-up gradient.
+Shapes: N tokens, M canvas tokens, H hidden, V vocabulary. Numbers follow transformers
+`DiffusionGemmaForBlockDiffusion.forward` and `DiffusionGemmaDecoderModel.forward`: logits are soft-capped in fp32,
+probabilities are cast to the weight's type, only the first-pass logits are detached (the soft embedding's gradient
+reaches the matrix), and the padding row gets no look-up gradient.
 """
 
 from collections.abc import Iterator
@@ -49,7 +51,8 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 class TiedVocabulary(nn.Module):
     """Owns the embedding matrix, named as in transformers (`embed_tokens.weight`).
 
-    Every use goes through `forward`, because under ZeRO-3 the matrix is whole only inside its owner's forward and backward.
+    Every use goes through `forward`, because under ZeRO-3 the matrix is whole only inside its owner's forward and
+    backward.
     """
 
     def __init__(self, embedding: nn.Embedding, softcap: float, embed_scale: float) -> None:
@@ -67,9 +70,7 @@ class TiedVocabulary(nn.Module):
         """sqrt(H) as transformers keeps it: rounded to fp32, then to the weight's type."""
         return torch.tensor(self.embed_scale, dtype=self.weight.dtype, device=self.weight.device)
 
-    def embed(
-        self, ids: Tensor, first_pass_MH: Tensor, chunk: int, gradient: WeightGradient
-    ) -> tuple[Tensor, Tensor]:
+    def embed(self, ids: Tensor, first_pass_MH: Tensor, chunk: int, gradient: WeightGradient) -> tuple[Tensor, Tensor]:
         """Look up `ids` (any shape) and make the soft embedding of the first pass's hidden states (M may be 0).
 
         Returns the scaled embeddings [*ids.shape, H] and softmax(logits) @ weight * sqrt(H), [M, H].
@@ -103,7 +104,7 @@ class _Embed(torch.autograd.Function):
         first_pass_MH: Tensor,
         chunk: int,
         gradient: WeightGradient,
-    ):  # noqa: E501
+    ):
         soft_MH = torch.empty_like(first_pass_MH)
         for part in _chunks(len(first_pass_MH), chunk):
             probability = capped_logits(first_pass_MH[part], weight, owner.softcap).softmax(-1)
@@ -140,7 +141,7 @@ class _Score(torch.autograd.Function):
         chunk: int,
         gradient: WeightGradient,
         differentiate: bool,
-    ):  # noqa: E501
+    ):
         nll_N = torch.empty(len(target_N), dtype=wide(hidden_NH.dtype), device=hidden_NH.device)
         d_hidden = torch.empty_like(hidden_NH) if differentiate else None
         d_weight = gradient.open(weight) if differentiate and weight.requires_grad else None

@@ -1,12 +1,14 @@
-"""The training objective: corrupt (done in the batch), sweep, self-condition, sweep, two-part loss. One forward, loss included.
+"""The training objective: corrupt (done in the batch), sweep, self-condition, sweep, two-part loss. One forward,
+loss included.
 
     loss = sum over supervised canvas tokens of nll * diffusion_weight + sum over clean pairs of nll * ar_weight
 
-The weights carry the global means: `world * accumulation / tokens of the global batch` (times `encoder_loss_weight`), because
-DeepSpeed averages gradients over ranks and accumulation steps. So every token counts the same, wherever it was computed.
+The weights carry the global means: `world * accumulation / tokens of the global batch` (times
+`encoder_loss_weight`), because DeepSpeed averages gradients over ranks and accumulation steps. So every token
+counts the same, wherever it was computed.
 
-This is the module that DeepSpeed wraps; it knows the model and nothing of ranks. Shapes: as in `data/batch.py`, H hidden.
-Source: DiffusionGemma's recipe, gemma/diffusion `hackable_diffusion_adapter/hd/sft_model.py`.
+This is the module that DeepSpeed wraps; it knows the model and nothing of ranks. Shapes: as in `data/batch.py`, H
+hidden. Source: DiffusionGemma's recipe, gemma/diffusion `hackable_diffusion_adapter/hd/sft_model.py`.
 """
 
 from dataclasses import dataclass
@@ -67,21 +69,21 @@ class DenoisingObjective(nn.Module):
         canvas_tokens = batch.supervised_BKL.numel()
         token_weight = torch.full(target.shape, weights.ar, dtype=torch.float32, device=target.device)
         token_weight[:canvas_tokens] = weights.diffusion
-        loss, nll = self.model.embed_tokens.score(
-            hidden, target, token_weight * is_scored, self.chunk, gradient
-        )
+        loss, nll = self.model.embed_tokens.score(hidden, target, token_weight * is_scored, self.chunk, gradient)
         nll = nll * is_scored
         return LossParts(loss, nll[:canvas_tokens].sum(), nll[canvas_tokens:].sum())
 
     @torch.no_grad()
     def first_pass(self, batch: Batch) -> Tensor:
-        """Hidden states [R * K * L, H] of the first guess, on the rows whose coin needs one, reading no more than their prefix."""
+        """Hidden states [R * K * L, H] of the first guess, on the rows whose coin needs one, reading no more than
+        their prefix.
+        """
         rows, prefix = (
             torch.tensor(batch.first_pass.rows, device=batch.clean_ids_BS.device),
             batch.first_pass.prefix,
         )
         ids, canvas_ids = batch.clean_ids_BS[rows, :prefix], batch.canvas_ids_BKL[rows]
-        _, K, L = canvas_ids.shape
+        L = canvas_ids.shape[-1]
         nothing = batch.clean_ids_BS.new_empty(0, dtype=self.model.embed_tokens.weight.dtype)
         inputs, _ = self._embed(ids, canvas_ids, nothing.view(0, self._hidden_size), WeightGradient())
         clean, canvas = inputs[:, :prefix], inputs[:, prefix:]
@@ -90,9 +92,7 @@ class DenoisingObjective(nn.Module):
         hidden = self.model(torch.cat([clean, canvas], dim=1), layout)
         return hidden[:, prefix:].reshape(-1, self._hidden_size)
 
-    def second_pass(
-        self, batch: Batch, first_pass_MH: Tensor, gradient: WeightGradient
-    ) -> tuple[Tensor, Tensor]:
+    def second_pass(self, batch: Batch, first_pass_MH: Tensor, gradient: WeightGradient) -> tuple[Tensor, Tensor]:
         """The sweep that is differentiated: clean [B, S, H] and canvas [B, K, L, H] hidden states."""
         S, (B, K, L) = batch.clean_ids_BS.shape[1], batch.canvas_ids_BKL.shape
         inputs, soft_MH = self._embed(batch.clean_ids_BS, batch.canvas_ids_BKL, first_pass_MH, gradient)

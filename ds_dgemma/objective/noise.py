@@ -1,10 +1,12 @@
-"""Corrupt canvases and collate: every draw is keyed by (seed, purpose, epoch, sample, canvas), never by rank or step order.
+"""Corrupt canvases and collate: every draw is keyed by (seed, purpose, epoch, sample, canvas), never by rank or
+step order.
 
-t is a noise level in (0, 1]: 0 keeps the text, 1 destroys it. Each supervised canvas token becomes, with probability t, a uniform
-draw from the whole vocabulary (which may hit the right one); there is no mask token. Runs on the CPU, in the loader's workers.
+t is a noise level in (0, 1]: 0 keeps the text, 1 destroys it. Each supervised canvas token becomes, with
+probability t, a uniform draw from the whole vocabulary (which may hit the right one); there is no mask token. Runs
+on the CPU, in the loader's workers.
 
-Shapes: L canvas tokens, K scored canvases. Sources: gemma/diffusion `hackable_diffusion_adapter/hd/sft_model.py`, stage "corrupt";
-NeMo Automodel `recipes/dllm/train_ft.py` for noise that survives a change of ranks.
+Shapes: L canvas tokens, K scored canvases. Sources: gemma/diffusion `hackable_diffusion_adapter/hd/sft_model.py`,
+stage "corrupt"; NeMo Automodel `recipes/dllm/train_ft.py` for noise that survives a change of ranks.
 """
 
 from collections.abc import Sequence
@@ -55,7 +57,7 @@ class Corruption:
         return sorted(int(canvas) for canvas in chosen)
 
     def corrupt(self, example: Example, epoch: int, canvas: int) -> NoisyCanvas:
-        """Noise one canvas: level t ~ U(eps, 1), a uniform id for each token with probability t, a self-conditioning coin."""
+        """Noise one canvas: a level t ~ U(eps, 1), a uniform id for each token with probability t, a coin."""
         length = example.canvas_length
         start = example.prompt_length + canvas * length
         target = example.tokens_S[start : start + length].astype(np.int64)

@@ -65,9 +65,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, Record]]:
             yield line if line.endswith("\n") else line + "\n", record
         elif number < len(lines):
             found = repr(line.strip()[:60])
-            raise UserError(
-                f"{path}:{number}: expected a JSON object with a step, found {found}. Delete that line."
-            )
+            raise UserError(f"{path}:{number}: expected a JSON object with a step, found {found}. Delete that line.")
 
 
 def _finite(value: int | float | str) -> bool:

@@ -106,9 +106,7 @@ def test_auto_and_equal_values_are_accepted_and_everything_else_goes_through_unt
         ("cuda", "cpu", {}, {}),  # DeepSpeed's CPU Adam
     ],
 )
-def test_adam_is_torchs_fused_on_a_gpu_and_deepspeeds_own_when_offloaded(
-    device, offload, params, kernel
-) -> None:
+def test_adam_is_torchs_fused_on_a_gpu_and_deepspeeds_own_when_offloaded(device, offload, params, kernel) -> None:
     zero = {"stage": 3, "offload_optimizer": {"device": offload}}
     joined = join({"zero_optimization": zero, "optimizer": {"params": params}}, device=device)
     science = {"lr", "betas", "eps", "weight_decay"}

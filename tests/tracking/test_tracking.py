@@ -101,9 +101,7 @@ def test_a_killed_process_has_written_every_step_it_reported(tmp_path: Path) -> 
         "sink = JsonlSink(Path(sys.argv[1]), 0)\n"
         "for step in itertools.count(1): sink.write({'step': step}); print(step, flush=True)"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True
-    ) as child:
+    with subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         reported = int([child.stdout.readline() for _ in range(500)][-1])
         child.send_signal(signal.SIGKILL)

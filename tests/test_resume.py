@@ -1,0 +1,72 @@
+"""A killed run goes on as if nothing had happened: same command, same losses, bit for bit."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.training import read_metrics, start_ranks, train
+
+pytestmark = pytest.mark.slow
+
+STEPS = ["train.max_steps=12", "checkpoint.every=4", "optimizer.warmup_steps=4", "optimizer.lr=2e-3"]
+SPREAD = ["parallel.expert_parallel_size=2", "train.micro_batch_size=2"]  # on 2 ranks: accumulation 2
+NUMBERS = ("step", "loss", "loss_diffusion", "loss_ar", "grad_norm", "lr", "samples", "tokens")
+
+
+def numbers(metrics: list[dict]) -> list[tuple]:
+    return [tuple(record[name] for name in NUMBERS) for record in metrics]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_killed_at_any_step_continues_bit_for_bit(precision, sudoku_run, tmp_path):
+    overrides = [*STEPS, *SPREAD, f"train.precision={precision}"]
+    undisturbed = train(sudoku_run, tmp_path / "undisturbed", overrides, processes=2)
+
+    killed = tmp_path / "killed"
+    ranks = start_ranks(sudoku_run, [f"run.dir={killed}", *overrides], 2, tmp_path / "killed.log")
+    wait_for_step(killed, 6, ranks)
+    for rank in ranks:
+        rank.send_signal(signal.SIGKILL)
+        rank.wait()
+    assert [path.name for path in (killed / "checkpoints").glob("step-*[0-9]")] == ["step-000004"]
+
+    assert numbers(train(sudoku_run, killed, overrides, processes=2)) == numbers(undisturbed)
+    assert final_state(killed) == final_state(tmp_path / "undisturbed")
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(sudoku_run, tmp_path):
+    run_dir = tmp_path / "run"
+    undisturbed = train(sudoku_run, run_dir, STEPS)
+    newest = run_dir / "checkpoints" / "step-000012"
+    shard = next(newest.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:1000])
+    assert numbers(train(sudoku_run, run_dir, STEPS)) == numbers(undisturbed)
+    assert "step-000012 is damaged" in run_dir.with_suffix(".log").read_text()
+
+
+def test_a_finished_run_started_again_changes_nothing(sudoku_run, tmp_path):
+    run_dir = tmp_path / "run"
+    once = train(sudoku_run, run_dir, STEPS)
+    assert train(sudoku_run, run_dir, STEPS) == once
+
+
+def wait_for_step(run_dir: Path, step: int, ranks: list) -> None:
+    """Return as soon as metrics.jsonl has a step."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        assert all(rank.poll() is None for rank in ranks), "a rank ended before it was killed"
+        metrics = run_dir / "metrics.jsonl"
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached: {read_metrics(run_dir)[-1:]}")
+
+
+def final_state(run_dir: Path) -> dict[str, bytes]:
+    """The last checkpoint's files."""
+    last = sorted((run_dir / "checkpoints").glob("step-*"))[-1]
+    files = json.loads((last / "state.json").read_text())["files"]
+    return {name: (last / name).read_bytes() for name in files}
