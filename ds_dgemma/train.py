@@ -39,7 +39,7 @@ from ds_dgemma.engine.ranks import RankLayout, agreed, connect, disconnect, sum_
 from ds_dgemma.engine.schedule import learning_rate
 from ds_dgemma.errors import EXIT_USER_ERROR, UserError
 from ds_dgemma.evaluation.validation import validate
-from ds_dgemma.model.spec import read_spec
+from ds_dgemma.model.spec import read_spec, text_spec
 from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
 from ds_dgemma.objective.noise import Corruption
 from ds_dgemma.run_directory import CHECKPOINTS, METRICS, claim, find_start
@@ -73,8 +73,9 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
     settings = deepspeed_config(config, ranks.world, "cuda" if ranks.device.type == "cuda" else "cpu")
     resumed, warnings = find_start(config)
     spec = read_spec(config.model.path, config.model.revision)
+    text = text_spec(spec)
     directory = local_directory(config.model.path, config.model.revision)
-    tokenizer = load_tokenizer(directory, spec.text_config.vocab_size)
+    tokenizer = load_tokenizer(directory, text.vocab_size)
     grouped = config.parallel.grouped_matmul
     model = outline_model(
         spec,
@@ -86,9 +87,13 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
         copy_decoder_scalars=config.model.missing_encoder_scalars == "copy_decoder",
     )
 
+    canvas_length, eos_id = spec.canvas_length, tokenizer.eos_token_id
+    assert isinstance(canvas_length, int)
+    assert isinstance(eos_id, int)
+
     def read(split: Literal["train", "validation"]) -> ExampleSet:
         conversations = load_conversations(config.data, split)
-        examples = prepare_examples(conversations, tokenizer, config.data, spec.canvas_length, tokenizer.eos_token_id)
+        examples = prepare_examples(conversations, tokenizer, config.data, canvas_length, eos_id)
         if ranks.is_main:
             print(f"{split}: {examples.report}", flush=True)
         return examples
@@ -99,12 +104,12 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
         held_out = [validation[i] for i in range(min(len(validation), config.validation.examples))]
     corruption = Corruption(
         seed=config.seed,
-        vocab_size=spec.text_config.vocab_size,
+        vocab_size=text.vocab_size,
         noise_eps=config.objective.noise_eps,
         self_conditioning_probability=config.objective.self_conditioning_probability,
         canvases_per_example=config.objective.canvases_per_example,
         first_pass_bucket=config.objective.first_pass_bucket,
-        pad_id=spec.text_config.pad_token_id or 0,
+        pad_id=text.pad_token_id or 0,
     )
     if ranks.is_main:
         for warning in warnings:

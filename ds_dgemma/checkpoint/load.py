@@ -6,6 +6,7 @@ checkpoint to start from, or, for what a resumed run has trained, from its train
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from ds_dgemma.checkpoint.names import ENCODER_LAYERS, Place, is_expert, place_o
 from ds_dgemma.checkpoint.run_state import StateReader
 from ds_dgemma.checkpoint.weights import WeightReader
 from ds_dgemma.errors import one_line_each
+from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
 
 # (name, meta parameter) -> (the real parameter, its storage to fill, first and last flat element that it holds)
@@ -24,7 +26,7 @@ def plain(dtype: torch.dtype, device: torch.device | str) -> MakeReal:
     """Hold every parameter whole."""
 
     def make(name: str, parameter: nn.Parameter) -> tuple[nn.Parameter, torch.Tensor, int, int]:
-        real = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device), parameter.requires_grad)
+        real: Any = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device), parameter.requires_grad)
         real.__dict__.update(parameter.__dict__)  # AutoEP's tags
         return real, real.data.view(-1), 0, real.numel()
 
@@ -106,7 +108,7 @@ def _check(stack: DiffusionGemmaStack, reader: WeightReader, places: dict[str, P
         if is_expert(name):
             _, rows, *rest = expected
             parts = 1 if name.endswith("w2") else 2
-            expected = (stack.config.text_config.num_experts, rows * parts, *rest)
+            expected = (text_spec(stack.config).num_experts, rows * parts, *rest)
         if stored != expected:
             problems.append(f"{place.tensor} has shape {stored}, {expected} was expected from config.json.")
     if problems:

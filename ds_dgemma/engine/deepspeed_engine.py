@@ -15,7 +15,7 @@ def start_engine(objective: DenoisingObjective, deepspeed_config: dict[str, Any]
     """Wrap the objective; its trainable parameters get fp32 master weights and AdamW."""
     gather_as_units(objective.model)
     buffers = {name: buffer.clone() for name, buffer in objective.named_buffers()}
-    trainable = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    trainable: Any = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(
         model=objective, model_parameters=trainable, config=deepspeed_config, dist_init_required=False
     )
@@ -34,7 +34,7 @@ def gather_as_units(stack: DiffusionGemmaStack) -> None:
     set_z3_leaf_module(stack.self_conditioning, True)
 
 
-def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
+def set_learning_rate(engine: Any, lr: float) -> None:
     """Set the next update's learning rate on every parameter group."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr

@@ -15,6 +15,7 @@ from deepspeed.moe.ep_count import count_tokens_per_expert
 from torch import Tensor, nn
 from transformers import DiffusionGemmaConfig
 
+from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
 
 
@@ -34,7 +35,7 @@ class ExpertParallelExperts(AutoEPMoELayer):
     """AutoEP behind transformers' call `experts(hidden, top_k_index, top_k_weights)`."""
 
     def __init__(self, experts: nn.Module, config: DiffusionGemmaConfig, size: int, rank: int, grouped: bool) -> None:
-        text = config.text_config
+        text = text_spec(config)
         spec = MoELayerSpec(
             moe_module_name="experts",
             model_family="diffusion_gemma",
@@ -72,7 +73,9 @@ class ExpertParallelExperts(AutoEPMoELayer):
         counts = count_tokens_per_expert(top_k_index, self.num_experts)
         self.router.decision = RouterOutput(top_k_weights, top_k_index, counts)
         try:
-            return super().forward(hidden_NH.unsqueeze(0)).squeeze(0)
+            mixed = super().forward(hidden_NH.unsqueeze(0))
+            assert isinstance(mixed, Tensor)  # router logits were not asked for
+            return mixed.squeeze(0)
         finally:
             self.router.decision = None  # or the routing weights' graph would outlive the step
 
@@ -80,7 +83,7 @@ class ExpertParallelExperts(AutoEPMoELayer):
 def place_experts(stack: DiffusionGemmaStack, size: int, rank: int, grouped: bool) -> None:
     """Replace every layer's experts, still on meta, by this rank's share of them."""
     with torch.device("meta"):
-        for layer in stack.layers:
+        for layer in stack.sweep_layers():
             layer.experts = ExpertParallelExperts(layer.experts, stack.config, size, rank, grouped)
-    for layer in stack.layers:
-        layer.experts.tokens_per_expert = torch.zeros(stack.config.text_config.num_experts)
+    for layer in stack.sweep_layers():
+        layer.experts.tokens_per_expert = torch.zeros(text_spec(stack.config).num_experts)

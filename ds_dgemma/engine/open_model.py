@@ -20,6 +20,7 @@ from ds_dgemma.engine.ranks import RankLayout
 from ds_dgemma.engine.sharding import zero3
 from ds_dgemma.errors import UserError
 from ds_dgemma.model.build import build_stack
+from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -49,7 +50,7 @@ def outline_model(
     Raises:
         UserError: the experts do not divide, or the checkpoint lacks tensors or has them in other shapes.
     """
-    experts, size = spec.text_config.num_experts, ranks.expert_parallel_size
+    experts, size = text_spec(spec).num_experts, ranks.expert_parallel_size
     if experts % size:
         fitting = [n for n in range(1, ranks.world + 1) if experts % n == 0 and ranks.world % n == 0]
         raise UserError(

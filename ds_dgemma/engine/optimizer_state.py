@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import deepspeed
 import torch
 from deepspeed.utils import (
     safe_get_local_fp32_param,
@@ -40,7 +39,7 @@ class OwnedShard:
     set: Callable[[Kind, torch.Tensor], None]
 
 
-def owned_shards(engine: deepspeed.DeepSpeedEngine, ranks: RankLayout) -> Iterator[OwnedShard]:
+def owned_shards(engine: Any, ranks: RankLayout) -> Iterator[OwnedShard]:
     """Every trainable parameter's part on this rank; a rank that owns nothing of a parameter skips it."""
     stage = engine.zero_optimization_stage()
     own = _zero3_shard if stage == 3 else _zero12_shard if stage in (1, 2) else _replicated_shard
@@ -53,7 +52,7 @@ def owned_shards(engine: deepspeed.DeepSpeedEngine, ranks: RankLayout) -> Iterat
             yield shard
 
 
-def create_moments(engine: deepspeed.DeepSpeedEngine, adam_step: float) -> None:
+def create_moments(engine: Any, adam_step: float) -> None:
     """Give AdamW its state before its first step, so that a checkpoint can be read into it; one step tensor for
     each.
     """
@@ -67,13 +66,13 @@ def create_moments(engine: deepspeed.DeepSpeedEngine, adam_step: float) -> None:
             state["step"] = torch.tensor(adam_step, dtype=torch.float32, device=device)
 
 
-def adam_step(engine: deepspeed.DeepSpeedEngine) -> float:
+def adam_step(engine: Any) -> float:
     """How many updates AdamW has made: fewer than the run's steps when some were skipped."""
     state = next(iter(_adam(engine).state.values()), {"step": 0.0})
     return float(state["step"])
 
 
-def _adam(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
+def _adam(engine: Any) -> torch.optim.Optimizer:
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 

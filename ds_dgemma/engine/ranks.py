@@ -38,7 +38,10 @@ class RankLayout:
     @classmethod
     def from_environment(cls, expert_parallel_size: int) -> "RankLayout":
         """Read what the launcher set; a process without one is rank 0 of 1."""
-        get = lambda name, default: int(os.environ.get(name, default))  # noqa: E731
+
+        def get(name: str, default: int) -> int:
+            return int(os.environ.get(name, default))
+
         world = get("WORLD_SIZE", 1)
         return cls(get("RANK", 0), world, get("LOCAL_RANK", 0), get("LOCAL_WORLD_SIZE", world), expert_parallel_size)
 

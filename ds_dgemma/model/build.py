@@ -3,6 +3,7 @@
 import torch
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
+from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
 
 
@@ -17,7 +18,7 @@ def build_stack(
     with torch.device("meta"):
         source = DiffusionGemmaForBlockDiffusion(config)
         stack = DiffusionGemmaStack(source, activation_checkpointing)
-    stack.rotary_emb = type(stack.rotary_emb)(config.text_config)
-    for layer in stack.layers:
+    stack.rotary_emb = type(stack.rotary_emb)(text_spec(config))
+    for layer in stack.sweep_layers():
         layer.router.requires_grad_(train_router)
     return stack

@@ -1,6 +1,7 @@
 """What a checkpoint says of itself, read from its config.json alone: no weights, no model."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, DiffusionGemmaConfig
 
@@ -26,3 +27,8 @@ def read_spec(path: str, revision: str | None = None) -> DiffusionGemmaConfig:
     if not isinstance(config, DiffusionGemmaConfig):
         raise UserError(f"model.path: {path} is a {config.model_type} checkpoint; {ARCHITECTURE} was expected.")
     return config
+
+
+def text_spec(config: DiffusionGemmaConfig) -> Any:
+    """The language model's part of a config; untyped, for transformers declares every field optional."""
+    return config.text_config

@@ -8,24 +8,42 @@ Shapes: B rows, T tokens, H hidden. Source: transformers `DiffusionGemmaDecoderT
 `DiffusionGemmaDecoderModel.forward`.
 """
 
+from collections.abc import Iterable
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
 from ds_dgemma.model.masks import TokenLayout, attention_masks
+from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.vocabulary import TiedVocabulary
 
 
 class SweepLayer(nn.Module):
     """One layer for both modes; also the unit of activation checkpointing and of ZeRO-3's gathers."""
 
-    def __init__(self, decoder_layer: nn.Module, encoder_scalar: Tensor) -> None:
+    layer_scalar: Tensor
+    encoder_layer_scalar: Tensor
+    input_layernorm: nn.Module
+    self_attn: nn.Module
+    post_attention_layernorm: nn.Module
+    pre_feedforward_layernorm: nn.Module
+    mlp: nn.Module
+    post_feedforward_layernorm: nn.Module
+    post_feedforward_layernorm_1: nn.Module
+    pre_feedforward_layernorm_2: nn.Module
+    router: nn.Module
+    experts: Any  # transformers', or DeepSpeed's expert-parallel layer in their place
+    post_feedforward_layernorm_2: nn.Module
+
+    def __init__(self, decoder_layer: Any, encoder_layer: Any) -> None:
         super().__init__()
         for name, child in decoder_layer.named_children():
             self.add_module(name, child)
         self.register_buffer("layer_scalar", decoder_layer.layer_scalar)
-        self.register_buffer("encoder_layer_scalar", encoder_scalar)
+        self.register_buffer("encoder_layer_scalar", encoder_layer.layer_scalar)
 
     def forward(self, hidden_BTH: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, is_canvas_BT: Tensor) -> Tensor:
         """Return the layer's output, [B, T, H]; cos and sin [B, T, head dim], mask [B, 1, T, T] bool."""
@@ -52,9 +70,9 @@ class DiffusionGemmaStack(nn.Module):
     def __init__(self, source: DiffusionGemmaForBlockDiffusion, activation_checkpointing: bool) -> None:
         super().__init__()
         decoder, encoder = source.model.decoder, source.model.encoder.language_model
-        text = source.config.text_config
+        text = text_spec(source.config)
         self.config: DiffusionGemmaConfig = source.config
-        self.layer_types: list[str] = text.layer_types
+        self.layer_types: tuple[str, ...] = tuple(text.layer_types)
         self.window: int = text.sliding_window
         self.activation_checkpointing = activation_checkpointing
         embedding = decoder.embed_tokens
@@ -63,17 +81,21 @@ class DiffusionGemmaStack(nn.Module):
         )
         self.self_conditioning = decoder.self_conditioning
         self.layers = nn.ModuleList(
-            SweepLayer(layer, twin.layer_scalar) for layer, twin in zip(decoder.layers, encoder.layers, strict=True)
+            SweepLayer(layer, twin) for layer, twin in zip(decoder.layers, encoder.layers, strict=True)
         )
         self.norm = decoder.norm
         self.rotary_emb = decoder.rotary_emb
+
+    def sweep_layers(self) -> Iterable[SweepLayer]:
+        """The layers in order."""
+        return cast(Iterable[SweepLayer], self.layers)
 
     def forward(self, inputs_BTH: Tensor, layout: TokenLayout) -> Tensor:
         """Sweep once: input embeddings [B, T, H] to normed hidden states [B, T, H]."""
         masks = attention_masks(layout, self.window)
         rotary = {kind: self.rotary_emb(inputs_BTH, layout.position_BT, kind) for kind in set(self.layer_types)}
         hidden, is_canvas = inputs_BTH, layout.is_canvas_BT
-        for layer, kind in zip(self.layers, self.layer_types, strict=True):
+        for layer, kind in zip(self.sweep_layers(), self.layer_types, strict=True):
             arguments = (hidden, *rotary[kind], masks[kind], is_canvas)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 hidden = checkpoint(layer, *arguments, use_reentrant=False)

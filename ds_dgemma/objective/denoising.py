@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ds_dgemma.data.batch import Batch
 from ds_dgemma.model.masks import clean_and_canvases
+from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
 from ds_dgemma.model.vocabulary import WeightGradient
 
@@ -55,7 +56,7 @@ class DenoisingObjective(nn.Module):
     def __init__(self, model: DiffusionGemmaStack, logits_chunk_mib: int) -> None:
         super().__init__()
         self.model = model
-        self.chunk = max(1, logits_chunk_mib * 2**20 // (4 * model.config.text_config.vocab_size))
+        self.chunk = max(1, logits_chunk_mib * 2**20 // (4 * text_spec(model.config).vocab_size))
 
     def forward(self, batch: Batch, weights: TokenWeights) -> LossParts:
         gradient = WeightGradient()
@@ -109,7 +110,7 @@ class DenoisingObjective(nn.Module):
 
     @property
     def _hidden_size(self) -> int:
-        return self.model.config.text_config.hidden_size
+        return text_spec(self.model.config).hidden_size
 
     def _embed(
         self, clean_ids: Tensor, canvas_ids_BKL: Tensor, first_pass_MH: Tensor, gradient: WeightGradient

@@ -12,6 +12,7 @@ stage "corrupt"; NeMo Automodel `recipes/dllm/train_ft.py` for noise that surviv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Literal
 
 import numpy as np
 import torch
@@ -44,16 +45,17 @@ class Corruption:
     vocab_size: int
     noise_eps: float
     self_conditioning_probability: float
-    canvases_per_example: int | str  # or "all"
+    canvases_per_example: int | Literal["all"]
     first_pass_bucket: int
     pad_id: int
 
     def choose(self, example: Example, epoch: int) -> list[int]:
         """The scored canvases: uniform without replacement, in order."""
-        if self.canvases_per_example == "all" or self.canvases_per_example >= example.canvases:
+        wanted = self.canvases_per_example
+        if wanted == "all" or wanted >= example.canvases:
             return list(range(example.canvases))
         draw = generator(self.seed, "canvas", epoch, example.sample_id)
-        chosen = draw.choice(example.canvases, size=int(self.canvases_per_example), replace=False)
+        chosen = draw.choice(example.canvases, size=wanted, replace=False)
         return sorted(int(canvas) for canvas in chosen)
 
     def corrupt(self, example: Example, epoch: int, canvas: int) -> NoisyCanvas:

@@ -100,7 +100,8 @@ def _random_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = DiffusionGemmaForBlockDiffusion(_config(shape, len(tokenizer)))
-        for layer in model.model.decoder.layers:
+        decoder: Any = model.model.decoder
+        for layer in decoder.layers:
             # Experts with near-equal scores swap places by rounding alone, and a run would depend on its topology.
             torch.nn.init.normal_(layer.router.proj.weight, std=1.0)
     end_of_turn = tokenizer.convert_tokens_to_ids(END_OF_TURN)
@@ -130,6 +131,8 @@ def _config(shape: Shape, vocab_size: int) -> DiffusionGemmaConfig:
         "moe_intermediate_size": shape.expert_intermediate,
         "sliding_window": shape.window,
         "max_position_embeddings": 4096,
+        # of the fan-in: at transformers' 0.02 a clean token's embedding drowns in the first layers' outputs
+        "initializer_range": shape.hidden**-0.5,
         "use_bidirectional_attention": "vision",  # as released: only image tokens look ahead
     }
     vision_config: dict[str, Any] = {  # transformers builds the tower always; this is the smallest
@@ -146,6 +149,7 @@ def _config(shape: Shape, vocab_size: int) -> DiffusionGemmaConfig:
         text_config=text_config,
         vision_config=vision_config,
         canvas_length=shape.canvas,
+        initializer_range=shape.hidden**-0.5,
         boi_token_id=vocab_size - 3,
         eoi_token_id=vocab_size - 2,
         image_token_id=vocab_size - 1,
