@@ -69,7 +69,7 @@ def test_files_are_small_and_clean():
         assert path.stat().st_size <= 500_000, f"{path} is over 500 kB"
         if path.suffix in {".py", ".md", ".yaml", ".json", ".sh", ".toml"}:
             text = path.read_text()
-            assert text.endswith("\n"), f"{path} does not end with a newline"
+            assert not text or text.endswith("\n"), f"{path} does not end with a newline"
             assert not [line for line in text.splitlines() if line != line.rstrip()], f"{path}: trailing whitespace"
 
 
