@@ -1,25 +1,29 @@
 #!/usr/bin/env bash
-# Set up, then lint, format, types and tests: what CI runs. Arguments go to pytest:
+# Every check of the repository: format, lint, types, tests. Sets itself up. Arguments go to pytest:
 #
-#   bash tests/run.sh                    # everything
-#   bash tests/run.sh -m "not slow"      # the daily loop
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+#   bash tests/run.sh                 all of it
+#   bash tests/run.sh -m "not slow"   the daily loop
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+bash launch/setup.sh || exit
+export PATH="$PWD/.venv/bin:$PATH"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # tests start ranks of their own, which would fight for the cores
+nvidia-smi -L >/dev/null 2>&1 || export DS_ACCELERATOR=cpu
 
-step() {
+failed=()
+check() {
     local name=$1 began=$SECONDS
     shift
-    echo "== $name"
-    "$@" || {
-        echo "== $name failed" >&2
-        exit 1
-    }
-    echo "== $name: $((SECONDS - began)) s"
+    printf '\n== %s\n' "$name"
+    "$@" || failed+=("$name")
+    printf '== %s: %d s\n' "$name" $((SECONDS - began))
 }
 
-step 'set-up' bash launch/setup.sh
-export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1
-step 'format' ruff format --check .
-step 'lint' ruff check .
-step 'types' pyright
-step 'tests' python -m pytest "$@"
+check format ruff format --check --quiet .
+check lint ruff check --quiet .
+check types pyright
+check tests python -m pytest "$@"
+
+((${#failed[@]} == 0)) && exit
+printf 'failed: %s\n' "${failed[*]}"
+exit 1

@@ -1,81 +1,127 @@
-"""The repository's shape: imports follow the flow of data, files stay small, and what must parse parses."""
+"""The shape of the repository: which folder may import which, and what every file must be.
+
+The picture that the imports follow (the arrow is the way of the data; `train.py` and `cli.py` join everything):
+
+    config ─▶ data ─▶ objective ─▶ model ─▶ engine ─▶ checkpoint ─▶ tracking
+"""
 
 import ast
 import json
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
 import yaml
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-PACKAGE = REPOSITORY / "ds_dgemma"
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "ds_dgemma"
 
-# folder -> what it may import of ours, beside config, errors and itself
+EVERYONE_MAY_IMPORT = {"config", "config_file", "config_schema", "errors"}
+# Besides itself and what everyone may import. No two folders import each other.
 MAY_IMPORT = {
     "data": set(),
     "model": set(),
-    "objective": {"data", "model"},
-    "checkpoint": {"model"},
-    "engine": {"data", "objective", "model", "checkpoint"},
-    "evaluation": {"data", "objective", "model", "engine"},
     "tracking": set(),
     "tools": set(),
+    "objective": {"data", "model"},
+    "checkpoint": {"model"},
+    "engine": {"checkpoint", "model", "objective"},
+    "evaluation": {"data", "engine", "model", "objective"},
 }
-FREE_TO_ALL = {"config", "config_file", "config_schema", "errors"}
+LONGEST_FILE = 400  # lines of Python
+LARGEST_FILE = 500_000  # bytes
+BINARY = {".png", ".jpg", ".gif", ".safetensors", ".parquet"}
 
 
-def modules() -> list[Path]:
-    return sorted(PACKAGE.rglob("*.py"))
-
-
-def imports_of(path: Path) -> set[str]:
-    """Every module that a file imports, at whatever depth, by its full name."""
+def imported_modules(path: Path) -> set[str]:
+    """Every module that a file imports, at its top or inside a function, with `from package import module` resolved."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}:{node.lineno}: relative import; write the full name"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-def tracked() -> list[Path]:
-    listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True)
-    if listed.returncode:
-        pytest.skip("needs a git checkout")
-    return [path for name in listed.stdout.splitlines() if (path := REPOSITORY / name).is_file()]
+def ours(path: Path) -> set[str]:
+    """Folders and top-level modules of this package that a file imports."""
+    return {name.split(".")[1] for name in imported_modules(path) if name.startswith("ds_dgemma.")}
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_follow_the_flow_of_data(path):
-    folder = path.relative_to(PACKAGE).parts[0]
-    ours = {name.split(".")[1] for name in imports_of(path) if name.startswith("ds_dgemma.")}
-    if folder in MAY_IMPORT:
-        assert ours <= MAY_IMPORT[folder] | FREE_TO_ALL | {folder}
-    if folder != "engine":
-        assert not any(name.split(".")[0] == "deepspeed" for name in imports_of(path))
-    if path.name != "__main__.py":
-        assert not ours & {"train", "cli"}
+def python_files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.py"))
 
 
-def test_no_source_file_is_longer_than_400_lines():
-    long = {path.name: count for path in modules() if (count := len(path.read_text().splitlines())) > 400}
-    assert not long
+@cache
+def repository_files() -> list[Path]:
+    """What git tracks or would: no build output, no runs."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listing = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("needs git and a checkout")
+    return [path for name in listing.split("\0") if name and (path := ROOT / name).is_file()]
 
 
-def test_files_are_small_and_clean():
-    for path in tracked():
-        assert path.stat().st_size <= 500_000, f"{path} is over 500 kB"
-        if path.suffix in {".py", ".md", ".yaml", ".json", ".sh", ".toml"}:
-            text = path.read_text()
-            assert not text or text.endswith("\n"), f"{path} does not end with a newline"
-            assert not [line for line in text.splitlines() if line != line.rstrip()], f"{path}: trailing whitespace"
+@pytest.mark.parametrize("folder", sorted(MAY_IMPORT))
+def test_a_folder_imports_only_what_the_picture_allows(folder: str) -> None:
+    allowed = MAY_IMPORT[folder] | EVERYONE_MAY_IMPORT | {folder}
+    strangers = {str(path.relative_to(ROOT)): ours(path) - allowed for path in python_files(PACKAGE / folder)}
+    assert not {path: names for path, names in strangers.items() if names}
 
 
-def test_configs_parse():
-    for path in tracked():
-        if path.suffix == ".json":
-            json.loads(path.read_text())
-        elif path.suffix in {".yaml", ".yml"}:
+def test_the_picture_names_every_folder_and_has_no_circle() -> None:
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(MAY_IMPORT)
+    left = {folder: set(others) for folder, others in MAY_IMPORT.items()}
+    while free := {folder for folder, others in left.items() if not others & left.keys()}:
+        left = {folder: others for folder, others in left.items() if folder not in free}
+    assert not left
+
+
+def test_nothing_imports_an_entry_point() -> None:
+    importers = {path.name for path in python_files(PACKAGE) if ours(path) & {"train", "cli", "__main__"}}
+    assert importers == {"__main__.py"}
+
+
+def test_only_the_engine_imports_deepspeed() -> None:
+    users = [
+        path
+        for path in python_files(PACKAGE)
+        if {name.split(".")[0] for name in imported_modules(path)} & {"deepspeed"}
+    ]
+    assert {path.parent.name for path in users} == {"engine"}
+
+
+def test_no_python_file_is_too_long_to_read() -> None:
+    lengths = {path: len(path.read_text().splitlines()) for path in repository_files() if path.suffix == ".py"}
+    assert not {str(path): length for path, length in lengths.items() if length > LONGEST_FILE}
+
+
+def test_no_file_is_too_large_for_a_repository() -> None:
+    assert not [str(path) for path in repository_files() if path.stat().st_size > LARGEST_FILE]
+
+
+def test_text_has_no_trailing_blanks_and_ends_with_a_newline() -> None:
+    untidy = []
+    for path in repository_files():
+        if path.suffix in BINARY:
+            continue
+        text = path.read_text(encoding="utf-8")
+        lines = enumerate(text.split("\n"), start=1)
+        untidy += [f"{path.relative_to(ROOT)}:{number}" for number, line in lines if line != line.rstrip()]
+        if text and (not text.endswith("\n") or text.endswith("\n\n")):
+            untidy.append(f"{path.relative_to(ROOT)}: last line")
+    assert not untidy
+
+
+def test_yaml_json_and_shell_files_parse() -> None:
+    for path in repository_files():
+        if path.suffix in (".yaml", ".yml"):
             yaml.safe_load(path.read_text())
+        elif path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix == ".sh" or path.name == "run":
+            subprocess.run(["bash", "-n", path], check=True)
