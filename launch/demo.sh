@@ -14,7 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 config=ds_configs/runs/sudoku.yaml
 data=runs/sudoku-data
-train_puzzles=48000 # as many as the run reads: none is seen twice
+train_puzzles=40000
 test_puzzles=200
 
 usage() {

@@ -131,8 +131,6 @@ def _config(shape: Shape, vocab_size: int) -> DiffusionGemmaConfig:
         "moe_intermediate_size": shape.expert_intermediate,
         "sliding_window": shape.window,
         "max_position_embeddings": 4096,
-        # of the fan-in: at transformers' 0.02 a clean token's embedding drowns in the first layers' outputs
-        "initializer_range": shape.hidden**-0.5,
         "use_bidirectional_attention": "vision",  # as released: only image tokens look ahead
     }
     vision_config: dict[str, Any] = {  # transformers builds the tower always; this is the smallest
@@ -149,7 +147,6 @@ def _config(shape: Shape, vocab_size: int) -> DiffusionGemmaConfig:
         text_config=text_config,
         vision_config=vision_config,
         canvas_length=shape.canvas,
-        initializer_range=shape.hidden**-0.5,
         boi_token_id=vocab_size - 3,
         eoi_token_id=vocab_size - 2,
         image_token_id=vocab_size - 1,
