@@ -57,13 +57,22 @@ def create_moments(engine: Any, adam_step: float) -> None:
     each.
     """
     optimizer = _adam(engine)
-    for group in optimizer.param_groups:
-        for tensor in group["params"]:
-            state = optimizer.state[tensor]
-            for kind in KINDS[1:]:
-                state.setdefault(kind, torch.zeros_like(tensor))
-            device = tensor.device if group.get("fused") or group.get("capturable") else "cpu"
-            state["step"] = torch.tensor(adam_step, dtype=torch.float32, device=device)
+    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    for tensor in _masters(engine):
+        state = optimizer.state[tensor]
+        for kind in KINDS[1:]:
+            state.setdefault(kind, torch.zeros_like(tensor))
+        state["step"] = torch.tensor(adam_step, dtype=torch.float32, device=tensor.device if on_device else "cpu")
+
+
+def _masters(engine: Any) -> list[torch.Tensor]:
+    """The fp32 tensors that AdamW updates on this rank: flat partitions under ZeRO, parameters without."""
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        return engine.optimizer.fp32_partitioned_groups_flat
+    if stage in (1, 2):
+        return engine.optimizer.single_partition_of_fp32_groups
+    return [tensor for group in _adam(engine).param_groups for tensor in group["params"]]
 
 
 def adam_step(engine: Any) -> float:
