@@ -109,7 +109,7 @@ def deepspeed_config(config: RunConfig, world_size: int, device: Literal["cpu", 
     problems = [*_shape_problems(settings), *_refusals(settings), *_misspelt(settings)]
     if not problems:
         problems = [
-            *_stage_problems(settings, config),
+            *_stage_problems(settings),
             *_optimizer_problems(settings),
             *_fill_from_yaml(settings, config, accumulation),
         ]
@@ -168,12 +168,12 @@ def _misspelt(settings: dict[str, Any]) -> Iterator[str]:
             yield f"{key}  DeepSpeed has no such setting and would ignore it. Did you mean {close[0]}?"
 
 
-def _stage_problems(settings: dict[str, Any], config: RunConfig) -> Iterator[str]:
+def _stage_problems(settings: dict[str, Any]) -> Iterator[str]:
     stage = _get(settings, "zero_optimization.stage", 0)
-    if stage in ("auto", 0) and config.train.precision == "bf16":
+    if stage in ("auto", 0):
         yield (
-            "zero_optimization.stage = 0  DeepSpeed has no fp32 gradient accumulation for bf16 there. "
-            "Use stage 1, 2 or 3, or train.precision: fp32 in the run config"
+            "zero_optimization.stage = 0  every rank would clip by the norm of its own experts there, and the ranks "
+            "would drift apart. Use stage 1, 2 or 3"
         )
     for block, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
         device = _get(settings, f"zero_optimization.{block}.device")

@@ -41,8 +41,7 @@ class OwnedShard:
 
 def owned_shards(engine: Any, ranks: RankLayout) -> Iterator[OwnedShard]:
     """Every trainable parameter's part on this rank; a rank that owns nothing of a parameter skips it."""
-    stage = engine.zero_optimization_stage()
-    own = _zero3_shard if stage == 3 else _zero12_shard if stage in (1, 2) else _replicated_shard
+    own = _zero3_shard if engine.zero_optimization_stage() == 3 else _zero12_shard
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -66,13 +65,10 @@ def create_moments(engine: Any, adam_step: float) -> None:
 
 
 def _masters(engine: Any) -> list[torch.Tensor]:
-    """The fp32 tensors that AdamW updates on this rank: flat partitions under ZeRO, parameters without."""
-    stage = engine.zero_optimization_stage()
-    if stage == 3:
+    """The flat fp32 partitions that AdamW updates on this rank."""
+    if engine.zero_optimization_stage() == 3:
         return engine.optimizer.fp32_partitioned_groups_flat
-    if stage in (1, 2):
-        return engine.optimizer.single_partition_of_fp32_groups
-    return [tensor for group in _adam(engine).param_groups for tensor in group["params"]]
+    return engine.optimizer.single_partition_of_fp32_groups
 
 
 def adam_step(engine: Any) -> float:
@@ -123,15 +119,6 @@ def _zero12_shard(engine: Any, name: str, parameter: Any, offset: int) -> OwnedS
 
     start = offset + inside.start
     return OwnedShard(name, start, start + inside.numel, view, lambda kind, value: _copy(view(kind), value))
-
-
-def _replicated_shard(engine: Any, name: str, parameter: Any, offset: int) -> OwnedShard:
-    def view(kind: Kind) -> torch.Tensor:
-        whole = parameter.data if kind == "fp32" else _adam(engine).state[parameter][kind]
-        return whole.view(-1)
-
-    stop = offset + parameter.numel()
-    return OwnedShard(name, offset, stop, view, lambda kind, value: _copy(view(kind), value))
 
 
 def _copy(target: torch.Tensor, value: torch.Tensor) -> None:

@@ -152,7 +152,7 @@ def zero(stage: int = 3, **settings: Any) -> dict[str, Any]:
         (zero(stage3_gather_16bit_weights_on_model_save=True), "`ds-dgemma export` writes the weights"),
         (zero(offload_optimizer={"device": "nvme"}), 'offload_optimizer.device = "nvme"'),
         (zero(1, offload_param={"device": "cpu"}), "offload_param  is ignored at stage 1: use stage 3"),
-        (zero(0), "no fp32 gradient accumulation for bf16"),
+        (zero(0), "clip by the norm of its own experts"),
         (zero(reduce_bucket_sise=1), "unknown to DeepSpeed. Did you mean reduce_bucket_size?"),
         (
             zero(offload_param={"pin_memry": True}),
