@@ -15,7 +15,7 @@ run: {{dir: {folder}/run}}
 model: {{path: {folder}/model}}
 data: {{train: {folder}/train.jsonl, workers: 0}}
 train: {{max_steps: 20, global_batch_size: 8, micro_batch_size: 8, precision: fp32}}
-optimizer: {{lr: 1e-3, min_lr: 1e-4, warmup_steps: 25}}
+optimizer: {{lr: 1.5e-4, min_lr: 1.5e-5, warmup_steps: 25}}
 checkpoint: {{every: 0}}
 deepspeed: {repository}/ds_configs/zero3.json
 """

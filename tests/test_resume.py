@@ -57,8 +57,8 @@ def test_a_finished_run_started_again_changes_nothing(sudoku_run, tmp_path):
 @pytest.mark.parametrize(("processes", "experts", "stage"), [(1, 1, 3), (2, 1, 2), (2, 2, 1)])
 def test_a_run_goes_on_with_other_ranks_expert_splits_and_zero_stages(processes, experts, stage, sudoku_run, tmp_path):
     run_dir = tmp_path / "run"
-    # Warm-up outlasts the run: at a high learning rate Adam makes 1e-2 of rounding within a few steps.
-    overrides = [*STEPS, "optimizer.warmup_steps=40", "checkpoint.keep_last=3"]
+    # At a high learning rate Adam makes much of rounding, and a token's experts swap places.
+    overrides = [*STEPS, "optimizer.warmup_steps=40", "optimizer.lr=1.5e-4", "checkpoint.keep_last=3"]
     undisturbed = train(sudoku_run, run_dir, [*overrides, *SPREAD], processes=2)
     for step in (8, 12):
         shutil.rmtree(run_dir / "checkpoints" / f"step-{step:06d}")
