@@ -139,12 +139,10 @@ def capture_hidden(objective: DenoisingObjective) -> list[Tensor]:
     return seen
 
 
-def open_float64(case: Case) -> DenoisingObjective:
+def open_float64(model: Path, train_router: bool) -> DenoisingObjective:
     """The objective in double precision, on transformers' own experts."""
-    stack = build_stack(
-        read_spec(str(case.directory / "model")), train_router=case.train_router, activation_checkpointing=False
-    )
-    reader = WeightReader(case.directory / "model")
+    stack = build_stack(read_spec(str(model)), train_router=train_router, activation_checkpointing=False)
+    reader = WeightReader(model)
     materialise(stack, reader, find_places(stack, reader), plain(torch.float64, "cpu"), device="cpu")
     return DenoisingObjective(stack, logits_chunk_mib=1).train()
 
@@ -167,7 +165,7 @@ def step_float64(objective: DenoisingObjective, batch: Batch) -> Observed:
 def run_float64(case: Case) -> Iterator[Observed]:
     """One step per set of coins."""
     for coins in COINS:
-        yield step_float64(open_float64(case), to_batch(case.tensors, coins))
+        yield step_float64(open_float64(case.directory / "model", case.train_router), to_batch(case.tensors, coins))
 
 
 def run_engine(case: Case, ranks: RankLayout, args: argparse.Namespace) -> Iterator[Observed]:

@@ -61,7 +61,8 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> parity.Case:
 
 @pytest.fixture
 def run(case: parity.Case, monkeypatch: pytest.MonkeyPatch) -> Run:
-    return Run(parity.open_float64(case), parity.to_batch(case.tensors, COINS), monkeypatch)
+    objective = parity.open_float64(case.directory / "model", case.train_router)
+    return Run(objective, parity.to_batch(case.tensors, COINS), monkeypatch)
 
 
 def furthest(run: Run, case: parity.Case) -> float:

@@ -83,7 +83,10 @@ class WeightReader:
                 raise UserError(
                     f"{self.directory / file} cannot be read: {first_line(error)}. Copy or download it again."
                 ) from error
-        return self._open[1].get_slice(tensor)
+        try:
+            return self._open[1].get_slice(tensor)
+        except SafetensorError as error:
+            raise UserError(f"{self.directory / file} lacks {tensor}, which the index places there.") from error
 
 
 def _boxes(shape: tuple[int, ...], start: int, stop: int) -> list[tuple[slice, ...]]:
@@ -108,7 +111,10 @@ def _tensor_files(directory: Path) -> dict[str, str]:
     """Tensor name -> file name, with every named file present and inside the directory."""
     if (directory / INDEX).is_file():
         try:
-            files: dict[str, str] = json.loads((directory / INDEX).read_text())["weight_map"]
+            weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise TypeError("weight_map does not give every tensor a file name")
+            files: dict[str, str] = weight_map
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{directory / INDEX} is broken: {first_line(error)}. Download it again.") from error
     elif (directory / SINGLE).is_file():

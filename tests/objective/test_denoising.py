@@ -1,0 +1,234 @@
+"""What a loss depends on, and what it must not depend on. In float64, so that equal means equal to 1e-12."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ds_dgemma.checkpoint.load import find_places, materialise, plain
+from ds_dgemma.checkpoint.weights import WeightReader
+from ds_dgemma.data.batch import Batch, Example, FirstPass
+from ds_dgemma.model.build import build_stack
+from ds_dgemma.model.spec import read_spec
+from ds_dgemma.model.vocabulary import WeightGradient
+from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
+from ds_dgemma.objective.noise import Corruption, first_pass
+from tests.parity import open_float64
+from tests.reference.fixtures import Case, make_model
+from tests.reference.float64 import DoublePrecision
+
+CASE = Case(layers="SF", canvas=4, window=5)
+LENGTH = CASE.canvas
+
+
+class Step(NamedTuple):
+    loss: Tensor
+    diffusion_nll: Tensor
+    ar_nll: Tensor
+    gradients: dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    make_model(CASE).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def objective(checkpoint: Path) -> DenoisingObjective:
+    return open_float64(checkpoint, train_router=True)
+
+
+def make_batch(coin: float = 0.5) -> Batch:
+    """Three examples of 3, 1 and 2 canvases, all of them scored, with prompts of 3, 6 and 9 tokens, and some fill."""
+    draw = np.random.default_rng(5)
+    examples = []
+    for sample, canvases in enumerate((3, 1, 2)):
+        tokens = draw.integers(2, CASE.vocabulary, size=3 * (sample + 1) + canvases * LENGTH)
+        tokens[-2:] = 1
+        examples.append((Example(sample, tokens, 3 * (sample + 1), LENGTH), 0))
+    return Corruption(
+        seed=3,
+        vocab_size=CASE.vocabulary,
+        noise_eps=1e-3,
+        self_conditioning_probability=coin,
+        canvases_per_example="all",
+        first_pass_bucket=4,
+        pad_id=0,
+    ).collate(examples)
+
+
+def with_coins(batch: Batch, coin: Tensor) -> Batch:
+    """The batch with other coins, and the first pass that they need."""
+    chosen = first_pass(coin.numpy(), batch.canvas_start_BK.numpy(), batch.clean_ids_BS.shape[1], bucket=4)
+    return replace(batch, self_condition_BK=coin, first_pass=chosen)
+
+
+def take(batch: Batch, rows: slice = slice(None), canvases: slice = slice(None)) -> Batch:
+    """Some rows of a batch, some canvases of each."""
+    part = replace(
+        batch,
+        clean_ids_BS=batch.clean_ids_BS[rows],
+        clean_valid_BS=batch.clean_valid_BS[rows],
+        canvas_ids_BKL=batch.canvas_ids_BKL[rows, canvases],
+        target_ids_BKL=batch.target_ids_BKL[rows, canvases],
+        supervised_BKL=batch.supervised_BKL[rows, canvases],
+        canvas_start_BK=batch.canvas_start_BK[rows, canvases],
+    )
+    return with_coins(part, batch.self_condition_BK[rows, canvases])
+
+
+def step(objective: DenoisingObjective, batch: Batch, weights: TokenWeights) -> Step:
+    objective.zero_grad()
+    with DoublePrecision():
+        parts = objective(batch, weights)
+        parts.loss.backward()
+    gradients = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
+    return Step(parts.loss.detach(), parts.diffusion_nll, parts.ar_nll, gradients)
+
+
+def hidden(objective: DenoisingObjective, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Clean [B, S, H] and canvas [B, K, L, H] states that the loss is computed from."""
+    with DoublePrecision(), torch.no_grad():
+        return objective.second_pass(batch, objective.first_pass(batch), WeightGradient())
+
+
+def weights_of(batch: Batch, shares: int = 1) -> TokenWeights:
+    return TokenWeights.global_mean(*batch.counts(), encoder_loss_weight=0.7, shares=shares)
+
+
+def assert_same(seen: Step, expected: Step) -> None:
+    torch.testing.assert_close(seen._asdict(), expected._asdict(), rtol=1e-10, atol=1e-11)
+
+
+def total(steps: list[Step]) -> Step:
+    """The sums over micro-batches."""
+    gradients = {name: torch.stack([step.gradients[name] for step in steps]).sum(0) for name in steps[0].gradients}
+    loss, diffusion_nll, ar_nll = torch.tensor([step[:3] for step in steps], dtype=torch.float64).sum(0)
+    return Step(loss, diffusion_nll, ar_nll, gradients)
+
+
+def test_a_batch_with_nothing_to_learn_gives_zero_and_not_nan(objective: DenoisingObjective):
+    batch = make_batch()
+    nothing = replace(
+        batch,
+        supervised_BKL=torch.zeros_like(batch.supervised_BKL),
+        clean_valid_BS=torch.zeros_like(batch.clean_valid_BS),
+    )
+    seen = step(objective, nothing, weights_of(nothing))
+    assert (float(seen.loss), float(seen.diffusion_nll), float(seen.ar_nll)) == (0, 0, 0)
+    assert all(not gradient.any() for gradient in seen.gradients.values())
+
+
+def test_the_loss_is_the_weighted_sum_of_two_means(objective: DenoisingObjective):
+    batch = make_batch()
+    seen = step(objective, batch, weights_of(batch))
+    diffusion_tokens, ar_tokens = batch.counts()
+    mean = seen.diffusion_nll / diffusion_tokens + 0.7 * seen.ar_nll / ar_tokens
+    torch.testing.assert_close(seen.loss, mean, rtol=1e-6, atol=0)  # a token's weight is fp32
+
+
+def test_micro_batches_add_up_to_the_whole_batch(objective: DenoisingObjective):
+    batch = make_batch()
+    parts = [step(objective, take(batch, rows=slice(row, row + 1)), weights_of(batch)) for row in range(3)]
+    assert_same(total(parts), step(objective, batch, weights_of(batch)))
+
+
+def test_canvases_of_one_row_count_like_canvases_scored_alone(objective: DenoisingObjective):
+    batch = make_batch()
+    assert batch.self_condition_BK.any(1).tolist() != batch.self_condition_BK.all(1).tolist()  # coins differ in a row
+    both = weights_of(batch)
+    diffusion, ar = TokenWeights(both.diffusion, 0.0), TokenWeights(0.0, both.ar)
+    together = step(objective, batch, diffusion)
+    alone = [step(objective, take(batch, canvases=slice(k, k + 1)), diffusion) for k in range(3)]
+    assert_same(total(alone)._replace(ar_nll=together.ar_nll), together)
+    # and the encoder's loss does not see how many there are
+    assert_same(step(objective, take(batch, canvases=slice(1)), ar)._replace(diffusion_nll=together.diffusion_nll),
+                step(objective, batch, ar))  # fmt: skip
+
+
+@pytest.mark.parametrize("coin", [0.0, 0.5, 1.0])
+def test_how_much_the_first_pass_reads_changes_nothing(objective: DenoisingObjective, coin: float):
+    batch = make_batch(coin=coin)
+    expected = step(objective, batch, weights_of(batch))
+    start, clean = batch.canvas_start_BK.numpy(), batch.clean_ids_BS.shape[1]
+    for bucket in (1, 7, 1000):
+        chosen = first_pass(batch.self_condition_BK.numpy(), start, clean, bucket)
+        assert_same(step(objective, replace(batch, first_pass=chosen), weights_of(batch)), expected)
+    everything = replace(batch, first_pass=FirstPass(rows=(2, 0, 1), prefix=clean))
+    assert_same(step(objective, everything, weights_of(batch)), expected)
+
+
+def test_a_canvas_is_unaffected_by_the_coins_of_others(objective: DenoisingObjective):
+    batch = make_batch()
+    _, expected = hidden(objective, batch)
+    for row, canvas in ((0, 0), (0, 2), (1, 0), (2, 1)):
+        flipped = ~batch.self_condition_BK
+        flipped[row, canvas] = batch.self_condition_BK[row, canvas]
+        _, seen = hidden(objective, with_coins(batch, flipped))
+        torch.testing.assert_close(seen[row, canvas], expected[row, canvas], rtol=1e-12, atol=1e-12)
+        changed = (seen - expected).abs().amax((2, 3)) > 1e-3
+        assert int(changed[batch.supervised_BKL.any(-1)].sum()) == 5  # all the other canvases
+
+
+def test_a_canvas_sees_neither_its_own_clean_text_nor_anything_later(objective: DenoisingObjective):
+    batch = make_batch(coin=1.0)
+    _, expected = hidden(objective, batch)
+    for row, canvas in ((0, 0), (0, 1), (2, 0)):
+        start = int(batch.canvas_start_BK[row, canvas])
+        ids, canvases = batch.clean_ids_BS.clone(), batch.canvas_ids_BKL.clone()
+        ids[row, start:] = 9
+        canvases[row, torch.arange(3) != canvas] = 9
+        _, seen = hidden(objective, replace(batch, clean_ids_BS=ids, canvas_ids_BKL=canvases))
+        torch.testing.assert_close(seen[row, canvas], expected[row, canvas], rtol=1e-12, atol=1e-12)
+
+        ids[row, start - 1] = 9
+        _, seen = hidden(objective, replace(batch, clean_ids_BS=ids))
+        assert (seen[row, canvas] - expected[row, canvas]).abs().min(0).values.max() > 1e-3  # every token reads it
+
+
+def test_clean_text_sees_no_canvas_and_nothing_later(objective: DenoisingObjective):
+    batch = make_batch(coin=1.0)
+    expected, _ = hidden(objective, batch)
+    ids = batch.clean_ids_BS.clone()
+    ids[:, 8:] = 9
+    everything_else = replace(
+        batch,
+        clean_ids_BS=ids,
+        canvas_ids_BKL=torch.full_like(batch.canvas_ids_BKL, 9),
+        self_condition_BK=~batch.self_condition_BK,
+    )
+    seen, _ = hidden(objective, everything_else)
+    torch.testing.assert_close(seen[:, :8], expected[:, :8], rtol=1e-12, atol=1e-12)
+    assert (seen[0, 8] - expected[0, 8]).abs().max() > 1e-3
+
+
+def test_padding_on_the_right_changes_nothing(objective: DenoisingObjective):
+    batch = make_batch()
+    longer = replace(
+        batch,
+        clean_ids_BS=F.pad(batch.clean_ids_BS, (0, 6), value=5),
+        clean_valid_BS=F.pad(batch.clean_valid_BS, (0, 6), value=False),
+    )
+    assert_same(step(objective, longer, weights_of(batch)), step(objective, batch, weights_of(batch)))
+
+
+def test_activation_checkpointing_changes_no_number(checkpoint: Path):
+    seen = []
+    for activation_checkpointing in (False, True):
+        spec = read_spec(str(checkpoint))
+        stack = build_stack(spec, train_router=False, activation_checkpointing=activation_checkpointing)
+        reader = WeightReader(checkpoint)
+        materialise(stack, reader, find_places(stack, reader), plain(torch.float32, "cpu"), device="cpu")
+        objective = DenoisingObjective(stack, logits_chunk_mib=1).train()
+        batch = make_batch()
+        parts = objective(batch, weights_of(batch))
+        parts.loss.backward()
+        seen.append({name: p.grad for name, p in objective.named_parameters()} | {"loss": parts.loss.detach()})
+    torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=0)

@@ -1,0 +1,197 @@
+"""The noise has the stated distribution, and depends on the sample and nothing else."""
+
+import itertools
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from ds_dgemma.data.batch import Batch, Example
+from ds_dgemma.objective.noise import Corruption, NoisyCanvas, first_pass
+
+VOCABULARY, LENGTH = 40, 32
+OUTSIDE = VOCABULARY  # a clean id that no draw can hit, so that every replaced token shows
+
+
+def make_corruption(**changes) -> Corruption:
+    settings = {
+        "seed": 7,
+        "vocab_size": VOCABULARY,
+        "noise_eps": 1e-3,
+        "self_conditioning_probability": 0.5,
+        "canvases_per_example": 1,
+        "first_pass_bucket": 16,
+        "pad_id": 0,
+    }
+    return Corruption(**(settings | changes))
+
+
+def make_example(sample_id: int, canvases: int = 1, prompt: int = 3, length: int = LENGTH) -> Example:
+    tokens = np.full(prompt + canvases * length, OUTSIDE, dtype=np.int64)
+    return Example(sample_id, tokens, prompt, length)
+
+
+@pytest.fixture(scope="module")
+def many() -> list[NoisyCanvas]:
+    """3,000 canvases of as many samples."""
+    return [make_corruption().corrupt(make_example(sample), epoch=0, canvas=0) for sample in range(3000)]
+
+
+def assert_frequencies(counts: list[int], expected: list[float]) -> None:
+    """Pearson's chi-square within 4 standard deviations of what chance gives."""
+    statistic = sum((count - mean) ** 2 / mean for count, mean in zip(counts, expected, strict=True))
+    freedom = len(counts) - 1
+    assert abs(statistic - freedom) < 4 * math.sqrt(2 * freedom) + 4, f"chi-square {statistic} for {freedom}"
+
+
+def rows_of(batch: Batch) -> dict[int, tuple]:
+    """What every sample got, by its id."""
+    canvases = (batch.canvas_ids_BKL, batch.target_ids_BKL, batch.canvas_start_BK, batch.self_condition_BK)
+    return {
+        sample: (
+            batch.noise_levels[row],
+            *(tensor[row, : len(batch.noise_levels[row])].tolist() for tensor in canvases),
+        )
+        for row, sample in enumerate(batch.sample_ids)
+    }
+
+
+@pytest.mark.parametrize("canvases_per_example", [1, 2, "all"])
+def test_noise_is_the_same_however_the_batch_is_split_and_ordered(canvases_per_example: int | str):
+    corruption = make_corruption(canvases_per_example=canvases_per_example)
+    examples = [(make_example(sample, canvases=1 + sample % 4), 2) for sample in range(8)]
+    whole = rows_of(corruption.collate(examples))
+    assert whole == rows_of(corruption.collate(examples[::-1]))
+    for size in (1, 2, 4):
+        parts = [rows_of(corruption.collate(examples[start : start + size])) for start in range(0, 8, size)]
+        assert {sample: row for part in parts for sample, row in part.items()} == whole
+
+
+def test_seed_epoch_sample_and_canvas_each_give_other_noise():
+    corrupt = lambda seed, epoch, sample, canvas: (  # noqa: E731
+        make_corruption(seed=seed).corrupt(make_example(sample, canvases=2), epoch, canvas).noised_L.tolist()
+    )
+    canvases = [corrupt(*key) for key in itertools.product((0, 1), repeat=4)]
+    assert all(one != other for one, other in itertools.combinations(canvases, 2))
+
+
+def test_the_noise_level_is_uniform(many: list[NoisyCanvas]):
+    level = np.sort([canvas.noise_level for canvas in many])
+    assert level[0] >= 1e-3
+    assert level[-1] < 1
+    expected = 1e-3 + (1 - 1e-3) * (np.arange(len(level)) + 0.5) / len(level)
+    assert np.abs(level - expected).max() < 1.63 / math.sqrt(len(level))  # Kolmogorov-Smirnov, 1 %
+
+
+def test_the_noise_level_starts_at_eps():
+    levels = [make_corruption(noise_eps=0.75).corrupt(make_example(sample), 0, 0).noise_level for sample in range(400)]
+    assert 0.75 <= min(levels) < 0.76
+    assert 0.99 < max(levels) < 1
+
+
+def test_a_token_is_replaced_with_the_probability_of_its_level(many: list[NoisyCanvas]):
+    for low, high in itertools.pairwise((0.0, 0.1, 0.3, 0.6, 0.9, 1.0)):
+        some = [canvas for canvas in many if low <= canvas.noise_level < high]
+        replaced = sum(int((canvas.noised_L != canvas.target_L).sum()) for canvas in some)
+        mean = sum(LENGTH * canvas.noise_level for canvas in some)
+        variance = sum(LENGTH * canvas.noise_level * (1 - canvas.noise_level) for canvas in some)
+        assert abs(replaced - mean) < 4 * math.sqrt(variance)
+
+
+def test_replacement_does_not_depend_on_the_place_in_the_canvas(many: list[NoisyCanvas]):
+    replaced = np.stack([canvas.noised_L != canvas.target_L for canvas in many])
+    assert_frequencies(replaced.sum(0).tolist(), [replaced.sum() / LENGTH] * LENGTH)
+
+
+def test_replacements_are_uniform_over_the_whole_vocabulary(many: list[NoisyCanvas]):
+    ids = np.concatenate([canvas.noised_L[canvas.noised_L != OUTSIDE] for canvas in many])
+    counts = np.bincount(ids, minlength=VOCABULARY)
+    assert len(counts) == VOCABULARY  # pad, end of sequence and all others, and nothing beyond
+    assert_frequencies(counts.tolist(), [len(ids) / VOCABULARY] * VOCABULARY)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.2, 0.5, 1.0])
+def test_the_coin_has_its_probability(probability: float):
+    corruption = make_corruption(self_conditioning_probability=probability)
+    heads = sum(corruption.corrupt(make_example(sample), 0, 0).self_condition for sample in range(3000))
+    assert abs(heads - 3000 * probability) <= 4 * math.sqrt(3000 * probability * (1 - probability))
+
+
+def test_the_coin_is_independent_of_the_level(many: list[NoisyCanvas]):
+    level, coin = ([getattr(canvas, field) for canvas in many] for field in ("noise_level", "self_condition"))
+    assert abs(np.corrcoef(level, coin)[0, 1]) < 4 / math.sqrt(len(many))
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_scored_canvases_are_uniform_without_replacement(k: int):
+    corruption, draws = make_corruption(canvases_per_example=k), 3000
+    counts = Counter(tuple(corruption.choose(make_example(sample, canvases=5), 0)) for sample in range(draws))
+    subsets = list(itertools.combinations(range(5), k))
+    assert set(counts) <= set(subsets)
+    assert_frequencies([counts[subset] for subset in subsets], [draws / len(subsets)] * len(subsets))
+
+
+@pytest.mark.parametrize("canvases_per_example", ["all", 3, 9])
+def test_all_canvases_are_scored_when_there_are_no_more(canvases_per_example: int | str):
+    corruption = make_corruption(canvases_per_example=canvases_per_example)
+    assert corruption.choose(make_example(5, canvases=3), epoch=1) == [0, 1, 2]
+
+
+def test_a_batch_holds_the_canvases_that_were_chosen_and_nothing_else():
+    corruption = make_corruption(canvases_per_example=2)
+    tokens = np.arange(1, 4 + 3 * 4, dtype=np.int64)
+    examples = [(Example(0, tokens, 3, 4), 0), (Example(1, tokens[:7], 3, 4), 0)]
+    batch = corruption.collate(examples)
+    assert batch.clean_ids_BS.tolist() == [tokens.tolist(), tokens[:7].tolist() + [0] * 8]
+    assert batch.clean_valid_BS.sum(1).tolist() == [15, 7]
+    assert batch.supervised_BKL.all(-1).tolist() == [[True, True], [True, False]]
+    assert not batch.self_condition_BK[1, 1]
+    for row, (example, epoch) in enumerate(examples):
+        for k, canvas in enumerate(corruption.choose(example, epoch)):
+            start = 3 + 4 * canvas
+            assert batch.canvas_start_BK[row, k] == start
+            assert batch.target_ids_BKL[row, k].tolist() == tokens[start : start + 4].tolist()
+    assert batch.counts() == (12, 14 + 6)
+
+
+CHOSEN = [[1, 2], [1, 4], [1, 4]]
+DRAWN = {
+    (0, 0): (0.619637398438142, True, [17, 40, 23, 40, 40, 40, 40, 25]),
+    (0, 5): (0.906556324062977, False, [40, 39, 10, 21, 11, 38, 38, 23]),
+    (3, 2): (0.50163872958103, False, [40, 40, 39, 16, 4, 40, 40, 37]),
+}  # (epoch, canvas): level, coin, noised ids; 40 is a clean token
+
+
+def test_the_stream_of_draws_is_the_one_that_runs_were_made_with():
+    """A change here changes the noise of every run that is resumed: say so in the changelog."""
+    corruption = make_corruption(canvases_per_example=2)
+    example = make_example(11, canvases=6, length=8)
+    assert [corruption.choose(example, epoch) for epoch in range(3)] == CHOSEN
+    for (epoch, canvas), (level, coin, noised) in DRAWN.items():
+        draw = corruption.corrupt(example, epoch, canvas)
+        assert draw.noise_level == pytest.approx(level, abs=1e-12)
+        assert draw.self_condition is coin
+        assert draw.noised_L.tolist() == noised
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_first_pass_reads_at_least_up_to_every_canvas_that_needs_it(seed: int):
+    draw = np.random.default_rng(seed)
+    B, K, bucket = draw.integers(1, 6), draw.integers(1, 4), int(draw.integers(1, 20))
+    start = draw.integers(1, 50, size=(B, K))
+    clean_length = int(start.max() + draw.integers(1, 30))
+    coin = draw.random((B, K)) < draw.choice([0.0, 0.3, 1.0])
+    chosen = first_pass(coin, start, clean_length, bucket)
+    needing = [row for row in range(B) if coin[row].any()]
+    assert chosen.rows == tuple(needing or [0])  # never empty: ranks stay in step
+    assert chosen.prefix >= start[list(chosen.rows)].max()
+    assert chosen.prefix == clean_length or chosen.prefix % bucket == 0
+    assert chosen.prefix <= clean_length
+
+
+def test_the_batch_is_made_of_the_types_that_it_states():
+    batch = make_corruption().collate([(make_example(0, canvases=2), 0)])
+    assert {batch.clean_ids_BS.dtype, batch.canvas_ids_BKL.dtype, batch.target_ids_BKL.dtype} == {torch.int64}
+    assert {batch.clean_valid_BS.dtype, batch.supervised_BKL.dtype, batch.self_condition_BK.dtype} == {torch.bool}
