@@ -1,0 +1,261 @@
+"""Time one forward and backward of this project and of transformers' training hooks, side by side in one run.
+
+    python tests/benchmarks/step.py [--prompt 128 --response 256 --batch 4] [--experts plain] [--device cuda --dtype
+    bfloat16]
+
+A small model is made on the spot by unmodified transformers; all variants start from its checkpoint and see the
+same batch:
+
+- `ds_dgemma`: the stack and the objective, every layer recomputed in the backward pass; `ds_dgemma, kept`: nothing
+  recomputed;
+- `transformers`: its documented hooks. Encoder into a `DynamicCache`, decoder pass 1 without gradient, pass 2 with
+  `self_conditioning_logits` and `self_conditioning_mask`, cross-entropy on whole logits.
+
+No optimizer. Every repeat is a process of its own, variants take turns, and a process's first step is dropped.
+Compare CPU seconds where other work shares the machine. Memory is the process's peak (CPU: resident; CUDA:
+allocated), model included. The losses are printed because only equal work may be compared. Dated results: README.md
+beside this file.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
+from transformers.cache_utils import DynamicCache
+
+from ds_dgemma.data.batch import Batch, Example
+from ds_dgemma.model.masks import attention_masks, clean_and_canvases
+from ds_dgemma.objective.noise import Corruption, first_pass
+
+VARIANTS = ("ds_dgemma", "ds_dgemma, kept", "transformers")
+CANVAS = 64  # tokens
+Step = Callable[[Batch], tuple[float, float]]  # one forward and backward: diffusion and AR loss, nats per scored token
+
+
+def make_model(directory: Path, vocabulary: int) -> None:
+    """Save a four-layer DiffusionGemma of random weights."""
+    text: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+        "num_global_key_value_heads": 2,
+        "global_head_dim": 64,
+        "num_experts": 8,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 128,
+        "sliding_window": 128,
+        "max_position_embeddings": 4096,
+        "use_bidirectional_attention": "vision",
+    }
+    vision: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "patch_size": 4,
+        "position_embedding_size": 16,
+    }
+    image: dict[str, Any] = {
+        "image_token_id": vocabulary - 1,
+        "boi_token_id": vocabulary - 2,
+        "eoi_token_id": vocabulary - 3,
+    }
+    torch.manual_seed(0)
+    config = DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=CANVAS, **image)
+    DiffusionGemmaForBlockDiffusion(config).save_pretrained(directory)
+
+
+def make_batch(prompt: int, response: int, size: int, vocabulary: int, canvas: int = CANVAS) -> Batch:
+    """Random conversations of one length; every second example is self-conditioned."""
+    draw = np.random.default_rng(7)
+    rows = [
+        (Example(row, draw.integers(3, vocabulary - 3, prompt + response), prompt, canvas), 0) for row in range(size)
+    ]
+    corruption = Corruption(
+        seed=0, vocab_size=vocabulary, noise_eps=1e-3, self_conditioning_probability=0.5,
+        canvases_per_example=1, first_pass_bucket=64, pad_id=0,
+    )  # fmt: skip
+    batch = corruption.collate(rows)
+    coin = np.arange(size)[:, None] % 2 == 0
+    part = first_pass(coin, batch.canvas_start_BK.numpy(), prompt + response, corruption.first_pass_bucket)
+    return replace(batch, self_condition_BK=torch.from_numpy(coin), first_pass=part)
+
+
+def open_ours(directory: Path, args: argparse.Namespace, recompute: bool) -> Step:
+    """The stack with its objective, as one rank without ZeRO holds it."""
+    from ds_dgemma.checkpoint.load import find_places, materialise, plain
+    from ds_dgemma.checkpoint.weights import WeightReader
+    from ds_dgemma.model.build import build_stack
+    from ds_dgemma.model.spec import read_spec
+    from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
+
+    spec, dtype = read_spec(str(directory)), getattr(torch, args.dtype)
+    stack = build_stack(spec, train_router=False, activation_checkpointing=recompute)
+    if args.experts == "expert_parallel":
+        from ds_dgemma.engine.expert_parallel import place_experts
+
+        place_experts(stack, 1, 0, args.device == "cuda" and dtype is torch.bfloat16)
+    reader = WeightReader(directory)
+    make_real = plain(dtype, args.device)
+    materialise(stack, reader, find_places(stack, reader), make_real, device=args.device)
+    objective = DenoisingObjective(stack, args.logits_chunk_mib).train()
+
+    def step(batch: Batch) -> tuple[float, float]:
+        objective.zero_grad()
+        diffusion, ar = batch.counts()
+        parts = objective(batch, TokenWeights.global_mean(diffusion, ar, 1.0, 1))
+        parts.loss.backward()
+        return float(parts.diffusion_nll) / diffusion, float(parts.ar_nll) / ar
+
+    return step
+
+
+def open_transformers(directory: Path, args: argparse.Namespace) -> Step:
+    """transformers' model through its public forward, with the masks of the same batch."""
+    dtype = getattr(torch, args.dtype)
+    model: Any = DiffusionGemmaForBlockDiffusion.from_pretrained(directory, dtype=dtype).to(args.device).train()
+    for layer in model.model.decoder.layers:
+        layer.router.requires_grad_(False)
+    text: Any = model.config.text_config
+    window, cap = text.sliding_window, text.final_logit_softcapping
+
+    def step(batch: Batch) -> tuple[float, float]:
+        model.zero_grad()
+        ids, S = batch.clean_ids_BS, batch.clean_ids_BS.shape[1]
+        layout = clean_and_canvases(batch.clean_valid_BS, batch.canvas_start_BK, CANVAS)
+        masks = attention_masks(layout, window)
+        encoded = model.model.encoder(
+            input_ids=ids,
+            attention_mask={kind: mask[..., :S, :S] for kind, mask in masks.items()},
+            past_key_values=DynamicCache(),  # without a config it keeps every key
+        )
+        canvas = dict(
+            past_key_values=encoded.past_key_values,
+            decoder_input_ids=batch.canvas_ids_BKL[:, 0],
+            decoder_attention_mask={kind: mask[..., S:, :] for kind, mask in masks.items()},
+            decoder_position_ids=layout.position_BT[:, S:],
+        )
+        with torch.no_grad():
+            guess = model(**canvas).logits
+        logits = model(self_conditioning_logits=guess, self_conditioning_mask=batch.self_condition_BK[:, 0], **canvas)
+        del guess
+        diffusion = F.cross_entropy(logits.logits.flatten(0, 1), batch.target_ids_BKL.flatten())
+        del logits
+        clean = torch.tanh(model.lm_head(encoded.last_hidden_state).float() / cap) * cap
+        ar = F.cross_entropy(clean[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        del clean, encoded, canvas
+        (diffusion + ar).backward()
+        return float(diffusion.detach()), float(ar.detach())
+
+    return step
+
+
+def measure(variant: str, directory: Path, args: argparse.Namespace) -> dict:
+    """One repeat in this process: a dropped step, then `args.steps` timed ones."""
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    cuda = args.device == "cuda"
+    if variant == "transformers":
+        step = open_transformers(directory, args)
+    else:
+        step = open_ours(directory, args, recompute=variant == "ds_dgemma")
+    batch = make_batch(args.prompt, args.response, args.batch, args.vocabulary).to(args.device)
+    wall, cpu, losses = [], [], (0.0, 0.0)
+    for _ in range(1 + args.steps):
+        began, spent = time.perf_counter(), time.process_time()
+        losses = step(batch)  # its floats wait for the device's forward, the synchronize below for its backward
+        if cuda:
+            torch.cuda.synchronize()
+        wall.append(time.perf_counter() - began)
+        cpu.append(time.process_time() - spent)
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"wall": wall[1:], "cpu": cpu[1:], "peak_mib": peak / 2**20, "losses": losses}
+
+
+def report(seen: dict[str, list[dict]]) -> str:
+    """Markdown: a row per variant, medians with their range, then the ratios to transformers."""
+    lines = ["| | CPU s | wall s | peak MiB | diffusion loss | AR loss |", "|---|---|---|---|---|---|"]
+    middle: dict[str, tuple[float, ...]] = {}
+    for variant, repeats in seen.items():
+        columns = [[second for repeat in repeats for second in repeat[key]] for key in ("cpu", "wall")]
+        columns.append([repeat["peak_mib"] for repeat in repeats])
+        middle[variant] = tuple(statistics.median(column) for column in columns)
+        cells = [
+            f"{statistics.median(column):.{digits}f} ({min(column):.{digits}f} to {max(column):.{digits}f})"
+            for column, digits in zip(columns, (2, 2, 0), strict=True)
+        ]
+        losses = [f"{loss:.6f}" for loss in repeats[-1]["losses"]]
+        lines.append(f"| {' | '.join([variant, *cells, *losses])} |")
+    lines.append("")
+    for variant in VARIANTS[:-1]:
+        cpu, wall, peak = (a / b for a, b in zip(middle[variant], middle[VARIANTS[-1]], strict=True))
+        lines.append(f"{variant} / transformers: CPU time {cpu:.2f}, wall time {wall:.2f}, peak memory {peak:.2f}")
+    return "\n".join(lines)
+
+
+def losses_differ(seen: dict[str, list[dict]], tolerance: float) -> bool:
+    """Whether variants computed different losses: then their times compare different work."""
+    losses = [repeat["losses"] for repeats in seen.values() for repeat in repeats]
+    return any(max(column) - min(column) > tolerance for column in zip(*losses, strict=True))
+
+
+def main(argv: list[str]) -> int:
+    """Run all repeats and print the table; 1 when the variants' losses differ."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompt", type=int, default=128, help="tokens")
+    parser.add_argument("--response", type=int, default=256, help=f"tokens, a multiple of {CANVAS}")
+    parser.add_argument("--batch", type=int, default=4, help="examples")
+    parser.add_argument("--vocabulary", type=int, default=32768, help="tokens")
+    parser.add_argument("--experts", choices=["expert_parallel", "plain"], default="expert_parallel", help="our layer")
+    parser.add_argument("--logits-chunk-mib", type=int, default=256, help="objective.logits_chunk_mib")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--repeats", type=int, default=3, help="processes per variant")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps per process")
+    parser.add_argument("--child", nargs=2, metavar=("VARIANT", "MODEL"), help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    os.environ.setdefault("DS_ACCELERATOR", args.device)
+    if args.response % CANVAS:
+        parser.error(f"--response {args.response} is not a multiple of {CANVAS}")
+    if args.child:
+        print(json.dumps(measure(args.child[0], Path(args.child[1]), args)))
+        return 0
+    seen: dict[str, list[dict]] = {variant: [] for variant in VARIANTS}
+    with tempfile.TemporaryDirectory() as model:
+        make_model(Path(model), args.vocabulary)
+        for _ in range(args.repeats):
+            for variant, repeats in seen.items():
+                command = [sys.executable, __file__, *argv, "--child", variant, model]
+                run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                repeats.append(json.loads(run.stdout.splitlines()[-1]))
+    print(report(seen))
+    if differ := losses_differ(seen, 1e-4 if args.dtype == "float32" else 3e-2):
+        print("The variants' losses differ: they did not do the same work.")
+    return int(differ)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

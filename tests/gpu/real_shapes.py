@@ -1,0 +1,216 @@
+"""Full-parameter training steps at the released model's shapes, in bf16 under ZeRO-3, with as many layers as fit.
+
+    python -m tests.gpu.real_shapes [--layers N] [--rehearse]
+
+The checkpoint is a header and a hole as large as its weights, so loading is the real thing and costs no disk; the
+weights are drawn on the device. Without --layers the largest number is tried that should fit, then fewer, each in a
+process of its own; then one layer: the vocabulary dominates so few, and the difference is what a layer costs.
+
+FLOPs of a step, 2 per multiply-add, none for what is computed again in the backward pass; W are the weights of matrix
+products that a token meets in the layers (its top-k experts only), P a layer's visible pairs of query and key, V H the
+vocabulary's matrix:
+
+    sweep(tokens, P)    = 2 tokens W + sum over layers of 4 P heads head_dim
+    first pass          = sweep + 4 V H tokens that it guesses (their logits, their soft embedding)
+    second pass         = 3 sweep + 6 V H tokens scored (both losses) + 2 V H tokens guessed (the matrix's gradient)
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DiffusionGemmaForBlockDiffusion
+
+from ds_dgemma.config import RunConfig
+from ds_dgemma.data.batch import Batch
+from ds_dgemma.engine.deepspeed_engine import start_engine
+from ds_dgemma.engine.ds_config import deepspeed_config
+from ds_dgemma.engine.open_model import fill_model, outline_model
+from ds_dgemma.engine.ranks import RankLayout, connect, disconnect
+from ds_dgemma.model.masks import attention_masks, clean_and_canvases
+from ds_dgemma.model.spec import read_spec
+from ds_dgemma.model.stack import DiffusionGemmaStack
+from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
+from tests.benchmarks.step import make_batch
+from tests.gpu import ROOT, shapes
+
+OUT_OF_MEMORY = 3
+GIB = 2**30
+# Peak of dense bf16 matrix products, FLOP/s, by a part of the device's name
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
+# Bytes per parameter: bf16 weight, fp32 master, moments and gradient; the vocabulary's buffer; gathered copies
+STATE, VOCABULARY_EXTRA, LAYER_EXTRA = 18, 8, 4
+WARM_UP, TIMED = 2, 5
+
+
+def save_hollow(layers: int, rehearse: bool, directory: Path) -> None:
+    """Save a checkpoint that reads as zeros and takes no space."""
+    config = shapes.config(rehearse, layers)
+    config.save_pretrained(directory)
+    with torch.device("meta"):
+        tensors = DiffusionGemmaForBlockDiffusion(config).state_dict()
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        if name.startswith("model.decoder.") or name.endswith(".layer_scalar"):
+            start, end = end, end + 2 * tensor.numel()
+            header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    written = json.dumps(header).encode()
+    written += b" " * (-len(written) % 8)
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(len(written).to_bytes(8, "little") + written)
+        file.truncate(8 + len(written) + end)
+
+
+@torch.no_grad()
+def draw_weights(stack: DiffusionGemmaStack) -> None:
+    """Random matrices, scales of one."""
+    for parameter in stack.parameters():
+        held: Tensor = getattr(parameter, "ds_tensor", parameter)
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        held.data.fill_(1) if len(shape) < 2 else held.data.normal_(0, 0.02)
+    for name, buffer in stack.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.fill_(1)
+
+
+def open_engine(layers: int, rehearse: bool, ranks: RankLayout) -> Any:
+    """The engine that a run of `sft` would have, on one rank."""
+    rows, where = shapes.lengths(rehearse)[2], ranks.device
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        save_hollow(layers, rehearse, directory)
+        run = RunConfig.model_validate(
+            {
+                "run": {"dir": name},
+                "model": {"path": name},
+                "data": {"train": "none"},
+                "train": {"max_steps": 1000, "global_batch_size": rows, "micro_batch_size": rows, "precision": "bf16"},
+                "deepspeed": ROOT / "ds_configs" / "zero3.json",
+            }
+        )
+        settings = deepspeed_config(run, 1, "cuda" if where.type == "cuda" else "cpu")
+        grouped = where.type == "cuda"
+        outlined = outline_model(read_spec(name), directory, ranks, grouped_matmul=grouped)
+        stack = fill_model(outlined, ranks, settings, "bf16")
+    draw_weights(stack)
+    return start_engine(DenoisingObjective(stack, run.objective.logits_chunk_mib).train(), settings)
+
+
+def matrix_weights(text: Any, layer: int) -> int:
+    """Weights of a layer's matrix products that one token meets."""
+    H, own = text.hidden_size, text.per_layer_config[layer]
+    sliding = text.layer_types[layer] == "sliding_attention"
+    projections = (2 if sliding else 1) * own.num_key_value_heads  # full attention: values are keys
+    attention = H * own.head_dim * (2 * text.num_attention_heads + projections)
+    experts = text.top_k_experts * 3 * H * text.moe_intermediate_size + H * text.num_experts
+    return attention + 3 * H * text.intermediate_size + experts
+
+
+def sweep_flops(text: Any, valid_BS: Tensor, start_BK: Tensor, length: int) -> float:
+    """Forward of one sweep, by the formula above."""
+    layout = clean_and_canvases(valid_BS, start_BK, length)
+    pairs = {kind: int(mask.sum()) for kind, mask in attention_masks(layout, text.sliding_window).items()}
+    tokens, total = layout.position_BT.numel(), 0.0
+    for layer, kind in enumerate(text.layer_types):
+        scores = pairs[kind] * text.num_attention_heads * text.per_layer_config[layer].head_dim
+        total += 2 * tokens * matrix_weights(text, layer) + 4 * scores
+    return total
+
+
+def step_flops(text: Any, batch: Batch) -> float:
+    """One step's FLOPs, by the formula above."""
+    rows, prefix = list(batch.first_pass.rows), batch.first_pass.prefix
+    length, matrix = batch.canvas_ids_BKL.shape[-1], text.vocab_size * text.hidden_size
+    first = sweep_flops(text, batch.clean_valid_BS[rows, :prefix], batch.canvas_start_BK[rows], length)
+    second = sweep_flops(text, batch.clean_valid_BS, batch.canvas_start_BK, length)
+    guessed, scored = batch.canvas_ids_BKL[rows].numel(), sum(batch.counts())
+    return first + 3 * second + matrix * (6 * guessed + 6 * scored)
+
+
+def measure(layers: int, rehearse: bool) -> str:
+    """Steps of `layers` layers in this process, as one line of figures."""
+    ranks = RankLayout.from_environment(1)
+    connect(ranks, timeout_minutes=5)
+    engine = open_engine(layers, rehearse, ranks)
+    text = shapes.config(rehearse, layers).get_text_config()
+    clean, canvas, rows = shapes.lengths(rehearse)
+    here = make_batch(clean // 2, clean // 2, rows, text.vocab_size, canvas)
+    batch = here.to(ranks.device)
+    weights = TokenWeights.global_mean(*here.counts(), 1.0, 1)
+    wait = torch.cuda.synchronize if ranks.device.type == "cuda" else lambda: None
+    whole, without_optimizer, loss = [], [], torch.tensor(0.0)
+    for _ in range(WARM_UP + TIMED):
+        wait()
+        began = time.perf_counter()
+        loss = engine(batch, weights).loss
+        engine.backward(loss)
+        wait()
+        without_optimizer.append(time.perf_counter() - began)
+        engine.step()
+        wait()
+        whole.append(time.perf_counter() - began)
+    assert torch.isfinite(loss), f"loss {loss}"
+    seconds, backward_done = (statistics.median(times[WARM_UP:]) for times in (whole, without_optimizer))
+    parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())
+    flops = step_flops(text, here)
+    figures = [
+        f"{layers} {'layer' if layers == 1 else 'layers'}, {parameters / 1e9:.2f} B parameters, {rows} x ({clean} + {canvas}) tokens",
+        f"step {seconds:.3f} s (forward and backward {backward_done:.3f} s)",
+        f"{here.tokens() / seconds:,.0f} tokens/s",
+        f"{flops / 1e12:.2f} TFLOP, {flops / seconds / 1e12:.1f} TFLOP/s",
+    ]
+    if ranks.device.type == "cuda":
+        device = torch.cuda.get_device_name(ranks.device)
+        peak = next((peak for part, peak in PEAKS.items() if part in device), None)
+        figures[-1] += f", {flops / backward_done / peak:.1%} of peak in forward and backward" if peak else ""
+        figures.append(f"peak memory {torch.cuda.max_memory_allocated() / GIB:.1f} GiB")
+    disconnect()
+    return ", ".join(figures)
+
+
+def layers_that_fit() -> int:
+    """An upper guess from the bytes of weights and optimizer state; activations decide the rest."""
+    text = shapes.config(False, layers=2).get_text_config()
+    H = text.hidden_size
+    layer = 3 * text.num_experts * H * text.moe_intermediate_size + matrix_weights(text, 0)
+    vocabulary = text.vocab_size * H
+    free, _ = torch.cuda.mem_get_info()
+    left = free - 2 * GIB - (STATE + VOCABULARY_EXTRA) * vocabulary - LAYER_EXTRA * layer
+    return max(1, left // (STATE * layer))
+
+
+def main() -> int:
+    """Measure here with --layers; otherwise find how many fit."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--rehearse", action="store_true", help="a miniature on the CPU; needs --layers")
+    args = parser.parse_args()
+    if args.layers:
+        try:
+            print(f"FIGURE full SFT, {measure(args.layers, args.rehearse)}")
+        except torch.OutOfMemoryError as error:
+            print(f"{args.layers} layers do not fit: {str(error).splitlines()[0]}", file=sys.stderr)
+            return OUT_OF_MEMORY
+        return 0
+
+    def start(layers: int) -> int:
+        command = [sys.executable, "-m", "tests.gpu.real_shapes", "--layers", str(layers)]
+        return subprocess.run(command, cwd=ROOT).returncode
+
+    layers = layers_that_fit()
+    while (code := start(layers)) == OUT_OF_MEMORY and layers > 1:
+        layers -= 1
+    return code or (start(1) if layers > 1 else 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

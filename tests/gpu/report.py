@@ -1,0 +1,156 @@
+"""Run every check that needs a GPU, each as a process with a time limit, and write one dated table.
+
+`tests/gpu.sh` starts this. A check prints its figures on lines that begin with FIGURE and exits with 0 when it holds;
+one that fails or takes too long does not stop the others. To add a check, add a line to `checks`.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from tests.gpu import ROOT
+
+BUDGET = 460  # seconds for all checks
+
+
+@dataclass(frozen=True)
+class Check:
+    """A command that holds or not; its limit is in seconds."""
+
+    name: str
+    command: list[str]
+    limit: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of a check."""
+
+    name: str
+    result: str
+    figure: str
+    seconds: float
+
+
+def checks(cases: str, rehearse: bool) -> list[Check]:
+    """All checks in order; the last may take what is left."""
+    few, small, one_layer = (["--case", "base"], ["--rehearse"], ["--layers", "1"]) if rehearse else ([], [], [])
+    parity, bf16 = ["-m", "tests.gpu.parity", cases, "--dtype"], "bfloat16"
+    return [
+        Check("parity cases by unmodified transformers", ["tests/reference/fixtures.py", cases, *few], 60),
+        Check("parity, fp32, ZeRO-3", [*parity, "float32"], 90),
+        Check("parity, bf16, experts in a loop", [*parity, bf16], 90),
+        Check("parity, bf16, grouped matmul", [*parity, bf16, "--grouped"], 90),
+        Check("expert layer, grouped matmul on and off, bf16", ["-m", "tests.gpu.grouped", *small], 60),
+        Check("attention kernels, bf16", ["-m", "tests.gpu.attention", *small], 60),
+        Check("Sudoku through `deepspeed`, bf16, ZeRO-3, EP 1", ["-m", "tests.gpu.sudoku", *small], 90),
+        Check("step at real shapes, bf16, ZeRO-3", ["-m", "tests.gpu.real_shapes", *one_layer, *small], 220),
+    ]
+
+
+def run(check: Check, seconds_left: float) -> Row:
+    """Run one check to its end or its limit; its output goes to the terminal when it does not hold."""
+    limit = min(check.limit, seconds_left)
+    if seconds_left < 10:
+        return Row(check.name, "NOT RUN", f"the {BUDGET} s of all checks are over", 0)
+    began = time.monotonic()
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, *check.command],
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that its children can be ended with it
+        )
+        try:
+            code = process.wait(limit)
+            result = "ok" if code == 0 else f"FAILED ({code})"
+        except subprocess.TimeoutExpired:
+            result = f"FAILED (over {limit:.0f} s)"
+        finally:
+            end_group(process)
+        log.seek(0)
+        lines = log.read().splitlines()
+    figures = [line.removeprefix("FIGURE ") for line in lines if line.startswith("FIGURE ")]
+    if result != "ok":
+        print("\n".join(f"    {line}" for line in lines[-40:]))
+    return Row(check.name, result, "; ".join(figures), time.monotonic() - began)
+
+
+def end_group(process: subprocess.Popen) -> None:
+    """End a check with all that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def output_of(*command: str) -> str:
+    """First line that a program prints, empty when it cannot."""
+    try:
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return run.stdout.strip().split("\n")[0] if run.returncode == 0 else ""
+
+
+def machine(rehearse: bool) -> str:
+    """What the checks ran on and what they checked."""
+    commit = os.environ.get("COMMIT") or output_of("git", "rev-parse", "--short", "HEAD") or "unknown"
+    changed = ", with changes" if output_of("git", "status", "--porcelain", "--untracked-files=no") else ""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers"))
+    if rehearse:
+        return f"Rehearsal on the CPU at miniature shapes, {packages}, commit {commit}{changed}."
+    name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / 2**30
+    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown"
+    return (
+        f"{name}, {memory:.0f} GiB, driver {driver}, CUDA {torch.version.cuda}, {packages}, commit {commit}{changed}."
+    )
+
+
+def table(rows: list[Row], about: str, when: datetime) -> str:
+    """The report as Markdown."""
+    title = f"# GPU checks, {when:%Y-%m-%d %H:%M} UTC"
+    head = [title, "", about, "", "| check | result | figure | seconds |", "|---|---|---|---|"]
+    cells = [(row.name, row.result, row.figure.replace("|", "/"), f"{row.seconds:.0f}") for row in rows]
+    return "\n".join([*head, *(f"| {' | '.join(line)} |" for line in cells)]) + "\n"
+
+
+def main() -> int:
+    """Run all, print as they end, write the table; 1 when any does not hold."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--rehearse", action="store_true")
+    args = parser.parse_args()
+    if not args.rehearse and not torch.cuda.is_available():
+        print("No CUDA device. To try the script without one: bash tests/gpu.sh --rehearse", file=sys.stderr)
+        return 2
+    when, about = datetime.now(timezone.utc), machine(args.rehearse)
+    print(about, flush=True)
+    deadline, rows = time.monotonic() + BUDGET, []
+    with tempfile.TemporaryDirectory() as cases:
+        for check in checks(cases, args.rehearse):
+            row = run(check, deadline - time.monotonic())
+            rows.append(row)
+            print(f"{row.result:<8} {row.name} ({row.seconds:.0f} s)  {row.figure}", flush=True)
+    out = args.out or (None if args.rehearse else ROOT / "tests" / "benchmarks")
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        file = out / f"{'rehearsal' if args.rehearse else 'gpu'}-{when:%Y-%m-%d}.md"
+        file.write_text(table(rows, about, when))
+        print(f"wrote {file}")
+    return int(any(row.result != "ok" for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
