@@ -163,7 +163,7 @@ def measure(layers: int, rehearse: bool) -> str:
     parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())
     flops = step_flops(text, here)
     figures = [
-        f"{layers} {'layer' if layers == 1 else 'layers'}, {parameters / 1e9:.2f} B parameters, {rows} x ({clean} + {canvas}) tokens",
+        f"layers {layers}, {parameters / 1e9:.2f} B parameters, {rows} x ({clean} + {canvas}) tokens",
         f"step {seconds:.3f} s (forward and backward {backward_done:.3f} s)",
         f"{here.tokens() / seconds:,.0f} tokens/s",
         f"{flops / 1e12:.2f} TFLOP, {flops / seconds / 1e12:.1f} TFLOP/s",
