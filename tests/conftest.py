@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads fight over two cores
 
 from ds_dgemma.data.sudoku import write_sudoku
 from ds_dgemma.tools.tiny import make_tiny
