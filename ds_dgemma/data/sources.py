@@ -26,6 +26,9 @@ ARRAY_HINT = " A JSON array becomes JSONL with: jq -c '.[]'"
 FILE_SUFFIXES = (".jsonl", ".json")
 # message keys that chat templates render: leaving one out would silently train on another conversation
 UNSUPPORTED_KEYS = ("tool_calls", "reasoning", "reasoning_content", "thinking")
+# parts of a content, and columns beside the conversation: training on the text alone would teach to answer blindly
+MEDIA = tuple(kind + ending for kind in ("image", "video", "audio") for ending in ("", "s", "_url"))
+TEXT_ONLY = "Images, video and audio are not trained on yet: leave this row out, or put what it shows into the text."
 
 Message = dict[str, str]  # role, content
 
@@ -103,7 +106,13 @@ def load_conversations(data: DataSection, split: Literal["train", "validation"])
 
 
 def conversations_of_dataset(dataset: "Dataset", name: str, columns: ColumnsSection | None) -> Conversations:
-    """Keep the columns that are read: the others, images perhaps, are never decoded."""
+    """Keep the columns that are read: the others are never decoded.
+
+    Raises:
+        UserError: a column is missing, or one of images, video or audio is there.
+    """
+    if media := [column for column in dataset.column_names if column in MEDIA]:
+        raise UserError(f"{name} has a column {media[0]}. {TEXT_ONLY} If the text stands alone, save that as JSONL.")
     used = ["messages"] if columns is None else [columns.prompt, columns.response]
     for column in used:
         if column not in dataset.column_names:
@@ -195,6 +204,9 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 def _messages(record: dict[str, Any], columns: ColumnsSection | None) -> list[Message]:
     """Return a record's conversation, or raise `_BadRow` with what is wrong."""
+    for key in MEDIA:
+        if record.get(key):
+            raise _BadRow(f"has {key}. {TEXT_ONLY}")
     if columns is not None:
         for column in (columns.prompt, columns.response):
             if column not in record:
@@ -256,8 +268,10 @@ def _text(content: Any, name: str) -> str:
     parts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else _kind(part)
+        if kind in MEDIA:
+            raise _BadRow(f"{name} has a part of type {kind}. {TEXT_ONLY}")
         if kind != "text" or not isinstance(part.get("text"), str):
-            raise _BadRow(f"{name} has a part of type {kind}: only text is supported.")
+            raise _BadRow(f"{name} has a part of type {kind}, only text was expected.")
         parts.append(part["text"])
     return "".join(parts)
 
