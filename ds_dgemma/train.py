@@ -88,7 +88,7 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
         activation_checkpointing=config.train.activation_checkpointing,
         copy_decoder_scalars=config.model.missing_encoder_scalars == "copy_decoder",
         frozen=config.model.freeze,
-        lora=config.lora,
+        lora=config.lora.model_copy(update={"path": None}) if config.lora and resumed else config.lora,
     )
     check_stage(settings["zero_optimization"]["stage"], model.trained_names())
     check_groups(config.optimizer, model.trained_names())
