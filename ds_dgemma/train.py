@@ -92,6 +92,8 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
     )
     check_stage(settings["zero_optimization"]["stage"], model.trained_names())
     check_groups(config.optimizer, model.trained_names())
+    if model.adapters and (warning := model.adapters.base_warning(config.model.path)):
+        warnings.append(warning)
 
     canvas_length, eos_id = spec.canvas_length, tokenizer.eos_token_id
     assert isinstance(canvas_length, int)
