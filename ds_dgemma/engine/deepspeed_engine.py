@@ -6,8 +6,7 @@ import deepspeed
 import torch
 from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 
-from ds_dgemma.model.stack import DiffusionGemmaStack, SweepLayer
-from ds_dgemma.model.vocabulary import TiedVocabulary
+from ds_dgemma.model.stack import DiffusionGemmaStack
 from ds_dgemma.objective.denoising import DenoisingObjective
 
 
@@ -27,10 +26,12 @@ def start_engine(objective: DenoisingObjective, deepspeed_config: dict[str, Any]
 
 
 def gather_as_units(stack: DiffusionGemmaStack) -> None:
-    """Let ZeRO-3 gather a whole layer at once: one coalesced collective where there would be one per linear."""
-    for module in stack.modules():
-        if isinstance(module, SweepLayer | TiedVocabulary):
-            set_z3_leaf_module(module, True)
+    """Let ZeRO-3 gather a whole layer at once: one coalesced collective where there would be one per linear.
+
+    Not the vocabulary: it is one tensor anyway, and a leaf's gradients are reduced after each of its calls' backward.
+    """
+    for layer in stack.sweep_layers():
+        set_z3_leaf_module(layer, True)
     set_z3_leaf_module(stack.self_conditioning, True)
 
 
