@@ -35,11 +35,19 @@ def make_sudoku(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Write a run's checkpoint as a transformers directory."""
+    """Write a run's checkpoint as a transformers directory, or a LoRA run's as an adapter."""
     from ds_dgemma.checkpoint.export import export_run
 
-    export_run(args.run, args.out, args.step, args.dtype)
+    export_run(args.run, args.out, args.step, args.dtype, args.format)
     print(f"{args.out}: exported from {args.run}")
+
+
+def merge(args: argparse.Namespace) -> None:
+    """Add a PEFT adapter to the weights of its model, once, and write the result as a transformers directory."""
+    from ds_dgemma.checkpoint.export import merge_adapter
+
+    merge_adapter(args.model, args.adapter, args.out, args.dtype)
+    print(f"{args.out}: {args.model} with {args.adapter}")
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -49,7 +57,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from ds_dgemma.evaluation.generation import evaluate
     from ds_dgemma.evaluation.scorers import report_table
 
-    report = evaluate(args.model, args.data, args.scorer, args.batch_size, args.limit, args.seed)
+    report = evaluate(args.model, args.data, args.scorer, args.batch_size, args.limit, args.seed, args.adapter)
     Console().print(report_table(report))
     if args.out is not None:
         _write_json(args.out, report)
@@ -59,7 +67,7 @@ def generate(args: argparse.Namespace) -> None:
     """Answer one prompt."""
     from ds_dgemma.evaluation.generation import answer_text
 
-    print(answer_text(args.model, args.prompt, args.seed))
+    print(answer_text(args.model, args.prompt, args.seed, args.adapter))
 
 
 def plot(args: argparse.Namespace) -> None:
@@ -115,9 +123,21 @@ def _parser() -> argparse.ArgumentParser:
     export_.add_argument("--step", type=int, metavar="N", help="the newest complete checkpoint when absent")
     export_.add_argument("--out", type=Path, required=True, metavar="DIR")
     export_.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    export_.add_argument(
+        "--format",
+        choices=["peft", "vllm", "merged"],
+        help="of a LoRA run: adapter for PEFT (default) or vLLM, or the model with it added",
+    )
+
+    merge_ = _add(commands, "merge", merge)
+    merge_.add_argument("--model", required=True, metavar="DIR", help="transformers checkpoint or hub id")
+    merge_.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="PEFT adapter directory")
+    merge_.add_argument("--out", type=Path, required=True, metavar="DIR")
+    merge_.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
 
     evaluate_ = _add(commands, "evaluate", evaluate)
     evaluate_.add_argument("--model", required=True, metavar="DIR", help="transformers checkpoint or hub id")
+    evaluate_.add_argument("--adapter", type=Path, metavar="DIR", help="PEFT adapter of the model")
     evaluate_.add_argument("--data", required=True, metavar="F.jsonl")
     evaluate_.add_argument("--scorer", required=True, metavar="NAME", help="sudoku")
     evaluate_.add_argument("--batch-size", type=int, default=64, metavar="N")
@@ -127,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
 
     generate_ = _add(commands, "generate", generate)
     generate_.add_argument("--model", required=True, metavar="DIR", help="transformers checkpoint or hub id")
+    generate_.add_argument("--adapter", type=Path, metavar="DIR", help="PEFT adapter of the model")
     generate_.add_argument("--prompt", required=True, metavar="TEXT")
     generate_.add_argument("--seed", type=int, default=0)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ds_dgemma.data.batch import Batch
 from ds_dgemma.model.masks import clean_and_canvases
 from ds_dgemma.model.spec import text_spec
-from ds_dgemma.model.stack import DiffusionGemmaStack
+from ds_dgemma.model.stack import DiffusionGemmaStack, with_gradient
 from ds_dgemma.model.vocabulary import WeightGradient
 
 
@@ -102,7 +102,8 @@ class DenoisingObjective(nn.Module):
         coin = batch.self_condition_BK[rows].repeat_interleave(L, dim=1).unsqueeze(-1)
         soft = soft_MH.view(len(rows), K * L, self._hidden_size) * coin.to(soft_MH.dtype)
         soft = torch.zeros_like(canvas).index_copy(0, rows, soft)
-        canvas = self.model.self_conditioning(canvas, soft)
+        block = self.model.self_conditioning
+        canvas = block(with_gradient(canvas, block), soft)
         layout = clean_and_canvases(batch.clean_valid_BS, batch.canvas_start_BK, L)
         hidden = self.model(torch.cat([clean, canvas], dim=1), layout)
         return hidden[:, :S], hidden[:, S:].view(B, K, L, self._hidden_size)
