@@ -5,16 +5,39 @@ YAML owns the science (batch, learning rate, steps, clipping, canvases, expert r
 `engine/ds_config.py` joins the two.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+ATTENTION_AND_MLP = (
+    *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
 
 
 class Section(BaseModel):
     """A strict, frozen group of settings: an unknown key is an error, never a silent default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+def checked_pattern(pattern: str) -> str:
+    """A pattern of names as it is: a glob, or a regular expression after `re:`, which must be one."""
+    if pattern.startswith("re:"):
+        _check_expression(pattern.removeprefix("re:"))
+    return pattern
+
+
+def _check_expression(expression: str) -> None:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"{expression!r} is no regular expression: {error}") from None
+
+
+Pattern = Annotated[str, AfterValidator(checked_pattern)]
 
 
 class RunSection(Section):
@@ -34,6 +57,11 @@ class ModelSection(Section):
     path: str = Field(description="a local transformers directory or a hub id")
     revision: str | None = Field(default=None, description="branch, tag or commit of the hub id")
     train_router: bool = Field(default=False, description="train the expert routers too; frozen by default")
+    freeze: tuple[Pattern, ...] = Field(
+        default=(),
+        description="patterns of checkpoint parameter names that are not trained: `*.experts.*`, "
+        "`*.embed_tokens.weight`; a regular expression after `re:`",
+    )
     missing_encoder_scalars: Literal["error", "copy_decoder"] = Field(
         default="error",
         description="a checkpoint without the encoder's layer scalars is refused, or gets the decoder's",
@@ -45,6 +73,54 @@ class ColumnsSection(Section):
 
     prompt: str = Field(description="column of the user's turn")
     response: str = Field(description="column of the assistant's turn")
+
+
+class LoraSection(Section):
+    """Low-rank adapters on a frozen base, with PEFT's names and meanings.
+
+    Patterns are matched with the names of the language model's linears in the checkpoint,
+    `model.decoder.layers.0.self_attn.q_proj`, or with the encoder's name of the same weights. The vision tower never
+    gets an adapter.
+    """
+
+    r: int = Field(default=8, ge=1, description="rank of every adapter, of each expert's too")
+    lora_alpha: float = Field(default=8, gt=0, description="an adapter's output is scaled by lora_alpha / r")
+    lora_dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="dropout on an adapter's input; 0 with target_parameters"
+    )
+    target_modules: tuple[str, ...] | str | None = Field(
+        default=ATTENTION_AND_MLP,
+        description="linears that get an adapter: a list of name endings, one regular expression for whole names, or "
+        "all-linear; null: none",
+    )
+    exclude_modules: tuple[str, ...] | str | None = Field(
+        default=None, description="linears that get none all the same: name endings, or one regular expression"
+    )
+    target_parameters: tuple[str, ...] = Field(
+        default=(),
+        description="endings of the experts' tensors, a pair for each expert: "
+        "[experts.gate_up_proj, experts.down_proj]",
+    )
+    use_rslora: bool = Field(default=False, description="scale by lora_alpha / sqrt(r) instead")
+    init_lora_weights: bool | Literal["gaussian"] = Field(
+        default=True,
+        description="true: A uniform (Kaiming), B zero; gaussian: A normal with deviation 1 / r, B zero; false: both "
+        "random",
+    )
+    path: Path | None = Field(default=None, description="a PEFT adapter directory to continue from")
+
+    @model_validator(mode="after")
+    def _possible(self) -> "LoraSection":
+        for pattern in (self.target_modules, self.exclude_modules):
+            if isinstance(pattern, str):
+                _check_expression(pattern)
+        if not self.target_modules and not self.target_parameters:
+            raise ValueError("nothing would get an adapter: give target_modules, target_parameters or both")
+        if self.lora_dropout and self.target_parameters:
+            raise ValueError(
+                f"lora_dropout {self.lora_dropout} cannot go with target_parameters: PEFT has no dropout there, set 0"
+            )
+        return self
 
 
 class DataSection(Section):
@@ -115,6 +191,30 @@ class ObjectiveSection(Section):
         return self
 
 
+class ParameterGroupSection(Section):
+    """Parameters with a learning rate or weight decay of their own."""
+
+    match: Pattern = Field(
+        description="pattern of checkpoint parameter names, or with lora of adapter names: `*.experts.*`, `*lora_B*`; "
+        "a regular expression after `re:`"
+    )
+    lr: float | None = Field(
+        default=None,
+        gt=0,
+        strict=True,
+        description="peak learning rate; follows the schedule in proportion. null: optimizer.lr",
+    )
+    weight_decay: float | None = Field(
+        default=None, ge=0, strict=True, description="decoupled weight decay; null: optimizer.weight_decay"
+    )
+
+    @model_validator(mode="after")
+    def _different(self) -> "ParameterGroupSection":
+        if self.lr is None and self.weight_decay is None:
+            raise ValueError("a group needs an lr or a weight_decay of its own")
+        return self
+
+
 class OptimizerSection(Section):
     """AdamW and its schedule: linear warm-up, then a cosine to `min_lr`."""
 
@@ -124,6 +224,9 @@ class OptimizerSection(Section):
     betas: tuple[float, float] = Field(default=(0.95, 0.99), description="Adam's decay rates")
     eps: float = Field(default=1e-8, gt=0, description="Adam's denominator offset")
     weight_decay: float = Field(default=1e-4, ge=0, description="decoupled weight decay")
+    groups: tuple[ParameterGroupSection, ...] = Field(
+        default=(), description="parameters that differ; the first match wins"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> "OptimizerSection":
@@ -171,6 +274,9 @@ class RunConfig(Section):
     run: RunSection
     seed: int = Field(default=0, ge=0, description="key of data order and of all noise")
     model: ModelSection
+    lora: LoraSection | None = Field(
+        default=None, description="train low-rank adapters on a frozen base; null: train the model itself"
+    )
     data: DataSection
     train: TrainSection
     parallel: ParallelSection = ParallelSection()

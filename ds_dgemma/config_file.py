@@ -294,21 +294,26 @@ def _wrong_value(key: Key, field: FieldInfo, source: _Source) -> Problem:
 
 
 def _resolve(loc: tuple[int | str, ...]) -> tuple[Key, FieldInfo | None, tuple[int | str, ...]]:
-    """Split pydantic's location into our key, its field (None: unknown) and what lies inside the value."""
+    """Split pydantic's location into our key, its field (None: unknown) and what lies inside the value; an item of a
+    list of sections is a number in the key.
+    """
     section: type[BaseModel] | None = RunConfig
     key: Key = ()
     field: FieldInfo | None = None
     for index, part in enumerate(loc):
         if section is None:
             return key, field, loc[index:]
-        key, field = (*key, str(part)), section.model_fields.get(str(part))
+        if isinstance(part, int):  # a place in a list of sections
+            key = (*key, str(part))
+            continue
+        key, field = (*key, part), section.model_fields.get(part)
         section = section_of(field) if field else None
     return key, field, ()
 
 
 def _booleans_for_numbers(config: RunConfig, source: _Source) -> Iterator[Problem]:
     """pydantic reads true as 1; nobody means that."""
-    for key, field in settings():
+    for key, field in settings(inside_optional=True):
         given = _lookup(source.values, key, None)
         if isinstance(given, bool) and not isinstance(_value(config, key), bool):
             yield _wrong_value(key, field, source)
@@ -327,6 +332,19 @@ def _cross_section_problems(config: RunConfig, source: _Source) -> Iterator[Prob
             "train.micro_batch_size",
             f"does not divide train.global_batch_size {train.global_batch_size}. Set {fits}.",
         )
+    if config.lora is not None:
+        if config.model.train_router:
+            yield problem(
+                "model.train_router",
+                "with lora the base is frozen. Remove it, or adapt the routers: add router.proj to "
+                "lora.target_modules.",
+            )
+        if config.model.freeze:
+            yield problem(
+                "model.freeze",
+                "with lora every weight of the base is frozen already. Remove it; lora.exclude_modules says which "
+                "linears get no adapter.",
+            )
     if config.validation.every and config.data.validation is None:
         yield problem("validation.every", "needs held-out data. Set data.validation, or validation.every: 0.")
     if not config.deepspeed.is_file():
@@ -349,6 +367,9 @@ def _may_change(key: Key) -> bool:
 
 def _lookup(values: Any, key: Key, default: Any) -> Any:
     for part in key:
+        if isinstance(values, list) and part.isdigit() and int(part) < len(values):
+            values = values[int(part)]
+            continue
         if not isinstance(values, Mapping) or part not in values:
             return default
         values = values[part]

@@ -40,7 +40,7 @@ def settings(
 
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The section that a field holds, also where it may be null; None for a plain setting."""
+    """The section that a field holds, also where it may be null or holds a list of them; None for a plain setting."""
     members = [field.annotation, *get_args(field.annotation)]
     return next((m for m in members if isinstance(m, type) and issubclass(m, BaseModel)), None)
 
@@ -52,6 +52,7 @@ def default_of(field: FieldInfo) -> Any:
 
 def nearest(key: Key) -> str:
     """Advice for an unknown key: a close name beside it, the same name elsewhere, or what is known there."""
+    key = tuple(part for part in key if not part.isdigit())  # a place in a list
     names = [name for name, _ in settings(inside_optional=True)]
     known = sorted({name[:length] for name in names for length in range(1, len(name) + 1)}, key=dotted)
     if len(key) == 1 and tuple(key[0].split(".")) in known:
@@ -71,6 +72,8 @@ def nearest(key: Key) -> str:
 def expected(field: FieldInfo) -> str:
     """A field's type and bounds in words: "a number > 0", "bf16 or fp32", "a section with dir"."""
     section = section_of(field)
+    if get_origin(field.annotation) is tuple and section is not None:
+        return f"a list of sections with {', '.join(section.model_fields)}"
     if section is not None:
         required = [name for name, inner in section.model_fields.items() if inner.is_required()]
         null = "" if section is field.annotation else "null or "
@@ -115,8 +118,8 @@ def plain(value: Any) -> Any:
     """A setting as YAML and JSON hold it."""
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
-    if isinstance(value, tuple):
-        return list(value)
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 

@@ -37,8 +37,10 @@ from ds_dgemma.engine.open_model import OutlinedModel, fill_model, outline_model
 from ds_dgemma.engine.optimizer_state import KINDS, adam_step, create_moments, owned_shards
 from ds_dgemma.engine.ranks import RankLayout, agreed, connect, disconnect, sum_over_ranks
 from ds_dgemma.engine.schedule import learning_rate
+from ds_dgemma.engine.trainable import check_groups
 from ds_dgemma.errors import EXIT_USER_ERROR, UserError
 from ds_dgemma.evaluation.validation import validate
+from ds_dgemma.model.lora import seed_dropout
 from ds_dgemma.model.spec import read_spec, text_spec
 from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
 from ds_dgemma.objective.noise import Corruption
@@ -85,7 +87,10 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
         train_router=config.model.train_router,
         activation_checkpointing=config.train.activation_checkpointing,
         copy_decoder_scalars=config.model.missing_encoder_scalars == "copy_decoder",
+        frozen=config.model.freeze,
+        lora=config.lora,
     )
+    check_groups(config.optimizer, model.trained_names())
 
     canvas_length, eos_id = spec.canvas_length, tokenizer.eos_token_id
     assert isinstance(canvas_length, int)
@@ -120,8 +125,9 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
 
 def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tracker) -> None:
     """Train from the prepared start to `train.max_steps`; a collective."""
-    stack = fill_model(prepared.model, ranks, prepared.deepspeed, config.train.precision, prepared.resumed)
-    engine = start_engine(DenoisingObjective(stack, config.objective.logits_chunk_mib).train(), prepared.deepspeed)
+    stack = fill_model(prepared.model, ranks, prepared.deepspeed, config.train.precision, prepared.resumed, config.seed)
+    objective = DenoisingObjective(stack, config.objective.logits_chunk_mib).train()
+    engine = start_engine(objective, prepared.deepspeed, config.optimizer)
     if prepared.resumed:
         restore(engine, ranks, prepared.resumed)
         count_steps_done(engine, prepared.start)
@@ -172,6 +178,7 @@ def update(engine: Any, batches: Iterator[list[Batch]], step: int, config: RunCo
     set_learning_rate(engine, lr)
 
     nll = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    seed_dropout(config.seed, step, ranks.rank)
     for batch in micro_batches:
         parts = engine(batch.to(ranks.device), weights)
         engine.backward(parts.loss)

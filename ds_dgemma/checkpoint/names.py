@@ -5,12 +5,15 @@ up apart (w1, w3; w2 is down) and only this rank's experts; and the encoder's la
 decoder's.
 """
 
+import fnmatch
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 DECODER = "model.decoder."
 ENCODER_LAYERS = "model.encoder.language_model.layers."
 _EXPERT = re.compile(r"(?P<layer>layers\.\d+\.experts)\.experts\.(?P<part>w1|w2|w3)$")
+_EXPERT_ADAPTER = re.compile(r"(?P<layer>layers\.\d+\.experts)\.experts\.(?P<part>(?:gate_up|down)_proj\.lora_[AB])$")
 _ENCODER_SCALAR = re.compile(r"layers\.(\d+)\.encoder_layer_scalar$")
 
 
@@ -32,7 +35,36 @@ class Place:
 
 def is_expert(name: str) -> bool:
     """Whether this parameter is split over expert-parallel ranks."""
-    return _EXPERT.search(name) is not None
+    return _EXPERT.search(name) is not None or _EXPERT_ADAPTER.search(name) is not None
+
+
+def is_adapter(name: str) -> bool:
+    """Whether this parameter is a factor of an adapter rather than the checkpoint's."""
+    return name.endswith((".lora_A", ".lora_B"))
+
+
+def checkpoint_name(name: str) -> str:
+    """The name that people know a parameter by: its tensor's in the checkpoint, or an adapter's beside it."""
+    name = name.removeprefix("model.")
+    if match := _EXPERT.match(name):
+        tensor = "down_proj" if match["part"] == "w2" else "gate_up_proj"
+        return f"{DECODER}{match['layer']}.{tensor}"
+    if match := _EXPERT_ADAPTER.match(name):
+        return f"{DECODER}{match['layer']}.{match['part']}"
+    return DECODER + name
+
+
+def adapter_state_name(factor: str) -> str:
+    """What the training state calls a factor that is `factor` below `model.decoder.`"""
+    return "model." + re.sub(r"^(layers\.\d+\.experts)\.", r"\1.experts.", factor)
+
+
+def matching(pattern: str, names: Iterable[str]) -> list[str]:
+    """The names that a pattern covers from end to end: a glob, or a regular expression after `re:`."""
+    expression = re.compile(
+        pattern.removeprefix("re:") if pattern.startswith("re:") else fnmatch.translate(pattern), re.DOTALL
+    )
+    return [name for name in names if expression.fullmatch(name)]
 
 
 def place_of(name: str, shape: tuple[int, ...], expert_rank: int = 0) -> Place:

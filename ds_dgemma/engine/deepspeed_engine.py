@@ -6,18 +6,21 @@ import deepspeed
 import torch
 from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 
-from ds_dgemma.model.stack import DiffusionGemmaStack, SweepLayer
-from ds_dgemma.model.vocabulary import TiedVocabulary
+from ds_dgemma.config import OptimizerSection
+from ds_dgemma.engine.trainable import parameter_groups
+from ds_dgemma.model.stack import DiffusionGemmaStack
 from ds_dgemma.objective.denoising import DenoisingObjective
 
 
-def start_engine(objective: DenoisingObjective, deepspeed_config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
-    """Wrap the objective; its trainable parameters get fp32 master weights and AdamW."""
+def start_engine(
+    objective: DenoisingObjective, deepspeed_config: dict[str, Any], optimizer: OptimizerSection | None = None
+) -> deepspeed.DeepSpeedEngine:
+    """Wrap the objective; its trainable parameters get fp32 master weights and AdamW, in the groups of `optimizer`."""
     gather_as_units(objective.model)
     buffers = {name: buffer.clone() for name, buffer in objective.named_buffers()}
-    trainable: Any = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    groups: Any = parameter_groups(objective, optimizer)
     engine, *_ = deepspeed.initialize(
-        model=objective, model_parameters=trainable, config=deepspeed_config, dist_init_required=False
+        model=objective, model_parameters=groups, config=deepspeed_config, dist_init_required=False
     )
     # Below ZeRO-3 DeepSpeed casts buffers with the model; rotary frequencies in bf16 would blur long positions.
     for name, buffer in objective.named_buffers():
@@ -27,17 +30,19 @@ def start_engine(objective: DenoisingObjective, deepspeed_config: dict[str, Any]
 
 
 def gather_as_units(stack: DiffusionGemmaStack) -> None:
-    """Let ZeRO-3 gather a whole layer at once: one coalesced collective where there would be one per linear."""
-    for module in stack.modules():
-        if isinstance(module, SweepLayer | TiedVocabulary):
-            set_z3_leaf_module(module, True)
+    """Let ZeRO-3 gather a whole layer at once: one coalesced collective where there would be one per linear.
+
+    Not the vocabulary: it is one tensor anyway, and a leaf's gradients are reduced after each of its calls' backward.
+    """
+    for layer in stack.sweep_layers():
+        set_z3_leaf_module(layer, True)
     set_z3_leaf_module(stack.self_conditioning, True)
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:
-    """Set the next update's learning rate on every parameter group."""
+    """Set the next update's learning rate on every parameter group, in proportion to its own."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
 
 
 def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float:

@@ -4,6 +4,7 @@ Two stages: `outline_model` builds on meta and checks every name and shape, so a
 ranks before any of them waits for another; `fill_model` makes the shards and reads them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ import torch
 from transformers import DiffusionGemmaConfig
 
 from ds_dgemma.checkpoint.load import find_places, materialise, plain
-from ds_dgemma.checkpoint.names import Place
+from ds_dgemma.checkpoint.names import Place, checkpoint_name
 from ds_dgemma.checkpoint.run_state import StateReader
 from ds_dgemma.checkpoint.weights import WeightReader
+from ds_dgemma.config import LoraSection
+from ds_dgemma.engine.adapters import Adapters, attach_adapters, choose_adapters
 from ds_dgemma.engine.expert_parallel import place_experts
 from ds_dgemma.engine.ranks import RankLayout
 from ds_dgemma.engine.sharding import zero3
+from ds_dgemma.engine.trainable import freeze
 from ds_dgemma.errors import UserError
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.spec import text_spec
@@ -33,6 +37,12 @@ class OutlinedModel:
     stack: DiffusionGemmaStack
     reader: WeightReader
     places: dict[str, Place]
+    adapters: Adapters | None = None
+
+    def trained_names(self) -> list[str]:
+        """The names, as in the checkpoint, of all that will be trained."""
+        names = {checkpoint_name(name) for name, p in self.stack.named_parameters() if p.requires_grad}
+        return sorted(names) + (self.adapters.names() if self.adapters else [])
 
 
 def outline_model(
@@ -44,11 +54,14 @@ def outline_model(
     train_router: bool = False,
     activation_checkpointing: bool = True,
     copy_decoder_scalars: bool = False,
+    frozen: Sequence[str] = (),
+    lora: LoraSection | None = None,
 ) -> OutlinedModel:
     """Build on meta with this rank's experts and find every tensor; no collective, no weights read.
 
     Raises:
-        UserError: the experts do not divide, or the checkpoint lacks tensors or has them in other shapes.
+        UserError: the experts do not divide, the checkpoint lacks tensors or has them in other shapes, or the patterns
+        of `frozen` or `lora` do not fit the model.
     """
     experts, size = text_spec(spec).num_experts, ranks.expert_parallel_size
     if experts % size:
@@ -61,7 +74,9 @@ def outline_model(
     place_experts(stack, size, ranks.expert_rank, grouped_matmul)
     reader = WeightReader(directory)
     places = find_places(stack, reader, expert_rank=ranks.expert_rank, copy_decoder_scalars=copy_decoder_scalars)
-    return OutlinedModel(stack, reader, places)
+    freeze(stack, frozen, list(reader.files))
+    adapters = choose_adapters(stack, lora, grouped_matmul) if lora else None
+    return OutlinedModel(stack, reader, places, adapters)
 
 
 def fill_model(
@@ -70,9 +85,10 @@ def fill_model(
     deepspeed_config: dict[str, Any],
     precision: str,
     trained: StateReader | None = None,
+    seed: int = 0,
 ) -> DiffusionGemmaStack:
     """Make this rank's parameters real and read them: from `trained` what a resumed run has trained, else from the
-    checkpoint.
+    checkpoint. New adapters are drawn by `seed`.
     """
     dtype = DTYPES[precision]
     if deepspeed_config.get("zero_optimization", {}).get("stage", 0) == 3:
@@ -89,4 +105,8 @@ def fill_model(
         trained=trained,
     )
     outlined.reader.close()
+    if outlined.adapters is not None:
+        attach_adapters(
+            outlined.stack, outlined.adapters, make_real, expert_rank=ranks.expert_rank, trained=trained, seed=seed
+        )
     return outlined.stack

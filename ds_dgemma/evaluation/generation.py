@@ -22,9 +22,11 @@ in transformers 5.23:
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig, PeftModel
 from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError
@@ -49,11 +51,11 @@ class Generator:
     stop_ids: frozenset[int]
 
 
-def load_generator(path: str) -> Generator:
-    """Load a transformers checkpoint onto the GPU in its own dtype, or onto the CPU in float32.
+def load_generator(path: str, adapter: Path | None = None) -> Generator:
+    """Load a transformers checkpoint onto the GPU in its own dtype, or onto the CPU in float32; PEFT adds `adapter`.
 
     Raises:
-        UserError: no DiffusionGemma checkpoint, weights missing, or no tokenizer.
+        UserError: no DiffusionGemma checkpoint, weights missing, no tokenizer, or no adapter of this model.
     """
     read_spec(path)
     on_gpu = torch.cuda.is_available()
@@ -71,11 +73,28 @@ def load_generator(path: str) -> Generator:
     if info["missing_keys"]:  # transformers would answer with random weights in their place
         missing = sorted(info["missing_keys"])
         raise UserError(f"{path} lacks {len(missing)} weights, {missing[0]} first. Export or download it again.")
+    if adapter is not None:
+        model = _with_adapter(model, adapter)
     if not on_gpu and model.num_parameters() < ONE_THREAD_BELOW:
         torch.set_num_threads(1)
     stop = model.generation_config.eos_token_id
     stop_ids = {tokenizer.eos_token_id, *(stop if isinstance(stop, list) else [stop])} - {None}
     return Generator(model.to("cuda" if on_gpu else "cpu").eval(), tokenizer, frozenset(stop_ids))
+
+
+def _with_adapter(model: Any, adapter: Path) -> Any:
+    """The model with PEFT's layers in place; factors that are missing would be left random, so they are an error."""
+    try:
+        config = PeftConfig.from_pretrained(str(adapter))
+        adapted = PeftModel(model, config)
+        loaded = adapted.load_adapter(str(adapter), adapter_name="default")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"--adapter {adapter} could not be loaded: {first_line(error)}") from error
+    missing = [key for key in loaded.missing_keys if "lora_" in key]
+    if missing or loaded.unexpected_keys:
+        first = [*missing, *loaded.unexpected_keys][0]
+        raise UserError(f"--adapter {adapter} does not fit this model: {first}, among others.")
+    return adapted.get_base_model()
 
 
 def answer_prompts(generator: Generator, prompts: list[list[int]], batch_size: int, seed: int) -> list[str]:
@@ -93,7 +112,9 @@ def answer_prompts(generator: Generator, prompts: list[list[int]], batch_size: i
     return answers
 
 
-def evaluate(model: str, data: str, scorer: str, batch_size: int, limit: int | None, seed: int) -> dict[str, Any]:
+def evaluate(
+    model: str, data: str, scorer: str, batch_size: int, limit: int | None, seed: int, adapter: Path | None = None
+) -> dict[str, Any]:
     """Answer the conversations of a JSONL file; return the report of `summarise` and what was evaluated."""
     if scorer not in SCORERS:
         raise UserError(f"--scorer {scorer}: known are {', '.join(SCORERS)}.{did_you_mean(scorer, SCORERS)}")
@@ -103,16 +124,17 @@ def evaluate(model: str, data: str, scorer: str, batch_size: int, limit: int | N
     rows = range(min(limit or len(conversations), len(conversations)))
     for row in rows:  # a record of another task is refused before minutes are spent on answers
         _score(scorer, conversations, row, answer="")
-    generator = load_generator(model)
+    generator = load_generator(model, adapter)
     turns = tokenize_turns(conversations, rows, generator.tokenizer, "last")
     answers = answer_prompts(generator, [turn.prompt_ids for turn in turns], batch_size, seed)
     scores = [_score(scorer, conversations, row, answer) for row, answer in zip(rows, answers, strict=True)]
-    return {"model": model, "data": data, "scorer": scorer, "seed": seed, **summarise(scores)}
+    evaluated = {"model": model} if adapter is None else {"model": model, "adapter": str(adapter)}
+    return {**evaluated, "data": data, "scorer": scorer, "seed": seed, **summarise(scores)}
 
 
-def answer_text(model: str, prompt: str, seed: int) -> str:
+def answer_text(model: str, prompt: str, seed: int, adapter: Path | None = None) -> str:
     """Answer one user's message."""
-    generator = load_generator(model)
+    generator = load_generator(model, adapter)
     conversation = [{"role": "user", "content": prompt}, {"role": "assistant", "content": "?"}]
     text, _ = split_last_turn(conversation, generator.tokenizer)
     ids = generator.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -59,7 +59,7 @@ def score_sudoku(prompt: list[Message], reference: str, answer: str) -> Score:
     )
 
 
-NOT_COLUMNS = ("model", "data", "scorer", "seed", "groups")
+NOT_COLUMNS = ("model", "adapter", "data", "scorer", "seed", "groups")
 
 SCORERS: dict[str, Scorer] = {"sudoku": score_sudoku}
 

@@ -62,6 +62,18 @@ class SweepLayer(nn.Module):
         return hidden * scalar.to(hidden.dtype)
 
 
+def with_gradient(inputs: Tensor, module: nn.Module) -> Tensor:
+    """The inputs of a module that trains, asked for a gradient where nothing before them trains.
+
+    DeepSpeed finishes a leaf module's backward pass at the gradient of its inputs. Without one it reduces the leaf's
+    gradients before they are there: "0 != 256 Cannot reduce scatter".
+    """
+    if not torch.is_grad_enabled() or inputs.requires_grad:
+        return inputs
+    trains = any(parameter.requires_grad for parameter in module.parameters())
+    return inputs.detach().requires_grad_(True) if trains else inputs
+
+
 class DiffusionGemmaStack(nn.Module):
     """Embedding, layers, final norm and self-conditioning block; parameter names are transformers' below
     `model.decoder`.
@@ -96,7 +108,7 @@ class DiffusionGemmaStack(nn.Module):
         rotary = {kind: self.rotary_emb(inputs_BTH, layout.position_BT, kind) for kind in set(self.layer_types)}
         hidden, is_canvas = inputs_BTH, layout.is_canvas_BT
         for layer, kind in zip(self.sweep_layers(), self.layer_types, strict=True):
-            arguments = (hidden, *rotary[kind], masks[kind], is_canvas)
+            arguments = (with_gradient(hidden, layer), *rotary[kind], masks[kind], is_canvas)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 hidden = checkpoint(layer, *arguments, use_reentrant=False)
             else:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ds_dgemma.data.batch import Batch
 from ds_dgemma.model.masks import clean_and_canvases
 from ds_dgemma.model.spec import text_spec
-from ds_dgemma.model.stack import DiffusionGemmaStack
+from ds_dgemma.model.stack import DiffusionGemmaStack, with_gradient
 from ds_dgemma.model.vocabulary import WeightGradient
 
 
@@ -85,8 +85,7 @@ class DenoisingObjective(nn.Module):
         )
         ids, canvas_ids = batch.clean_ids_BS[rows, :prefix], batch.canvas_ids_BKL[rows]
         L = canvas_ids.shape[-1]
-        nothing = batch.clean_ids_BS.new_empty(0, dtype=self.model.embed_tokens.weight.dtype)
-        inputs, _ = self._embed(ids, canvas_ids, nothing.view(0, self._hidden_size), WeightGradient())
+        inputs, _ = self._embed(ids, canvas_ids, None, WeightGradient())
         clean, canvas = inputs[:, :prefix], inputs[:, prefix:]
         canvas = self.model.self_conditioning(canvas, torch.zeros_like(canvas))
         layout = clean_and_canvases(batch.clean_valid_BS[rows, :prefix], batch.canvas_start_BK[rows], L)
@@ -103,7 +102,8 @@ class DenoisingObjective(nn.Module):
         coin = batch.self_condition_BK[rows].repeat_interleave(L, dim=1).unsqueeze(-1)
         soft = soft_MH.view(len(rows), K * L, self._hidden_size) * coin.to(soft_MH.dtype)
         soft = torch.zeros_like(canvas).index_copy(0, rows, soft)
-        canvas = self.model.self_conditioning(canvas, soft)
+        block = self.model.self_conditioning
+        canvas = block(with_gradient(canvas, block), soft)
         layout = clean_and_canvases(batch.clean_valid_BS, batch.canvas_start_BK, L)
         hidden = self.model(torch.cat([clean, canvas], dim=1), layout)
         return hidden[:, :S], hidden[:, S:].view(B, K, L, self._hidden_size)
@@ -113,7 +113,7 @@ class DenoisingObjective(nn.Module):
         return text_spec(self.model.config).hidden_size
 
     def _embed(
-        self, clean_ids: Tensor, canvas_ids_BKL: Tensor, first_pass_MH: Tensor, gradient: WeightGradient
+        self, clean_ids: Tensor, canvas_ids_BKL: Tensor, first_pass_MH: Tensor | None, gradient: WeightGradient
     ) -> tuple[Tensor, Tensor]:
         ids = torch.cat([clean_ids, canvas_ids_BKL.flatten(1)], dim=1)
         return self.model.embed_tokens.embed(ids, first_pass_MH, self.chunk, gradient)

@@ -1,0 +1,215 @@
+"""Adapters on disk, as PEFT 0.21 reads and writes them.
+
+A directory has `adapter_config.json` and `adapter_model.safetensors`. transformers has the language model twice, as
+encoder and as decoder, over the same weights, and PEFT gives each its own adapter: ours is written under both names,
+equal, and a pair that differs is refused, because the shared weights cannot be two things.
+
+Experts are PEFT's `target_parameters`. A wrapper holds all of one tensor's factors in two matrices, A [E*r, in] with
+the experts' rows one after another, B [out, r*E] with the ranks' columns one after another; where both tensors of a
+layer are adapted, the wrapper of `gate_up_proj` is inside that of `down_proj`, as its `base_layer`.
+Source: peft 0.21.2 `tuners/lora/layer.py` (`ParamWrapper`), `tuners_utils.py` (`_inject_parameters`).
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ds_dgemma.checkpoint.load import MakeReal
+from ds_dgemma.checkpoint.names import DECODER, checkpoint_name, is_adapter, is_expert
+from ds_dgemma.config import LoraSection
+from ds_dgemma.errors import UserError, first_line, one_line_each
+from ds_dgemma.model.lora import FACTORS, PREFIXES, Factor, Target
+from ds_dgemma.model.stack import DiffusionGemmaStack
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+PEFT = "base_model.model."
+
+# What a PEFT configuration may not ask for: it would change what the factors mean.
+_UNSUPPORTED = (
+    "alora_invocation_tokens",
+    "alpha_pattern",
+    "fan_in_fan_out",
+    "layer_replication",
+    "lora_bias",
+    "modules_to_save",
+    "rank_pattern",
+    "trainable_token_indices",
+    "use_dora",
+    "use_qalora",
+)
+
+# Elements [start, stop) of a flattened factor, all experts in front, by its name below `model.decoder.`
+AdapterValues = Callable[[str, int, int], Tensor]
+
+
+def fill_adapters(
+    stack: DiffusionGemmaStack, make_real: MakeReal, values: AdapterValues, *, expert_rank: int = 0
+) -> None:
+    """Make the adapters real, which are on meta, and fill what this rank holds of them."""
+    for owner_name, owner in stack.named_modules():
+        for leaf, parameter in list(owner.named_parameters(recurse=False)):
+            name = f"{owner_name}.{leaf}"
+            if not is_adapter(name):
+                continue
+            real, storage, start, stop = make_real(name, parameter)
+            factor = checkpoint_name(name).removeprefix(DECODER)
+            offset = expert_rank * parameter.numel() if is_expert(name) else 0
+            with torch.no_grad():
+                storage[: stop - start] = values(factor, offset + start, offset + stop)
+                storage[stop - start :].zero_()  # ZeRO pads a tensor to equal shares
+            setattr(owner, leaf, real)
+
+
+class AdapterReader:
+    """A PEFT adapter directory for a model with the weights `possible`; `targets` are the ones that it adapts.
+
+    Raises:
+        UserError: unreadable, not a LoRA of this kind, of another model, or unequal for encoder and decoder.
+    """
+
+    def __init__(self, directory: Path, possible: Mapping[str, Target]) -> None:
+        self.directory = directory
+        self.settings = _read_settings(directory)
+        try:
+            self.lora = LoraSection.model_validate(
+                {key: self.settings[key] for key in ("r", "lora_alpha", "use_rslora") if key in self.settings}
+            )
+            self._file = safe_open(directory / TENSORS, "pt")
+            self._shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in self._file.keys()}  # noqa: SIM118
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"adapter {directory} cannot be read: {first_line(error)}.") from error
+        self._wrappers = dict(self._find(possible))
+        self.targets = tuple(target for name, target in possible.items() if name in self._wrappers)
+        self._check()
+
+    def read(self, target: Target, factor: Factor) -> Tensor:
+        """A whole factor, experts in front."""
+        stored = self._file.get_tensor(self._keys(target, factor)[0])
+        return from_peft(stored, target.experts, factor) if target.experts else stored
+
+    def values(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flattened factor `name`, all experts in front."""
+        weight, _, factor = name.rpartition(".")
+        target = next(target for target in self.targets if target.name == weight)
+        return self.read(target, "lora_A" if factor == "lora_A" else "lora_B").flatten()[start:stop]
+
+    def _find(self, possible: Mapping[str, Target]) -> Iterator[tuple[str, str]]:
+        """Which module of PEFT's, below the model's prefix, holds the factors of each target that is there."""
+        there = {key.removeprefix(PEFT + prefix) for key in self._shapes for prefix in PREFIXES}
+        for name, target in possible.items():
+            if not target.experts:
+                if f"{name}.lora_A.weight" in there:
+                    yield name, name
+                continue
+            wrapper = name.rpartition(".")[0]
+            nested = f"{wrapper}.base_layer.lora_A.weight" in there
+            module = f"{wrapper}.base_layer" if nested and name.endswith("gate_up_proj") else wrapper
+            rows = self._outputs(module)
+            if rows is not None and (nested or rows == target.outputs):
+                yield name, module
+
+    def _outputs(self, module: str) -> int | None:
+        """The rows of a wrapper's B, which tell which of the experts' two tensors it wraps; None: no such wrapper."""
+        keys = (f"{PEFT}{prefix}{module}.lora_B.weight" for prefix in PREFIXES)
+        return next((self._shapes[key][0] for key in keys if key in self._shapes), None)
+
+    def _keys(self, target: Target, factor: Factor) -> list[str]:
+        module = self._wrappers[target.name]
+        return [f"{PEFT}{prefix}{module}.{factor}.weight" for prefix in prefixes(target)]
+
+    def _check(self) -> None:
+        problems, known = [], set()
+        for target in self.targets:
+            for factor in FACTORS:
+                keys = self._keys(target, factor)
+                known |= set(keys)
+                problems += self._factor_problems(keys, peft_shape(target, factor, self.lora.r))
+        problems += [
+            f"{key} belongs to no weight of this model that can have one." for key in self._shapes.keys() - known
+        ]
+        if not self.targets and not problems:
+            problems = ["it holds no factors."]
+        if problems:
+            shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
+            raise one_line_each(f"the adapter {self.directory}", shown)
+
+    def _factor_problems(self, keys: list[str], shape: tuple[int, ...]) -> Iterator[str]:
+        shapes = {key: self._shapes.get(key) for key in keys}
+        yield from (f"{key} is missing, shape {shape} was expected." for key in keys if shapes[key] is None)
+        yield from (
+            f"{key} has shape {found}, {shape} was expected of this model and rank {self.lora.r}."
+            for key, found in shapes.items()
+            if found not in (None, shape)
+        )
+        if list(shapes.values()) == [shape] * 2 and not torch.equal(*map(self._file.get_tensor, keys)):
+            yield (
+                f"{keys[0]} and {keys[1]} differ. Encoder and decoder share their weights: one adapter, "
+                "written under both names, was expected."
+            )
+
+
+def check_continues(reader: AdapterReader, targets: Iterable[Target], lora: LoraSection) -> None:
+    """Raise `UserError` with every difference between a run's adapters and the one that it is to continue from."""
+    problems = [
+        f"lora.{key} = {getattr(lora, key)}, but it was made with {getattr(reader.lora, key)}. Set that."
+        for key in ("r", "lora_alpha", "use_rslora")
+        if getattr(lora, key) != getattr(reader.lora, key)
+    ]
+    wanted, there = {target.name for target in targets}, {target.name for target in reader.targets}
+    for names, what in (
+        (wanted - there, "is adapted by this run, but not by it"),
+        (there - wanted, "is adapted by it"),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            problems.append(f"{min(names)}{more} {what}. Set lora.target_modules and target_parameters to fit.")
+    if problems:
+        raise one_line_each(f"lora.path: {reader.directory}", problems)
+
+
+def _read_settings(directory: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads((directory / CONFIG).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"adapter {directory} cannot be read: {first_line(error)}. A PEFT directory has {CONFIG} and {TENSORS}."
+        ) from error
+    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
+        raise UserError(f"adapter {directory / CONFIG} is not of PEFT's type LORA.")
+    used = [key for key in _UNSUPPORTED if settings.get(key)]
+    if settings.get("bias", "none") != "none":
+        used.append("bias")
+    if used:
+        raise UserError(f"adapter {directory} uses {', '.join(used)}: not supported here.")
+    return settings
+
+
+def prefixes(target: Target) -> tuple[str, ...]:
+    """The names below which transformers has this weight: decoder and encoder, but for what only the decoder has."""
+    return PREFIXES if target.name.startswith("layers.") else PREFIXES[:1]
+
+
+def peft_shape(target: Target, factor: Factor, r: int) -> tuple[int, ...]:
+    """The shape of a factor in PEFT's file."""
+    ranks = r * max(target.experts, 1)
+    return (ranks, target.inputs) if factor == "lora_A" else (target.outputs, ranks)
+
+
+def to_peft(value: Tensor, factor: Factor) -> Tensor:
+    """Experts' factors [E, r, in] or [E, out, r] as the matrix of one wrapper."""
+    if factor == "lora_A":
+        return value.reshape(-1, value.shape[-1])
+    return value.permute(1, 2, 0).reshape(value.shape[1], -1).contiguous()
+
+
+def from_peft(value: Tensor, experts: int, factor: Factor) -> Tensor:
+    """The matrix of one wrapper as experts' factors [E, r, in] or [E, out, r]."""
+    if factor == "lora_A":
+        return value.reshape(experts, -1, value.shape[-1])
+    return value.reshape(value.shape[0], -1, experts).permute(2, 0, 1).contiguous()

@@ -1,0 +1,65 @@
+"""Which parameters are trained, and in which of AdamW's groups; people name them as in the checkpoint."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ds_dgemma.checkpoint.names import checkpoint_name, matching
+from ds_dgemma.config import OptimizerSection
+from ds_dgemma.errors import did_you_mean, one_line_each
+
+
+def freeze(stack: nn.Module, patterns: Sequence[str], tensors: Sequence[str]) -> None:
+    """Stop training what the patterns name; of the checkpoint's `tensors` they may name what is frozen anyway.
+
+    Raises:
+        UserError: a pattern that matches nothing, or nothing is left to train.
+    """
+    parameters: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in stack.named_parameters():
+        parameters.setdefault(checkpoint_name(name), []).append(parameter)
+    names = list(dict.fromkeys([*parameters, *tensors]))
+    problems = [_no_match("model.freeze", pattern, names) for pattern in patterns if not matching(pattern, names)]
+    for name in (name for pattern in patterns for name in matching(pattern, parameters)):
+        for parameter in parameters[name]:
+            parameter.requires_grad_(False)
+    if not problems and not any(parameter.requires_grad for parameter in stack.parameters()):
+        problems.append("model.freeze  freezes every parameter: nothing would be trained.")
+    if problems:
+        raise one_line_each("the run config", problems)
+
+
+def check_groups(optimizer: OptimizerSection, trained: Sequence[str]) -> None:
+    """Raise `UserError` for a group that gets none of the parameters `trained`."""
+    problems, left = [], list(trained)
+    for number, group in enumerate(optimizer.groups):
+        picked = matching(group.match, left)
+        if not picked:
+            problem = _no_match(f"optimizer.groups.{number}.match", group.match, trained)
+            if matching(group.match, trained):
+                problem = (
+                    f"optimizer.groups.{number}.match  {group.match!r} matches only what groups before it took. "
+                    "The first match wins: put the special ones first."
+                )
+            problems.append(problem)
+        left = [name for name in left if name not in picked]
+    if problems:
+        raise one_line_each("the run config", problems)
+
+
+def parameter_groups(module: nn.Module, optimizer: OptimizerSection | None) -> list[dict[str, Any]]:
+    """AdamW's groups over the trainable parameters; `lr_scale` is a group's share of the scheduled learning rate."""
+    left = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    groups: list[dict[str, Any]] = []
+    for number, group in enumerate(optimizer.groups if optimizer else ()):
+        picked = [left.pop(name) for name in list(left) if matching(group.match, [checkpoint_name(name)])]
+        scale = group.lr / optimizer.lr if optimizer and group.lr else 1.0
+        own = {} if group.weight_decay is None else {"weight_decay": group.weight_decay}
+        groups.append({"name": f"group-{number}", "params": picked, "lr_scale": scale, **own})
+    groups.append({"name": "rest", "params": list(left.values()), "lr_scale": 1.0})
+    return [group for group in groups if group["params"]]
+
+
+def _no_match(key: str, pattern: str, names: Sequence[str]) -> str:
+    return f"{key}  {pattern!r} matches no name of the checkpoint.{did_you_mean(pattern, names)}"
