@@ -14,6 +14,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def start_ranks(config: Path, overrides: list[str], processes: int, log: Path) -> list[subprocess.Popen]:
     """Start `processes` ranks of ds_dgemma.train; all of them write to `log`."""
     arguments = [argument for override in overrides for argument in ("--set", override)]
+    return start_module(["ds_dgemma.train", "--config", str(config), *arguments], processes, log)
+
+
+def start_module(arguments: list[str], processes: int, log: Path) -> list[subprocess.Popen]:
+    """Start `processes` ranks of a module with its arguments; all of them write to `log`."""
     shared = dict(
         os.environ,
         OMP_NUM_THREADS="1",
@@ -23,7 +28,7 @@ def start_ranks(config: Path, overrides: list[str], processes: int, log: Path) -
         WORLD_SIZE=str(processes),
         LOCAL_WORLD_SIZE=str(processes),
     )
-    command = [sys.executable, "-m", "ds_dgemma.train", "--config", str(config), *arguments]
+    command = [sys.executable, "-m", *arguments]
     with log.open("ab") as output:
         return [
             subprocess.Popen(
