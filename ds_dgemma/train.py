@@ -37,7 +37,7 @@ from ds_dgemma.engine.open_model import OutlinedModel, fill_model, outline_model
 from ds_dgemma.engine.optimizer_state import KINDS, adam_step, create_moments, owned_shards
 from ds_dgemma.engine.ranks import RankLayout, agreed, connect, disconnect, sum_over_ranks
 from ds_dgemma.engine.schedule import learning_rate
-from ds_dgemma.engine.trainable import check_groups
+from ds_dgemma.engine.trainable import check_groups, check_stage
 from ds_dgemma.errors import EXIT_USER_ERROR, UserError
 from ds_dgemma.evaluation.validation import validate
 from ds_dgemma.model.lora import seed_dropout
@@ -92,6 +92,7 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
         frozen=config.model.freeze,
         lora=config.lora,
     )
+    check_stage(settings["zero_optimization"]["stage"], model.trained_names())
     check_groups(config.optimizer, model.trained_names())
 
     canvas_length, eos_id = spec.canvas_length, tokenizer.eos_token_id
