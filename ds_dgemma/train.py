@@ -48,6 +48,8 @@ from ds_dgemma.run_directory import CHECKPOINTS, METRICS, claim, find_start
 from ds_dgemma.tracking.metrics import StepMetrics, memory_gib
 from ds_dgemma.tracking.sinks import ConsoleSink, JsonlSink, Sink, Tracker, WandbSink
 
+DOWNLOAD_HOURS = 24
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -67,16 +69,16 @@ class Prepared:
 
 
 def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
-    """Check everything that a user can get wrong; no collective, no weights.
+    """Check everything that a user can get wrong; no collective, no weights, no download of the model.
 
     Raises:
         UserError: what is wrong, and what to do about it.
     """
     settings = deepspeed_config(config, ranks.world, "cuda" if ranks.device.type == "cuda" else "cpu")
     resumed, warnings = find_start(config)
-    spec = read_spec(config.model.path, config.model.revision)
+    directory = local_directory(config.model.path, config.model.revision, download=False)
+    spec = read_spec(str(directory))
     text = text_spec(spec)
-    directory = local_directory(config.model.path, config.model.revision)
     tokenizer = load_tokenizer(directory, text.vocab_size)
     grouped = config.parallel.grouped_matmul
     model = outline_model(
@@ -253,6 +255,9 @@ def main(argv: list[str] | None = None) -> int:
     ranks = RankLayout.from_environment(config.parallel.expert_parallel_size)
     watch_launcher()
     connect(ranks, config.parallel.collective_timeout_minutes)
+    with agreed(ranks, hours=DOWNLOAD_HOURS):
+        if ranks.local_rank == 0:  # the node's other ranks find it in the cache
+            local_directory(config.model.path, config.model.revision)
     with agreed(ranks):
         prepared = prepare(config, ranks)
     with agreed(ranks):

@@ -1,13 +1,21 @@
-"""The micro-benchmark runs, and compares equal work."""
+"""The micro-benchmark runs and compares equal work; the random checkpoint is one that transformers loads."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import DiffusionGemmaForBlockDiffusion
+
+from ds_dgemma.checkpoint.weights import WeightReader
+from tests.benchmarks.real_checkpoint import make_checkpoint
+from tests.gpu import shapes
 
 STEP = Path(__file__).parent / "benchmarks" / "step.py"
+LOAD = Path(__file__).parent / "benchmarks" / "load.py"
 
 
 @pytest.mark.slow
@@ -18,3 +26,27 @@ def test_a_benchmark_step_computes_what_transformers_does_and_prints_the_ratios(
     ratios = re.findall(r"/ transformers: CPU time (\S+), wall time (\S+), peak memory (\S+)", run.stdout)
     assert len(ratios) == 2  # recomputed, and kept
     assert all(float(ratio) > 0 for variant in ratios for ratio in variant)
+
+
+@pytest.mark.slow
+def test_every_value_that_two_ranks_load_equals_the_files(tmp_path: Path) -> None:
+    command = [sys.executable, LOAD, "--check", "--miniature", "--dir", tmp_path / "model"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert len(re.findall(r"^\| 2 \| [12] \| [01] \|", run.stdout, re.MULTILINE)) == 4
+
+
+def test_the_random_checkpoint_is_whole_and_the_same_however_it_is_sharded(tmp_path: Path) -> None:
+    config = shapes.config(rehearse=True, layers=2)
+    make_checkpoint(config, tmp_path / "one")
+    make_checkpoint(config, tmp_path / "many", shard_gb=1e-4)
+    one, many = WeightReader(tmp_path / "one"), WeightReader(tmp_path / "many")
+    assert len(set(many.files.values())) > 2
+    loaded: Any = DiffusionGemmaForBlockDiffusion.from_pretrained(tmp_path / "many", output_loading_info=True)
+    model, info = loaded
+    assert not any(info.values())
+    for name, tensor in model.state_dict().items():
+        if name in one:
+            assert torch.equal(one.read(name), tensor)
+            assert torch.equal(many.read(name), tensor)
+    assert model.state_dict().keys() - one.files.keys() == set(model.all_tied_weights_keys)

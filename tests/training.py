@@ -16,6 +16,11 @@ def start_ranks(
 ) -> list[subprocess.Popen]:
     """Start `processes` ranks of a module that trains (and its own arguments); all of them write to `log`."""
     arguments = [argument for override in overrides for argument in ("--set", override)]
+    return start_module([*program, "--config", str(config), *arguments], processes, log)
+
+
+def start_module(arguments: list[str], processes: int, log: Path) -> list[subprocess.Popen]:
+    """Start `processes` ranks of a module with its arguments; all of them write to `log`."""
     shared = dict(
         os.environ,
         OMP_NUM_THREADS="1",
@@ -25,7 +30,7 @@ def start_ranks(
         WORLD_SIZE=str(processes),
         LOCAL_WORLD_SIZE=str(processes),
     )
-    command = [sys.executable, "-m", *program, "--config", str(config), *arguments]
+    command = [sys.executable, "-m", *arguments]
     with log.open("ab") as output:
         return [
             subprocess.Popen(

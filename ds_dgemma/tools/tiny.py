@@ -72,7 +72,7 @@ def make_tiny(
         UserError: `out` may not be written or replaced, or an argument does not fit the preset.
     """
     _check_out(out, force)
-    tokenizer = _sudoku_tokenizer(text, vocab_size) if preset == "sudoku4" else _text_tokenizer(text, vocab_size)
+    tokenizer = _sudoku_tokenizer(text, vocab_size) if preset == "sudoku4" else text_tokenizer(text, vocab_size)
     model = _random_model(SHAPES[preset], tokenizer, seed)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +165,8 @@ def _sudoku_tokenizer(text: Path | None, vocab_size: int | None) -> PreTrainedTo
     return _with_template(tokenizer, newline="", unk_token=UNKNOWN)
 
 
-def _text_tokenizer(text: Path | None, vocab_size: int | None) -> PreTrainedTokenizerFast:
+def text_tokenizer(text: Path | None, vocab_size: int | None) -> PreTrainedTokenizerFast:
+    """Train the byte-level tokenizer of preset `text` on a file (JSONL or plain)."""
     if text is None:
         raise UserError("--preset text needs --text FILE: JSONL or plain text to train the tokenizer on.")
     size = TEXT_VOCABULARY if vocab_size is None else vocab_size

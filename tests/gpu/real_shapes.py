@@ -2,9 +2,10 @@
 
     python -m tests.gpu.real_shapes [--layers N] [--rehearse]
 
-The checkpoint is a header and a hole as large as its weights, so loading is the real thing and costs no disk; the
-weights are drawn on the device. Without --layers the largest number is tried that should fit, then fewer, each in a
-process of its own; then one layer: the vocabulary dominates so few, and the difference is what a layer costs.
+The checkpoint is random (`tests/benchmarks/real_checkpoint.py`, 1.6 GB a layer and 1.5 GB of vocabulary in the
+temporary directory) and loading is the real thing. Without --layers the largest number is tried that should fit, then
+fewer, each in a process of its own; then one layer: the vocabulary dominates so few, and the difference is what a
+layer costs.
 
 FLOPs of a step, 2 per multiply-add, none for what is computed again in the backward pass; W are the weights of matrix
 products that a token meets in the layers (its top-k experts only), P a layer's visible pairs of query and key, V H the
@@ -16,7 +17,6 @@ vocabulary's matrix:
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DiffusionGemmaForBlockDiffusion
 
 from ds_dgemma.config import RunConfig
 from ds_dgemma.data.batch import Batch
@@ -37,8 +36,8 @@ from ds_dgemma.engine.open_model import fill_model, outline_model
 from ds_dgemma.engine.ranks import RankLayout, connect, disconnect
 from ds_dgemma.model.masks import attention_masks, clean_and_canvases
 from ds_dgemma.model.spec import read_spec
-from ds_dgemma.model.stack import DiffusionGemmaStack
 from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
+from tests.benchmarks.real_checkpoint import make_checkpoint
 from tests.benchmarks.step import make_batch
 from tests.gpu import ROOT, shapes
 
@@ -51,47 +50,16 @@ STATE, VOCABULARY_EXTRA, LAYER_EXTRA = 18, 8, 4
 WARM_UP, TIMED = 2, 5
 
 
-def save_hollow(layers: int, rehearse: bool, directory: Path) -> None:
-    """Save a checkpoint that reads as zeros and takes no space."""
-    config = shapes.config(rehearse, layers)
-    config.save_pretrained(directory)
-    with torch.device("meta"):
-        tensors = DiffusionGemmaForBlockDiffusion(config).state_dict()
-    header: dict[str, Any] = {}
-    end = 0
-    for name, tensor in tensors.items():
-        if name.startswith("model.decoder.") or name.endswith(".layer_scalar"):
-            start, end = end, end + 2 * tensor.numel()
-            header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
-    written = json.dumps(header).encode()
-    written += b" " * (-len(written) % 8)
-    with (directory / "model.safetensors").open("wb") as file:
-        file.write(len(written).to_bytes(8, "little") + written)
-        file.truncate(8 + len(written) + end)
-
-
-@torch.no_grad()
-def draw_weights(stack: DiffusionGemmaStack) -> None:
-    """Random matrices, scales of one."""
-    for parameter in stack.parameters():
-        held: Tensor = getattr(parameter, "ds_tensor", parameter)
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        held.data.fill_(1) if len(shape) < 2 else held.data.normal_(0, 0.02)
-    for name, buffer in stack.named_buffers():
-        if name.endswith("layer_scalar"):
-            buffer.fill_(1)
-
-
 def open_engine(layers: int, rehearse: bool, ranks: RankLayout) -> Any:
     """The engine that a run of `sft` would have, on one rank."""
     rows, where = shapes.lengths(rehearse)[2], ranks.device
     with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        save_hollow(layers, rehearse, directory)
+        directory = Path(name, "model")
+        make_checkpoint(shapes.config(rehearse, layers), directory)
         run = RunConfig.model_validate(
             {
                 "run": {"dir": name},
-                "model": {"path": name},
+                "model": {"path": str(directory)},
                 "data": {"train": "none"},
                 "train": {"max_steps": 1000, "global_batch_size": rows, "micro_batch_size": rows, "precision": "bf16"},
                 "deepspeed": ROOT / "ds_configs" / "zero3.json",
@@ -99,9 +67,8 @@ def open_engine(layers: int, rehearse: bool, ranks: RankLayout) -> Any:
         )
         settings = deepspeed_config(run, 1, "cuda" if where.type == "cuda" else "cpu")
         grouped = where.type == "cuda"
-        outlined = outline_model(read_spec(name), directory, ranks, grouped_matmul=grouped)
+        outlined = outline_model(read_spec(str(directory)), directory, ranks, grouped_matmul=grouped)
         stack = fill_model(outlined, ranks, settings, "bf16")
-    draw_weights(stack)
     return start_engine(DenoisingObjective(stack, run.objective.logits_chunk_mib).train(), settings)
 
 
