@@ -33,8 +33,27 @@ def make_sudoku(args: argparse.Namespace) -> None:
     """Make Sudoku puzzles with one solution each, as JSONL."""
     from ds_dgemma.data.sudoku import write_sudoku
 
-    write_sudoku(args.size, args.split, args.count, args.seed, args.out)
+    write_sudoku(args.size, args.split, args.count, args.seed, args.out, args.symbols)
     print(f"{args.out}: {args.count} puzzles of {args.split}, {args.size}x{args.size}")
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Tell the memory, time and traffic of a run before it is started, and whether it fits."""
+    from rich.console import Console
+
+    from ds_dgemma.config_file import load_config
+    from ds_dgemma.plan.cost import Machine
+    from ds_dgemma.plan.plan import Limits, make_plan
+    from ds_dgemma.plan.report import as_dict, tables
+
+    limits = Limits(args.gpu_memory, args.host_memory, args.gpus_per_node)
+    link = args.link_gbps or (300.0 if args.gpus <= args.gpus_per_node else 40.0)
+    machine = Machine(args.peak_tflops, args.utilisation, link, args.host_link_gbps, args.host_memory_gbps)
+    planned = make_plan(load_config(args.config, args.set), args.gpus, limits, machine, args.length)
+    if args.json:
+        print(json.dumps(as_dict(planned), indent=2))
+    else:
+        Console().print(tables(planned))
 
 
 def export(args: argparse.Namespace) -> None:
@@ -118,8 +137,11 @@ def _parser() -> argparse.ArgumentParser:
     sudoku.add_argument("--size", type=int, choices=[4, 9], default=4)
     sudoku.add_argument("--split", choices=["train", "test"], required=True)
     sudoku.add_argument("--count", type=int, required=True, metavar="N")
+    sudoku.add_argument("--symbols", choices=["digits", "letters"], default="digits")
     sudoku.add_argument("--seed", type=int, default=0)
     sudoku.add_argument("--out", type=Path, required=True, metavar="F.jsonl")
+
+    _add_plan(commands)
 
     export_ = _add(commands, "export", export)
     export_.add_argument("--run", type=Path, required=True, metavar="DIR", help="run directory")
@@ -160,6 +182,45 @@ def _parser() -> argparse.ArgumentParser:
 
     _add(commands, "config-reference", config_reference)
     return parser
+
+
+def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    plan_ = _add(commands, "plan", plan)
+    plan_.add_argument("--config", type=Path, required=True, metavar="YAML", help="the run's config")
+    plan_.add_argument("--set", action="append", default=[], metavar="a.b=value", help="override a setting")
+    plan_.add_argument("--gpus", type=_positive_int, default=8, metavar="N", help="in all (8)")
+    plan_.add_argument("--gpu-memory", type=_positive, default=80.0, metavar="GIB", help="of one GPU (80)")
+    plan_.add_argument("--host-memory", type=_positive, metavar="GIB", help="of one node; not judged when absent")
+    plan_.add_argument("--gpus-per-node", type=_positive_int, default=8, metavar="N", help="(8)")
+    plan_.add_argument("--length", type=_positive_int, metavar="N", help="tokens of an example (data.max_length)")
+    plan_.add_argument("--peak-tflops", type=_positive, default=989.0, metavar="X", help="of a GPU, dense (989, H100)")
+    plan_.add_argument("--utilisation", type=_share, default=0.25, metavar="X", help="share of that reached (0.25)")
+    plan_.add_argument(
+        "--link-gbps", type=_positive, metavar="X", help="GB/s a GPU sends (300 in a node, 40 between nodes)"
+    )
+    plan_.add_argument("--host-link-gbps", type=_positive, default=25.0, metavar="X", help="GB/s, GPU and host (25)")
+    plan_.add_argument(
+        "--host-memory-gbps", type=_positive, default=20.0, metavar="X", help="GB/s of host memory per GPU (20)"
+    )
+    plan_.add_argument("--json", action="store_true", help="every figure, in bytes and seconds")
+
+
+def _positive(text: str) -> float:
+    if (value := float(text)) > 0 and value < float("inf"):
+        return value
+    raise argparse.ArgumentTypeError(f"{text} is not above 0")
+
+
+def _positive_int(text: str) -> int:
+    if (value := int(text)) > 0:
+        return value
+    raise argparse.ArgumentTypeError(f"{text} is not above 0")
+
+
+def _share(text: str) -> float:
+    if (value := _positive(text)) <= 1:
+        return value
+    raise argparse.ArgumentTypeError(f"{text} is not a share: above 0, at most 1")
 
 
 def _add(

@@ -38,7 +38,7 @@ from ds_dgemma.engine.optimizer_state import KINDS, adam_step, create_moments, o
 from ds_dgemma.engine.ranks import RankLayout, agreed, connect, disconnect, sum_over_ranks
 from ds_dgemma.engine.router_balance import router_balance
 from ds_dgemma.engine.schedule import learning_rate
-from ds_dgemma.engine.trainable import check_groups
+from ds_dgemma.engine.trainable import check_groups, check_stage
 from ds_dgemma.errors import EXIT_USER_ERROR, UserError
 from ds_dgemma.evaluation.validation import validate
 from ds_dgemma.model.lora import seed_dropout
@@ -91,9 +91,12 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
         activation_checkpointing=config.train.activation_checkpointing,
         copy_decoder_scalars=config.model.missing_encoder_scalars == "copy_decoder",
         frozen=config.model.freeze,
-        lora=config.lora,
+        lora=config.lora.model_copy(update={"path": None}) if config.lora and resumed else config.lora,
     )
+    check_stage(settings["zero_optimization"]["stage"], model.trained_names())
     check_groups(config.optimizer, model.trained_names())
+    if model.adapters and (warning := model.adapters.base_warning(config.model.path)):
+        warnings.append(warning)
 
     canvas_length, eos_id = spec.canvas_length, tokenizer.eos_token_id
     assert isinstance(canvas_length, int)

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "objective": {"data", "model"},
     "checkpoint": {"model"},
     "engine": {"checkpoint", "model", "objective"},
+    "plan": {"engine", "model"},
     "evaluation": {"data", "engine", "model", "objective"},
 }
 LONGEST_FILE = 400  # lines of Python

@@ -11,10 +11,12 @@ from ds_dgemma.engine.ranks import free_port
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def start_ranks(config: Path, overrides: list[str], processes: int, log: Path) -> list[subprocess.Popen]:
-    """Start `processes` ranks of ds_dgemma.train; all of them write to `log`."""
+def start_ranks(
+    config: Path, overrides: list[str], processes: int, log: Path, program: tuple[str, ...] = ("ds_dgemma.train",)
+) -> list[subprocess.Popen]:
+    """Start `processes` ranks of a module that trains (and its own arguments); all of them write to `log`."""
     arguments = [argument for override in overrides for argument in ("--set", override)]
-    return start_module(["ds_dgemma.train", "--config", str(config), *arguments], processes, log)
+    return start_module([*program, "--config", str(config), *arguments], processes, log)
 
 
 def start_module(arguments: list[str], processes: int, log: Path) -> list[subprocess.Popen]:
@@ -42,10 +44,17 @@ def start_module(arguments: list[str], processes: int, log: Path) -> list[subpro
         ]
 
 
-def train(config: Path, run_dir: Path, overrides: list[str], processes: int = 1, timeout: float = 300) -> list[dict]:
+def train(
+    config: Path,
+    run_dir: Path,
+    overrides: list[str],
+    processes: int = 1,
+    timeout: float = 300,
+    program: tuple[str, ...] = ("ds_dgemma.train",),
+) -> list[dict]:
     """Train to the end and return the run's metrics; fails the test with the log when any rank fails."""
     log = run_dir.with_suffix(".log")
-    ranks = start_ranks(config, [f"run.dir={run_dir}", *overrides], processes, log)
+    ranks = start_ranks(config, [f"run.dir={run_dir}", *overrides], processes, log, program)
     try:
         codes = [rank.wait(timeout) for rank in ranks]
     finally:

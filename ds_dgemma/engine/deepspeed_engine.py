@@ -8,8 +8,7 @@ from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 
 from ds_dgemma.config import OptimizerSection
 from ds_dgemma.engine.trainable import parameter_groups
-from ds_dgemma.model.stack import DiffusionGemmaStack, SweepLayer
-from ds_dgemma.model.vocabulary import TiedVocabulary
+from ds_dgemma.model.stack import DiffusionGemmaStack
 from ds_dgemma.objective.denoising import DenoisingObjective
 
 
@@ -31,11 +30,12 @@ def start_engine(
 
 
 def gather_as_units(stack: DiffusionGemmaStack) -> None:
-    """Let ZeRO-3 gather a whole layer at once: one coalesced collective where there would be one per linear."""
-    for module in stack.modules():
-        if isinstance(module, SweepLayer | TiedVocabulary):
-            set_z3_leaf_module(module, True)
-    set_z3_leaf_module(stack.self_conditioning, True)
+    """Let ZeRO-3 gather a whole layer at once: one coalesced collective where there would be one per linear.
+
+    Not the vocabulary: it is one matrix anyway, and after each of its uses DeepSpeed would reduce a gradient of zeros.
+    """
+    for module in (*stack.sweep_layers(), stack.self_conditioning):
+        set_z3_leaf_module(module, True)
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:

@@ -105,7 +105,7 @@ zero_optimization
 def deepspeed_config(config: RunConfig, world_size: int, device: Literal["cpu", "cuda"]) -> dict[str, Any]:
     """Return all that `deepspeed.initialize` is told; raise `UserError` with every conflict at once."""
     accumulation = check_topology(config, world_size)
-    settings = readshow(config.deepspeed)
+    settings = read_json(config.deepspeed)
     problems = [*_shape_problems(settings), *_refusals(settings), *_misspelt(settings)]
     if not problems:
         problems = [
@@ -121,7 +121,14 @@ def deepspeed_config(config: RunConfig, world_size: int, device: Literal["cpu", 
     return settings
 
 
-def readshow(path: Path) -> dict[str, Any]:
+def zero_config(settings: dict[str, Any]) -> Any:
+    """DeepSpeed's own reading of the ZeRO block (`DeepSpeedZeroConfig`), its defaults filled in."""
+    from deepspeed.runtime.zero.config import get_zero_config
+
+    return get_zero_config(settings)
+
+
+def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; a key given twice is an error, as it is to DeepSpeed."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.utils import (
     safe_get_local_fp32_param,
     safe_get_local_optimizer_state,
@@ -68,6 +69,8 @@ def _masters(engine: Any) -> list[torch.Tensor]:
     """The flat fp32 partitions that AdamW updates on this rank."""
     if engine.zero_optimization_stage() == 3:
         return engine.optimizer.fp32_partitioned_groups_flat
+    if isinstance(engine.optimizer, BF16_Optimizer):  # DeepSpeed's own choice for stage 1 in bf16
+        return engine.optimizer.fp32_groups_flat_partition
     return engine.optimizer.single_partition_of_fp32_groups
 
 
@@ -111,7 +114,7 @@ def _zero12_shard(engine: Any, name: str, parameter: Any, offset: int) -> OwnedS
     if mapping is None:
         return None
     inside, flat = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
-    owner = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+    owner = _masters(engine)[mapping.param_group_index]
 
     def view(kind: Kind) -> torch.Tensor:
         whole = owner if kind == "fp32" else _adam(engine).state[owner][kind]

@@ -52,7 +52,7 @@ class TiedVocabulary(nn.Module):
     """Owns the embedding matrix, named as in transformers (`embed_tokens.weight`).
 
     Every use goes through `forward`, because under ZeRO-3 the matrix is whole only inside its owner's forward and
-    backward.
+    backward. To read so much as its type from outside would keep it whole for the whole step.
     """
 
     def __init__(self, embedding: nn.Embedding, softcap: float, embed_scale: float) -> None:
@@ -70,8 +70,10 @@ class TiedVocabulary(nn.Module):
         """sqrt(H) as transformers keeps it: rounded to fp32, then to the weight's type."""
         return torch.tensor(self.embed_scale, dtype=self.weight.dtype, device=self.weight.device)
 
-    def embed(self, ids: Tensor, first_pass_MH: Tensor, chunk: int, gradient: WeightGradient) -> tuple[Tensor, Tensor]:
-        """Look up `ids` (any shape) and make the soft embedding of the first pass's hidden states (M may be 0).
+    def embed(
+        self, ids: Tensor, first_pass_MH: Tensor | None, chunk: int, gradient: WeightGradient
+    ) -> tuple[Tensor, Tensor]:
+        """Look up `ids` (any shape) and make the soft embedding of the first pass's hidden states (None: M is 0).
 
         Returns the scaled embeddings [*ids.shape, H] and softmax(logits) @ weight * sqrt(H), [M, H].
         """
@@ -101,10 +103,12 @@ class _Embed(torch.autograd.Function):
         weight: Tensor,
         owner: TiedVocabulary,
         ids: Tensor,
-        first_pass_MH: Tensor,
+        first_pass_MH: Tensor | None,
         chunk: int,
         gradient: WeightGradient,
     ):
+        if first_pass_MH is None:
+            first_pass_MH = weight.new_empty(0, weight.shape[1])
         soft_MH = torch.empty_like(first_pass_MH)
         for part in _chunks(len(first_pass_MH), chunk):
             probability = capped_logits(first_pass_MH[part], weight, owner.softcap).softmax(-1)

@@ -110,8 +110,7 @@ class DenoisingObjective(nn.Module):
         )
         ids, canvas_ids = batch.clean_ids_BS[rows, :prefix], batch.canvas_ids_BKL[rows]
         L = canvas_ids.shape[-1]
-        nothing = batch.clean_ids_BS.new_empty(0, dtype=self.model.embed_tokens.weight.dtype)
-        inputs, _ = self._embed(ids, canvas_ids, nothing.view(0, self._hidden_size), WeightGradient())
+        inputs, _ = self._embed(ids, canvas_ids, None, WeightGradient())
         clean, canvas = inputs[:, :prefix], inputs[:, prefix:]
         canvas = self.model.self_conditioning(canvas, torch.zeros_like(canvas))
         layout = clean_and_canvases(batch.clean_valid_BS[rows, :prefix], batch.canvas_start_BK[rows], L)
@@ -141,7 +140,7 @@ class DenoisingObjective(nn.Module):
         return text_spec(self.model.config).hidden_size
 
     def _embed(
-        self, clean_ids: Tensor, canvas_ids_BKL: Tensor, first_pass_MH: Tensor, gradient: WeightGradient
+        self, clean_ids: Tensor, canvas_ids_BKL: Tensor, first_pass_MH: Tensor | None, gradient: WeightGradient
     ) -> tuple[Tensor, Tensor]:
         ids = torch.cat([clean_ids, canvas_ids_BKL.flatten(1)], dim=1)
         return self.model.embed_tokens.embed(ids, first_pass_MH, self.chunk, gradient)

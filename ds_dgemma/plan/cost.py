@@ -1,0 +1,191 @@
+"""Arithmetic, traffic and time of an optimizer step, and bytes on disk.
+
+FLOPs are 2 per multiply-add; W are the matrix weights that a token meets in the layers (of experts its top k), P a
+layer's visible pairs of query and key, V H the vocabulary's matrix:
+
+    forward of a sweep  = 2 tokens W + sum over layers of 4 P heads head_dim
+    first pass          = forward of the guessing rows + 4 V H tokens guessed (logits, soft embedding)
+    second pass         = forward + backward + 6 V H tokens scored + 2 V H tokens guessed (the matrix's gradient)
+    backward            = 2 tokens W for the activations + 2 tokens W_trained + twice the attention
+
+With a trained model that is the usual 6 W per token. "Useful" FLOPs leave out what activation checkpointing and the
+chunked vocabulary compute again; time is computed with all of them. Bytes on links are what one GPU sends, in rings
+(all-gather and reduce-scatter of n ranks: (n - 1)/n of the tensor).
+"""
+
+from dataclasses import dataclass
+
+from ds_dgemma.config import RunConfig
+from ds_dgemma.plan.activations import FP32
+from ds_dgemma.plan.inventory import LAYERS, VOCABULARY, Inventory, Parameter
+from ds_dgemma.plan.setup import Setup, Shape
+
+# Uses of the vocabulary in a micro-step: look-up of both passes, score, and both backward passes.
+VOCABULARY_GATHERS = 5
+# A layer's: first pass, second pass, and backward, where checkpointing computes it again.
+LAYER_GATHERS = 3
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a GPU can do; every figure is the user's to say."""
+
+    peak_tflops: float  # of dense matrix products
+    utilisation: float  # share of it that the run reaches
+    link_gbps: float  # GB/s that one GPU sends to the others
+    host_link_gbps: float  # GB/s between one GPU and host memory
+    host_memory_gbps: float  # GB/s of host memory per GPU: what an optimizer there is bound by
+
+
+@dataclass(frozen=True)
+class Cost:
+    """An optimizer step of one GPU."""
+
+    tokens: int  # of the global batch, all of the longest kind
+    useful_flops: float
+    flops: float  # with what is computed again
+    sent: dict[str, int]  # bytes to other GPUs, by collective
+    host_traffic: int  # bytes to and from host memory
+    host_updates: int  # bytes that an offloaded AdamW reads and writes
+    seconds: dict[str, float]
+
+    @property
+    def step_seconds(self) -> float:
+        """Arithmetic or the collectives that overlap with it, whichever is longer, then what nothing hides."""
+        hidden = max(self.seconds["arithmetic"], self.seconds["gather and reduce"])
+        return hidden + sum(self.seconds[name] for name in ("all-to-all", "host link", "optimizer in host memory"))
+
+
+def cost(inventory: Inventory, setup: Setup, shape: Shape, config: RunConfig, machine: Machine) -> Cost:
+    """One optimizer step, every example as long as `shape`."""
+    examples = setup.accumulation * setup.micro_batch_size
+    probability = config.objective.self_conditioning_probability
+    # The first pass runs with one row at least.
+    guessing = setup.accumulation * max(1.0, probability * setup.micro_batch_size)
+    useful, again = _flops(inventory, setup, shape, examples, guessing)
+    sent = _sent(inventory, setup, shape, examples, guessing)
+    host_traffic, host_updates = _host(inventory, setup)
+    all_to_all = sent.get("all-to-all", 0)
+    rate = machine.link_gbps * 1e9
+    return Cost(
+        tokens=setup.global_batch_size * shape.tokens,
+        useful_flops=useful,
+        flops=useful + again,
+        sent=sent,
+        host_traffic=host_traffic,
+        host_updates=host_updates,
+        seconds={
+            "arithmetic": (useful + again) / (machine.peak_tflops * 1e12 * machine.utilisation),
+            "gather and reduce": (sum(sent.values()) - all_to_all) / rate,
+            "all-to-all": all_to_all / rate,
+            "host link": host_traffic / (machine.host_link_gbps * 1e9),
+            "optimizer in host memory": host_updates / (machine.host_memory_gbps * 1e9),
+        },
+    )
+
+
+def token_weights(inventory: Inventory, trained_only: bool = False) -> int:
+    """Matrix weights of the layers that one token meets."""
+    text, total = inventory.text, 0
+    for p in inventory.parameters:
+        if p.is_matrix and p.unit != VOCABULARY and (p.is_trained or not trained_only):
+            total += p.numel * text.top_k_experts // text.num_experts if p.is_expert else p.numel
+    return total
+
+
+def visible_pairs(kind: str, shape: Shape, window: int) -> int:
+    """Pairs of query and key that one example's mask lets through, its canvases at the very end."""
+    S, start = shape.clean, max(0, shape.clean - shape.canvas_length)
+    if kind == "sliding_attention":
+        inside = min(S, window)
+        causal = inside * (inside + 1) // 2 + (S - inside) * window
+        start = min(start, window - 1)
+    else:
+        causal = S * (S + 1) // 2
+    return causal + shape.canvas * (start + shape.canvas_length)
+
+
+def attention_flops(inventory: Inventory, shape: Shape) -> int:
+    """Forward products of all layers' attention for one example."""
+    text = inventory.text
+    return sum(
+        4
+        * visible_pairs(kind, shape, text.sliding_window)
+        * text.num_attention_heads
+        * text.per_layer_config[i].head_dim
+        for i, kind in enumerate(text.layer_types)
+    )
+
+
+def _flops(inventory: Inventory, setup: Setup, shape: Shape, examples: float, guessing: float) -> tuple[float, float]:
+    """Useful FLOPs of one GPU's step, and those of what is computed again."""
+    matrix, attention = inventory.vocabulary.numel, attention_flops(inventory, shape)
+    forward = 2 * shape.tokens * token_weights(inventory) + attention
+    backward = forward + attention + 2 * shape.tokens * token_weights(inventory, trained_only=True)
+    scored, trained = shape.canvas + shape.clean, inventory.vocabulary.is_trained
+    useful = guessing * (forward + 4 * matrix * shape.canvas) + examples * (forward + backward)
+    useful += examples * (6 if trained else 4) * matrix * scored
+    again = examples * forward if setup.activation_checkpointing else 0.0
+    if trained:
+        useful += guessing * 2 * matrix * shape.canvas
+        again += guessing * 2 * matrix * shape.canvas  # the guess's logits, for the soft embedding's gradient
+    return useful, again
+
+
+def _sent(inventory: Inventory, setup: Setup, shape: Shape, examples: float, guessing: float) -> dict[str, int]:
+    """Bytes that one GPU sends in a step, by collective."""
+
+    def ring(parameter: Parameter, element: int) -> float:
+        n = setup.holders(parameter)
+        return element * setup.local(parameter) * (n - 1) / n
+
+    stage, trained = setup.zero.stage, [p for p in inventory.parameters if p.is_trained]
+    reduced = sum(ring(p, setup.zero.communication_bytes) for p in trained)
+    if stage == 3:
+        small = setup.zero.persistence_threshold
+        gathered = sum(
+            ring(p, setup.element) * (VOCABULARY_GATHERS if p.unit == VOCABULARY else LAYER_GATHERS)
+            for p in inventory.parameters
+            if setup.local(p) > small
+        )
+        kept_whole = sum(ring(p, setup.element) for p in trained if setup.local(p) <= small)  # after the update
+        sent = {"all-gather": gathered * setup.accumulation + kept_whole, "reduce": reduced * setup.accumulation}
+    else:
+        # An all-reduce is a reduce-scatter and an all-gather; stage 1 makes one a step, in fp32.
+        times = setup.accumulation if stage == 2 else FP32 / setup.zero.communication_bytes
+        sent = {"all-gather": sum(ring(p, setup.element) for p in trained), "reduce": 2 * reduced * times}
+    if setup.expert_parallel_size > 1:
+        away = (setup.expert_parallel_size - 1) / setup.expert_parallel_size
+        row = inventory.text.top_k_experts * inventory.text.hidden_size * setup.element * away
+        layers = sum(name.startswith(LAYERS) for name in inventory.units)
+        passes = 3 if setup.activation_checkpointing else 2  # forward, again, and the gradients
+        sent["all-to-all"] = 2 * row * layers * shape.tokens * (examples * passes + guessing)
+    return {name: round(size) for name, size in sent.items() if size}
+
+
+def _host(inventory: Inventory, setup: Setup) -> tuple[int, int]:
+    """Bytes of a step between the GPU and host memory, and bytes that an AdamW in host memory touches."""
+    zero, moved, touched = setup.zero, 0, 0
+    trained = sum(setup.share(p) for p in inventory.parameters if p.is_trained)
+    if zero.offload_optimizer:
+        # Gradients down, and back and down again for every further micro-batch; new weights up.
+        moved += trained * (FP32 * (2 * setup.accumulation) + setup.element)
+        touched += trained * (2 * 3 * FP32 + FP32)
+    if zero.offload_parameters:
+        moved += setup.accumulation * sum(
+            setup.element * setup.share(p) * (VOCABULARY_GATHERS if p.unit == VOCABULARY else LAYER_GATHERS)
+            for p in inventory.parameters
+            if setup.local(p) > zero.persistence_threshold
+        )
+    return moved, touched
+
+
+def bytes_on_disk(inventory: Inventory, config: RunConfig) -> dict[str, int]:
+    """A checkpoint of the training state, all that are kept at once, and the export."""
+    state = 3 * FP32 * inventory.trained
+    exported = inventory.trained if config.lora else inventory.total + inventory.untrained_copy
+    return {
+        "a checkpoint": state,
+        "kept, and one being written": state * (config.checkpoint.keep_last + 1),
+        "export, bf16": 2 * exported,
+    }

@@ -1,0 +1,256 @@
+"""Bytes of one rank, by kind: what stays on the GPU, what comes and goes, and what lies in host memory.
+
+The peak is what stays, and the largest of the moments of a step. Every figure names an allocation of DeepSpeed 0.19.8
+or of this project; `tests/benchmarks/memory.py` holds the states against a real step. Sources: deepspeed
+`runtime/zero/stage3.py` (`_create_fp32_partitions`, `_setup_for_real_optimizer`, `_prepare_fp32_grad_for_sub_group`),
+`runtime/zero/stage_1_and_2.py` (`setup_buckets`, `_build_compact_grad_partition_buffer`),
+`runtime/zero/partition_parameters.py`; here `model/vocabulary.py`.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from ds_dgemma.plan.activations import FP32, LayerActivations, StackActivations
+from ds_dgemma.plan.inventory import LAYERS, VOCABULARY, Inventory, Parameter
+from ds_dgemma.plan.setup import Setup, Shape
+
+GIB = 2**30
+# Routed rows that the busiest rank of an expert group receives, to the mean.
+IMBALANCE = 1.5
+# fp32 tensors of [tokens, hidden] that a layer's backward holds beside what the forward kept.
+WORKING_COPIES = 4
+# CUDA context, NCCL's and cuBLAS's buffers; and what the caching allocator can't use.
+RUNTIME, FRAGMENTATION = 2 * GIB, 0.03
+
+Bytes = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank."""
+
+    resident: Bytes  # on the GPU, from the first step on
+    moments: dict[str, Bytes]  # on the GPU, for a while, by part of a step
+    host: Bytes  # in host memory
+
+    @property
+    def largest_moment(self) -> str:
+        """The part of a step that needs most."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def peak(self) -> int:
+        """Tensors on the GPU at the worst moment."""
+        return sum(self.resident.values()) + sum(self.moments[self.largest_moment].values())
+
+    @property
+    def needed(self) -> int:
+        """What a GPU must have: the peak, the runtime and the allocator's waste."""
+        return int(self.peak * (1 + FRAGMENTATION)) + RUNTIME
+
+
+def memory(inventory: Inventory, activations: StackActivations, setup: Setup, shape: Shape, chunk_mib: int) -> Memory:
+    """Add everything up for one rank; all ranks are alike but for padding."""
+    resident, host = _states(inventory, setup)
+    if setup.zero.stage == 3:
+        resident["reduce bucket"] = _reduce_buckets(setup)
+    return Memory(
+        resident={kind: size for kind, size in resident.items() if size},
+        moments={
+            "vocabulary, forward": _vocabulary_forward(inventory, activations, setup, shape, chunk_mib),
+            "a layer, backward": _layer_backward(inventory, activations, setup, shape),
+            "vocabulary, backward": _vocabulary_backward(inventory, setup, shape, chunk_mib),
+            "optimizer step": _optimizer_step(inventory, setup),
+        },
+        host={kind: size for kind, size in host.items() if size},
+    )
+
+
+def _states(inventory: Inventory, setup: Setup) -> tuple[Bytes, Bytes]:
+    """Weights, masters, moments and gradients, on the GPU and in host memory."""
+    zero, parameters = setup.zero, inventory.parameters
+    trained = [parameter for parameter in parameters if parameter.is_trained]
+    shares = sum(map(setup.share, trained))
+    held = setup.share if zero.stage == 3 else setup.local
+    weights = setup.element * sum(map(held, parameters))
+    optimizer = {"fp32 master": FP32 * shares, "moments": 2 * FP32 * shares}
+    gradients = FP32 * (sum(map(setup.local, trained)) if zero.stage == 1 else shares)
+    device: Bytes = {"weights": 0 if zero.offload_parameters else weights}
+    host: Bytes = {"weights": weights} if zero.offload_parameters else {}
+    if zero.stage == 3:
+        device["weights kept whole"] = setup.element * sum(map(setup.local, _persistent(inventory, setup)))
+    if zero.offload_optimizer:
+        host |= optimizer | {"gradients": FP32 * shares, "gradients, for the optimizer": FP32 * shares}
+        if zero.stage < 3:
+            host["weights, on their way back"] = setup.element * shares
+            device["gradients"] = 0
+    else:
+        device |= optimizer | {"gradients": gradients}
+    return device, host
+
+
+def _persistent(inventory: Inventory, setup: Setup) -> list[Parameter]:
+    """Parameters so small that ZeRO-3 keeps them whole beside their shares; none where a share is the whole."""
+    zero = setup.zero
+    return [
+        p
+        for p in inventory.parameters
+        if setup.local(p) <= zero.persistence_threshold and (setup.holders(p) > 1 or zero.offload_parameters)
+    ]
+
+
+def _reduce_buckets(setup: Setup) -> int:
+    """The flat buffers that gradients are copied into before they are reduced; below stage 3 a backward pass's own."""
+    zero = setup.zero
+    if not zero.contiguous or _is_bf16_optimizer(setup):
+        return 0
+    if zero.stage == 3:
+        return zero.reduce_bucket * zero.communication_bytes
+    return zero.reduce_bucket * setup.element * (2 if zero.overlap else 1)
+
+
+def _is_bf16_optimizer(setup: Setup) -> bool:
+    """Stage 1 in bf16 runs on DeepSpeed's BF16_Optimizer: whole fp32 gradients, reduced where they lie."""
+    return setup.zero.stage == 1 and setup.element < FP32 and not setup.zero.offload_optimizer
+
+
+def _buckets_of_a_moment(setup: Setup) -> int:
+    return _reduce_buckets(setup) if setup.zero.stage < 3 else 0
+
+
+def _gathered(unit: tuple[Parameter, ...], setup: Setup) -> int:
+    """Bytes that come into being when ZeRO-3 gathers a unit: nothing for what one rank alone holds on the GPU."""
+    zero = setup.zero
+    if zero.stage < 3:
+        return 0
+    return setup.element * sum(
+        setup.local(p)
+        for p in unit
+        if setup.local(p) > zero.persistence_threshold and (setup.holders(p) > 1 or zero.offload_parameters)
+    )
+
+
+def _prefetched(unit: tuple[Parameter, ...], setup: Setup) -> int:
+    """Bytes of the next unit that are fetched early: whole tensors until the bucket is full."""
+    largest = max(map(setup.local, unit))
+    return min(_gathered(unit, setup), setup.element * (setup.zero.prefetch_bucket + largest))
+
+
+def _gradients_of(unit: tuple[Parameter, ...], setup: Setup) -> int:
+    """Bytes of a unit's gradients as autograd makes them, whole."""
+    return setup.element * sum(setup.local(p) for p in unit if p.is_trained)
+
+
+def _reducing(elements: int, setup: Setup) -> int:
+    """Bytes of the copies while `elements` are reduce-scattered: interleaved by rank, and in another type."""
+    zero = setup.zero
+    copies = zero.communication_bytes + (0 if zero.communication_bytes == setup.element else zero.communication_bytes)
+    return elements * copies
+
+
+def _layer_units(inventory: Inventory) -> list[tuple[Parameter, ...]]:
+    return [unit for name, unit in inventory.units.items() if name.startswith(LAYERS)]
+
+
+def _layer_kept(layer: LayerActivations, activations: StackActivations, setup: Setup) -> int:
+    """Bytes that a layer keeps for a micro-batch."""
+    routed = setup.micro_batch_size * activations.routed_rows
+    return setup.micro_batch_size * layer.kept + routed * layer.returned + received(routed, setup) * layer.rows
+
+
+def received(rows: int, setup: Setup) -> int:
+    """Rows that the busiest rank's experts work on, of `rows` that each rank sends."""
+    return int(rows * IMBALANCE) if setup.expert_parallel_size > 1 else rows
+
+
+def _stored(activations: StackActivations, setup: Setup) -> int:
+    """Bytes kept between forward and backward: layer inputs, or all that the layers keep."""
+    masks = setup.micro_batch_size * activations.masks
+    if setup.activation_checkpointing:
+        return masks + setup.micro_batch_size * activations.hidden * len(activations.layers)
+    return masks + sum(_layer_kept(layer, activations, setup) for layer in activations.layers)
+
+
+def _layer_backward(inventory: Inventory, activations: StackActivations, setup: Setup, shape: Shape) -> Bytes:
+    units = _layer_units(inventory)
+    largest = max(units, key=lambda unit: _gathered(unit, setup) + _gradients_of(unit, setup))
+    layer = max(activations.layers, key=lambda layer: layer.kept)
+    routed = setup.micro_batch_size * activations.routed_rows
+    travelling = layer.travelling * (routed + received(routed, setup)) if setup.expert_parallel_size > 1 else 0
+    H = inventory.text.hidden_size
+    in_bucket = min(setup.zero.reduce_bucket, sum(setup.local(p) for p in largest if p.is_trained))
+    return {
+        "activations kept": _stored(activations, setup),
+        "one layer recomputed": _layer_kept(layer, activations, setup) if setup.activation_checkpointing else 0,
+        "working": setup.micro_batch_size * shape.tokens * H * FP32 * WORKING_COPIES + routed * layer.combining,
+        "all-to-all": travelling,
+        "gathered layer": _gathered(largest, setup),
+        "prefetched": max((_prefetched(unit, setup) for unit, _ in pairwise(units)), default=0),
+        "a layer's gradients": _gradients_of(largest, setup),
+        "reduce buckets": _buckets_of_a_moment(setup),
+        "reducing": _reducing(in_bucket, setup),
+        "vocabulary's fp32 gradient": _vocabulary_gradient(inventory),
+    }
+
+
+def _vocabulary_gradient(inventory: Inventory) -> int:
+    """The one buffer that the matrix's three uses add to; none for a frozen matrix."""
+    vocabulary = inventory.vocabulary
+    return FP32 * vocabulary.numel if vocabulary.is_trained else 0
+
+
+def _vocabulary_forward(
+    inventory: Inventory, activations: StackActivations, setup: Setup, shape: Shape, chunk_mib: int
+) -> Bytes:
+    vocabulary, tokens = inventory.vocabulary, setup.micro_batch_size * shape.tokens
+    return {
+        "activations kept": _stored(activations, setup),
+        "hidden states and their gradient": 3 * tokens * inventory.text.hidden_size * setup.element,
+        "logits chunk": _logits_chunk(chunk_mib, setup),
+        "gathered vocabulary": _gathered((vocabulary,), setup),
+        "vocabulary's fp32 gradient": _vocabulary_gradient(inventory),
+        "vocabulary's gradient of a chunk": setup.element * vocabulary.numel if vocabulary.is_trained else 0,
+    }
+
+
+def _logits_chunk(chunk_mib: int, setup: Setup) -> int:
+    """fp32 logits, the soft cap's slope, and the gradient in the weight's type."""
+    return chunk_mib * 2**20 * (2 * FP32 + setup.element) // FP32
+
+
+def _vocabulary_backward(inventory: Inventory, setup: Setup, shape: Shape, chunk_mib: int) -> Bytes:
+    unit = inventory.units[VOCABULARY]
+    gradients = _gradients_of(unit, setup)
+    cast = setup.zero.communication_bytes != setup.element
+    return {
+        "hidden states and their gradient": (
+            3 * setup.micro_batch_size * shape.tokens * inventory.text.hidden_size * setup.element
+        ),
+        "logits chunk": _logits_chunk(chunk_mib, setup),
+        "gathered vocabulary": _gathered(unit, setup),
+        "vocabulary's fp32 gradient": _vocabulary_gradient(inventory),
+        "vocabulary's gradient": gradients,
+        "reduce buckets": _buckets_of_a_moment(setup),
+        "reducing": gradients // setup.element * setup.zero.communication_bytes if cast else 0,
+    }
+
+
+def _optimizer_step(inventory: Inventory, setup: Setup) -> Bytes:
+    """One flat fp32 copy of a tile's gradients; nothing where the optimizer reads them where they are."""
+    if setup.zero.offload_optimizer or _is_bf16_optimizer(setup):
+        return {"gradients of a tile": 0}
+    trained = [p for p in inventory.parameters if p.is_trained]
+    return {"gradients of a tile": FP32 * largest_tile(trained, setup)}
+
+
+def largest_tile(trained: list[Parameter], setup: Setup) -> int:
+    """Elements of the largest piece that AdamW updates at once: ZeRO-3 cuts its groups into tiles of whole shares."""
+    largest = 0
+    for kind in (False, True):  # experts have groups of their own
+        tile = 0
+        for parameter in (p for p in trained if p.is_expert is kind):
+            tile += setup.share(parameter)
+            largest = max(largest, tile)
+            if setup.zero.stage == 3 and tile >= setup.zero.sub_group:
+                tile = 0
+    return largest

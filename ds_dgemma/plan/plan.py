@@ -1,0 +1,200 @@
+"""From a run config to what it needs, whether that fits, and the nearest way to run it that does.
+
+Nothing of the model but its config.json is read, and no GPU is asked.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from math import inf
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+from transformers import AutoConfig, DiffusionGemmaConfig
+
+from ds_dgemma.config import RunConfig
+from ds_dgemma.engine.ds_config import deepspeed_config
+from ds_dgemma.errors import UserError
+from ds_dgemma.model.spec import read_spec, text_spec
+from ds_dgemma.plan.activations import StackActivations, trace
+from ds_dgemma.plan.cost import Cost, Machine, bytes_on_disk, cost
+from ds_dgemma.plan.inventory import Inventory, build_stack_for, take_inventory
+from ds_dgemma.plan.memory import GIB, Memory, memory
+from ds_dgemma.plan.setup import Setup, Shape, read_setup, read_shape
+
+RELEASED = "google/diffusiongemma-26B-A4B-it"
+RELEASED_SHAPES = Path(__file__).with_name("released_26b.json")
+MOST_GPUS = 64
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What there is; None: not known, so not judged."""
+
+    gpu_memory: float  # GiB
+    host_memory: float | None  # GiB of a node
+    gpus_per_node: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run config on a number of GPUs."""
+
+    source: str  # where the model's shapes are from
+    inventory: Inventory
+    setup: Setup
+    shape: Shape
+    limits: Limits
+    memory: Memory
+    cost: Cost
+    disk: dict[str, int]
+    problems: tuple[str, ...]  # why it does not fit; empty: it fits
+    nearest: tuple[tuple[str, ...], Setup, Memory] | None  # what to change, when it does not
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What stays the same while setups are compared."""
+
+    inventory: Inventory
+    activations: StackActivations
+    shape: Shape
+    limits: Limits
+    chunk_mib: int
+
+    def memory(self, setup: Setup) -> Memory:
+        return memory(self.inventory, self.activations, setup, self.shape, self.chunk_mib)
+
+
+def make_plan(config: RunConfig, gpus: int, limits: Limits, machine: Machine, length: int | None = None) -> Plan:
+    """Plan `config` on `gpus` GPUs, for examples of `length` clean tokens (the longest that it allows when None).
+
+    Raises:
+        UserError: what training would refuse before it loads the model.
+    """
+    settings = deepspeed_config(config, gpus, "cuda")
+    spec, source = read_shapes(config)
+    _check_experts(config, spec)
+    stack = build_stack_for(config, spec)
+    inventory, setup = take_inventory(stack), read_setup(config, settings, gpus)
+    shape = read_shape(config, inventory, length)
+    activations = trace(stack, shape.tokens, setup.dtype)
+    subject = _Subject(inventory, activations, shape, limits, config.objective.logits_chunk_mib)
+    needed = subject.memory(setup)
+    problems = _problems(needed, setup, limits)
+    return Plan(
+        source=source,
+        inventory=inventory,
+        setup=setup,
+        shape=shape,
+        limits=limits,
+        memory=needed,
+        cost=cost(inventory, setup, shape, config, machine),
+        disk=bytes_on_disk(inventory, config),
+        problems=problems,
+        nearest=_nearest(subject, setup) if problems else None,
+    )
+
+
+def read_shapes(config: RunConfig) -> tuple[DiffusionGemmaConfig, str]:
+    """The model's config and where it is from; the released model's needs neither network nor download."""
+    path, revision = config.model.path, config.model.revision
+    cached = try_to_load_from_cache(path, "config.json", revision=revision) if path == RELEASED else None
+    if path == RELEASED and not isinstance(cached, str):
+        spec = AutoConfig.from_pretrained(RELEASED_SHAPES)
+        assert isinstance(spec, DiffusionGemmaConfig)
+        return spec, f"the shape table of {RELEASED} that comes with ds_dgemma"
+    return read_spec(path, revision), path
+
+
+def _check_experts(config: RunConfig, spec: DiffusionGemmaConfig) -> None:
+    experts, size = text_spec(spec).num_experts, config.parallel.expert_parallel_size
+    if experts % size:
+        fitting = ", ".join(map(str, _divisors(experts)))
+        raise UserError(
+            f"parallel.expert_parallel_size = {size} does not divide the model's {experts} experts. Set {fitting}."
+        )
+
+
+def host_bytes(needed: Memory, setup: Setup, limits: Limits) -> int:
+    """Host memory of a node's ranks together."""
+    return sum(needed.host.values()) * min(setup.gpus, limits.gpus_per_node)
+
+
+def _problems(needed: Memory, setup: Setup, limits: Limits) -> tuple[str, ...]:
+    found, host = [], host_bytes(needed, setup, limits)
+    if needed.needed > limits.gpu_memory * GIB:
+        found.append(f"a GPU needs {needed.needed / GIB:.1f} GiB of {limits.gpu_memory:g}")
+    if limits.host_memory is not None and host > limits.host_memory * GIB:
+        found.append(f"a node needs {host / GIB:.1f} GiB of host memory of {limits.host_memory:g}")
+    return tuple(found)
+
+
+def _nearest(subject: _Subject, setup: Setup) -> tuple[tuple[str, ...], Setup, Memory] | None:
+    """The setup that fits and changes least: free changes before slow ones, slow ones before more GPUs."""
+    best, least = None, inf
+    for changes, effort, candidate in _variants(subject, setup):
+        if effort >= least:
+            continue
+        needed = subject.memory(candidate)
+        if not _problems(needed, candidate, subject.limits):
+            best, least = (changes, candidate, needed), effort
+    return best
+
+
+def _variants(subject: _Subject, setup: Setup) -> Iterator[tuple[tuple[str, ...], float, Setup]]:
+    """Every other way to run the same science, what it changes, and how much one would mind."""
+    zero, experts, rows = setup.zero, subject.inventory.text.num_experts, setup.global_batch_size
+    for gpus, ep, stage, optimizer, parameters, checkpointing, micro in product(
+        [setup.gpus * 2**n for n in range(7) if setup.gpus * 2**n <= max(MOST_GPUS, setup.gpus)],
+        _divisors(experts),
+        sorted({zero.stage, 3}),
+        sorted({zero.offload_optimizer, True}),
+        sorted({zero.offload_parameters, True}),
+        sorted({setup.activation_checkpointing, True}),
+        range(1, setup.micro_batch_size + 1),
+    ):
+        if gpus % ep or rows % (gpus * micro) or (parameters and stage < 3):
+            continue
+        candidate = replace(
+            setup,
+            gpus=gpus,
+            expert_parallel_size=ep,
+            micro_batch_size=micro,
+            activation_checkpointing=checkpointing,
+            zero=replace(zero, stage=stage, offload_optimizer=optimizer, offload_parameters=parameters),
+        )
+        changes = _changes(setup, candidate)
+        yield tuple(text for text, _ in changes), sum(effort for _, effort in changes), candidate
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _changes(before: Setup, after: Setup) -> list[tuple[str, float]]:
+    """What differs, in the user's own settings, and how much one would mind: speed lost, machines to be had."""
+    old, new = before.zero, after.zero
+    on_cpu = '"{}": {{"device": "cpu"}} in the JSON\'s zero_optimization'
+    possible = [
+        (
+            f"train.micro_batch_size: {after.micro_batch_size}",
+            before.micro_batch_size != after.micro_batch_size,
+            before.micro_batch_size / after.micro_batch_size,
+        ),
+        (
+            "train.activation_checkpointing: true",
+            before.activation_checkpointing != after.activation_checkpointing,
+            1.3,
+        ),
+        (
+            f"parallel.expert_parallel_size: {after.expert_parallel_size}",
+            before.expert_parallel_size != after.expert_parallel_size,
+            1 + after.expert_parallel_size / 1000,
+        ),
+        ("deepspeed: ds_configs/zero3.json", old.stage != new.stage, 2),
+        (on_cpu.format("offload_optimizer"), old.offload_optimizer != new.offload_optimizer, 20),
+        (on_cpu.format("offload_param"), old.offload_parameters != new.offload_parameters, 40),
+        (f"{after.gpus} GPUs", before.gpus != after.gpus, 100 * after.gpus / before.gpus),
+    ]
+    return [(text, effort) for text, differs, effort in possible if differs]

@@ -1,0 +1,127 @@
+"""The choices that memory and time depend on, apart from the model: ranks, batch, ZeRO. The search varies these."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ds_dgemma.config import RunConfig
+from ds_dgemma.config_file import check_topology
+from ds_dgemma.engine.ds_config import zero_config
+from ds_dgemma.engine.open_model import DTYPES
+from ds_dgemma.plan.inventory import Inventory, Parameter
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What DeepSpeed's JSON says of memory, its defaults filled in; sizes in elements."""
+
+    stage: int
+    reduce_bucket: int
+    prefetch_bucket: int
+    persistence_threshold: int
+    sub_group: int
+    overlap: bool
+    contiguous: bool
+    communication_bytes: int  # an element of a gradient on its way
+    offload_optimizer: bool
+    offload_parameters: bool
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One way to run a config."""
+
+    gpus: int
+    expert_parallel_size: int
+    global_batch_size: int
+    micro_batch_size: int
+    activation_checkpointing: bool
+    dtype: torch.dtype
+    zero: Zero
+
+    @property
+    def element(self) -> int:
+        """Bytes of a weight."""
+        return self.dtype.itemsize
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of one optimizer step."""
+        return self.global_batch_size // (self.micro_batch_size * self.gpus)
+
+    def local(self, parameter: Parameter) -> int:
+        """Elements of a parameter that one rank computes with."""
+        return parameter.numel // self.expert_parallel_size if parameter.is_expert else parameter.numel
+
+    def holders(self, parameter: Parameter) -> int:
+        """Ranks over which ZeRO partitions what `local` counts."""
+        return self.gpus // self.expert_parallel_size if parameter.is_expert else self.gpus
+
+    def share(self, parameter: Parameter) -> int:
+        """Elements of one rank's partition, padding included."""
+        return -(-self.local(parameter) // self.holders(parameter))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Tokens of the examples that are planned for."""
+
+    clean: int  # prompt, response and fill
+    canvases: int  # scored ones
+    canvas_length: int
+
+    @property
+    def canvas(self) -> int:
+        """Canvas tokens of an example."""
+        return self.canvases * self.canvas_length
+
+    @property
+    def tokens(self) -> int:
+        """All tokens of one example's sweep."""
+        return self.clean + self.canvas
+
+
+def read_setup(config: RunConfig, deepspeed: dict[str, Any], gpus: int) -> Setup:
+    """The setup that `config` and DeepSpeed's joined settings ask for.
+
+    Raises:
+        UserError: the batch or the expert groups do not divide over `gpus`.
+    """
+    check_topology(config, gpus)
+    zero, dtype = zero_config(deepspeed), DTYPES[config.train.precision]
+    communication = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}.get(
+        str(deepspeed.get("communication_data_type")), dtype.itemsize
+    )
+    return Setup(
+        gpus=gpus,
+        expert_parallel_size=config.parallel.expert_parallel_size,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        activation_checkpointing=config.train.activation_checkpointing,
+        dtype=dtype,
+        zero=Zero(
+            stage=int(zero.stage),
+            reduce_bucket=zero.reduce_bucket_size,
+            prefetch_bucket=zero.prefetch_bucket_size,
+            persistence_threshold=zero.param_persistence_threshold,
+            sub_group=zero.sub_group_size,
+            overlap=bool(zero.overlap_comm),
+            contiguous=zero.contiguous_gradients,
+            communication_bytes=communication,
+            offload_optimizer=_on_cpu(zero.offload_optimizer),
+            offload_parameters=_on_cpu(zero.offload_param),
+        ),
+    )
+
+
+def read_shape(config: RunConfig, inventory: Inventory, length: int | None = None) -> Shape:
+    """The longest example that the config lets through, or one of `length` clean tokens."""
+    clean, canvas = length or config.data.max_length, inventory.canvas_length
+    wanted = config.objective.canvases_per_example
+    most = max(1, clean // canvas)
+    return Shape(clean=clean, canvases=most if wanted == "all" else min(wanted, most), canvas_length=canvas)
+
+
+def _on_cpu(offload: Any) -> bool:
+    return offload is not None and str(getattr(offload.device, "value", offload.device)) == "cpu"

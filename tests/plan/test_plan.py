@@ -1,0 +1,154 @@
+"""What `plan` says before a run: counts that are the model's own, sums that hold by hand, a verdict that is kept."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, DiffusionGemmaForBlockDiffusion
+
+from ds_dgemma.cli import main
+from ds_dgemma.config_file import load_config
+from ds_dgemma.model.spec import text_spec
+from ds_dgemma.plan.activations import trace
+from ds_dgemma.plan.cost import Machine, visible_pairs
+from ds_dgemma.plan.inventory import build_stack_for
+from ds_dgemma.plan.plan import RELEASED_SHAPES, Limits, Plan, make_plan, read_shapes
+from ds_dgemma.plan.setup import Shape
+
+ROOT = Path(__file__).resolve().parents[2]
+GIB = 2**30
+MACHINE = Machine(989, 0.25, 300, 25, 20)
+RUN = f"""
+run: {{dir: run}}
+model: {{path: google/diffusiongemma-26B-A4B-it}}
+data: {{train: train.jsonl, max_length: 1024}}
+train: {{max_steps: 10, global_batch_size: 64, micro_batch_size: 1}}
+deepspeed: {ROOT}/ds_configs/zero3.json
+"""
+
+
+def plan(tmp_path: Path, *overrides: str, gpus: int = 8, gpu_memory: float = 80, host: float | None = None) -> Plan:
+    (tmp_path / "run.yaml").write_text(RUN)
+    config = load_config(tmp_path / "run.yaml", overrides)
+    return make_plan(config, gpus, Limits(gpu_memory, host, 8), MACHINE)
+
+
+def test_parameters_are_counted_as_transformers_counts_them(tmp_path):
+    inventory = plan(tmp_path).inventory
+    with torch.device("meta"):
+        model = DiffusionGemmaForBlockDiffusion(AutoConfig.from_pretrained(RELEASED_SHAPES))
+    assert inventory.total + inventory.untrained_copy == sum(p.numel() for p in model.parameters())
+    decoder: Any = model.model.decoder
+    routers = sum(p.numel() for layer in decoder.layers for p in layer.router.parameters())
+    assert inventory.total - inventory.trained == routers
+
+
+def test_the_states_of_full_training_are_the_sum_by_hand(tmp_path):
+    found = plan(tmp_path, "parallel.expert_parallel_size=8")
+    resident, text = found.memory.resident, found.inventory.text
+    experts = text.num_hidden_layers * text.num_experts * 3 * text.hidden_size * text.moe_intermediate_size
+    rank = experts / 8 + (found.inventory.total - experts) / 8  # 1/8 of the experts, and of all the rest
+    assert resident["weights"] == pytest.approx(2 * rank, rel=1e-4)
+    for kind, bytes_each in (("fp32 master", 4), ("moments", 8), ("gradients", 4)):
+        assert resident[kind] == pytest.approx(bytes_each * rank, rel=1e-3)  # routers have none
+    lora = plan(tmp_path, "lora={r: 16}", gpus=1)
+    factors = lora.inventory.trained
+    assert lora.memory.resident["moments"] == 8 * factors
+    assert lora.memory.resident["weights"] == 2 * (found.inventory.total + factors)
+
+
+def test_expert_adapters_are_shared_as_experts_are(tmp_path):
+    expert_pairs = "lora={r: 8, target_modules: null, target_parameters: [experts.gate_up_proj, experts.down_proj]}"
+    found = plan(tmp_path, expert_pairs, "parallel.expert_parallel_size=4")
+    text = found.inventory.text
+    F, H = text.moe_intermediate_size, text.hidden_size
+    assert found.inventory.trained == text.num_hidden_layers * text.num_experts * 8 * (H + 2 * F + F + H)
+    assert found.memory.resident["fp32 master"] == pytest.approx(4 * found.inventory.trained / 8, rel=1e-6)
+
+
+def test_what_is_frozen_has_no_optimizer_state(tmp_path):
+    whole = plan(tmp_path)
+    frozen = plan(tmp_path, "model.freeze=['*.experts.*', '*.embed_tokens.weight']")
+    assert frozen.inventory.total == whole.inventory.total
+    assert frozen.memory.resident["moments"] < whole.memory.resident["moments"] / 10
+    assert not frozen.memory.moments["vocabulary, forward"]["vocabulary's fp32 gradient"]
+    assert frozen.cost.useful_flops < whole.cost.useful_flops
+
+
+def test_a_verdict_holds_for_the_setup_that_it_names(tmp_path):
+    large = ["train.micro_batch_size=8", "train.activation_checkpointing=false", "parallel.expert_parallel_size=8"]
+    found = plan(tmp_path, *large)
+    assert found.problems
+    assert found.nearest is not None
+    changes, _, _ = found.nearest
+    settings = [change.replace(": ", "=") for change in changes]
+    assert settings
+    assert not plan(tmp_path, *large, *settings).problems
+    assert plan(tmp_path, *large, gpu_memory=10, host=1).nearest is None  # nothing can be done
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offload_moves_the_optimizer_to_host_memory(stage, tmp_path):
+    zero = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": zero}))
+    found = plan(tmp_path, f"deepspeed={tmp_path / 'zero.json'}", "parallel.expert_parallel_size=8")
+    assert not {"fp32 master", "moments", "gradients"} & found.memory.resident.keys()
+    shares = found.memory.host["fp32 master"] / 4
+    assert found.memory.host["moments"] == 8 * shares
+    assert plan(tmp_path, f"deepspeed={tmp_path / 'zero.json'}", host=16).problems
+
+
+def test_activations_are_those_that_a_layer_keeps_on_the_cpu(sudoku_run):
+    """All but attention, which keeps what its kernel needs: here the CPU's."""
+    config = load_config(sudoku_run)
+    spec, _ = read_shapes(config)
+    tokens = 96
+    traced = trace(build_stack_for(config, spec), tokens, torch.float32)
+    stack = build_stack_for(config, spec).to_empty(device="cpu")
+    for parameter in stack.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    layer: Any = next(iter(stack.sweep_layers()))
+    head_dim, text = layer.self_attn.head_dim, text_spec(spec)
+    inputs = torch.randn(1, tokens, text.hidden_size, requires_grad=True)
+    arguments = (
+        inputs, torch.ones(1, tokens, head_dim), torch.zeros(1, tokens, head_dim),
+        torch.ones(1, 1, tokens, tokens, dtype=torch.bool), torch.zeros(1, tokens, dtype=torch.bool),
+    )  # fmt: skip
+    given = {t.untyped_storage().data_ptr() for t in (*arguments, *layer.parameters(), *layer.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in given:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(*arguments)
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    first = traced.layers[0]
+    assert first.kept + traced.routed_rows * (first.rows + first.returned) == pytest.approx(measured, rel=0.1)
+
+
+def test_visible_pairs_are_those_of_the_mask(sudoku_run):
+    from ds_dgemma.model.masks import attention_masks, clean_and_canvases
+
+    layout = clean_and_canvases(torch.ones(1, 50, dtype=torch.bool), torch.tensor([[42]]), 8)
+    masks = attention_masks(layout, window=16)
+    for kind, mask in masks.items():
+        assert visible_pairs(kind, Shape(50, 1, 8), 16) == int(mask.sum()), kind
+
+
+def test_the_command_prints_a_table_or_json(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(RUN)
+    common = ["plan", "--config", str(tmp_path / "run.yaml"), "--set", "parallel.expert_parallel_size=8"]
+    assert main([*common, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"]
+    assert found["gpu"]["peak_bytes"] < found["gpu"]["needed_bytes"] < 80 * GIB
+    assert main([*common, "--gpus", "4"]) == 2  # EP 8 on 4 ranks
+    assert "does not divide 4 ranks" in capsys.readouterr().err
+    assert main([*common[:3], "--gpu-memory", "24"]) == 0
+    assert re.search(r"Does not fit on 8 GPUs of 24 GiB", capsys.readouterr().out)
