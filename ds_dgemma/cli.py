@@ -107,7 +107,7 @@ def config_reference(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return the exit code."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     # transformers loads DeepSpeed where it is installed; its accelerator warning would land in our stdout
     logging.getLogger("DeepSpeed").addFilter(lambda log: log.levelno >= logging.ERROR)
     try:
@@ -120,7 +120,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Every command with its arguments."""
     parser = argparse.ArgumentParser(prog="ds-dgemma", description="Fine-tune DiffusionGemma with DeepSpeed.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
