@@ -97,8 +97,6 @@ def merge_adapter(
     """
     possible = possible_targets(_outline(model, revision))
     directory = local_directory(model, revision)
-    if out.exists() and out.samefile(directory):
-        raise UserError(f"--out {out} is the model itself. Choose another directory.")
     reader = AdapterReader(adapter, possible)
     change = Merged(reader.targets, reader.read, scaling(reader.lora)).change
     return _write_model(directory, out, change, replace(layout or Layout(), dtype=DTYPES.get(dtype)))
@@ -183,6 +181,8 @@ def _sync_directory(directory: Path) -> None:
 
 
 def _write_model(model: Path, out: Path, change: Change, layout: Layout) -> Path:
+    if out.exists() and out.samefile(model):
+        raise UserError(f"--out {out} is the model itself. Choose another directory.")
     with _whole_directory(out, "config.json") as beside:
         _copy_companions(model, beside, layout.dtype or layout.changed_dtype)
         write_weights(model, change, beside, layout)

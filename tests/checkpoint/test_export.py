@@ -18,6 +18,7 @@ from transformers import DiffusionGemmaForBlockDiffusion
 from ds_dgemma.checkpoint.export import export_run
 from ds_dgemma.checkpoint.hf_weights import Layout
 from ds_dgemma.checkpoint.weights import WeightReader
+from ds_dgemma.errors import UserError
 from tests.benchmarks.real_checkpoint import make_checkpoint
 from tests.gpu import shapes
 from tests.reference.trained_run import trained, was_trained, write_run
@@ -125,6 +126,13 @@ def test_a_disk_that_refuses_is_told_and_leaves_the_old_export(run, tmp_path):
     assert "Traceback" not in told
     assert files_of(out) == old
     assert {path.name for path in tmp_path.iterdir()} == {"run", "out"}
+
+
+def test_the_model_that_a_run_started_from_is_not_overwritten(run, model):
+    before = files_of(model)
+    with pytest.raises(UserError, match="is the model itself"):
+        export_run(run, model)
+    assert files_of(model) == before
 
 
 @pytest.mark.slow
