@@ -24,7 +24,7 @@ from ds_dgemma.config_file import load_config
 from ds_dgemma.data.batch import Batch, Example
 from ds_dgemma.data.sources import load_conversations
 from ds_dgemma.data.stream import ExampleSet, Stream, prepare_examples
-from ds_dgemma.data.tokenizer import load_tokenizer
+from ds_dgemma.data.tokenizer import image_tokens, load_tokenizer
 from ds_dgemma.engine.deepspeed_engine import (
     count_steps_done,
     gradient_norm,
@@ -105,8 +105,10 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
     assert isinstance(canvas_length, int)
     assert isinstance(eos_id, int)
 
+    images = image_tokens(tokenizer, (spec.image_token_id, spec.boi_token_id, spec.eoi_token_id))
+
     def read(split: Literal["train", "validation"]) -> ExampleSet:
-        conversations = load_conversations(config.data, split)
+        conversations = load_conversations(config.data, split, images)
         examples = prepare_examples(conversations, tokenizer, config.data, canvas_length, eos_id)
         if ranks.is_main:
             print(f"{split}: {examples.report}", flush=True)

@@ -10,7 +10,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -76,19 +76,27 @@ class Conversations:
     rows: "JsonlRows | Dataset"
     columns: ColumnsSection | None
     digest: str  # of the content: equal digests, equal conversations
+    image_tokens: Collection[str] = ()  # what stands for an image in the model's text
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, row: int) -> list[Message]:
-        return _messages(self.rows[row], self.columns)
+        messages = _messages(self.rows[row], self.columns)
+        for turn, message in enumerate(messages):
+            for token in self.image_tokens:
+                if token in message["content"]:
+                    raise _BadRow(f"messages[{turn}].content holds {token}, which stands for an image. {TEXT_ONLY}")
+        return messages
 
     def where(self, row: int) -> str:
         """Say where a row is, for a message to the user."""
         return self.rows.where(row) if isinstance(self.rows, JsonlRows) else f"{self.name} row {row}"
 
 
-def load_conversations(data: DataSection, split: Literal["train", "validation"]) -> Conversations:
+def load_conversations(
+    data: DataSection, split: Literal["train", "validation"], image_tokens: Collection[str] = ()
+) -> Conversations:
     """Open `data.train` or `data.validation` and check every row; one `UserError` tells all that is wrong."""
     source = getattr(data, split)
     if source is None:
@@ -101,6 +109,7 @@ def load_conversations(data: DataSection, split: Literal["train", "validation"])
         dataset = _load_hub(source, data.hub_config, hub_split, split)
         name = f"{source} [{hub_split}]"
         conversations = conversations_of_dataset(dataset, name, data.columns)
+    conversations = replace(conversations, image_tokens=image_tokens)
     _check_all(conversations, split)
     return conversations
 
