@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 import torch
 
+from ds_dgemma.checkpoint.adapter import AdapterReader
+from ds_dgemma.checkpoint.names import DECODER, checkpoint_name
 from ds_dgemma.checkpoint.run_state import StateReader, prune, save
 from ds_dgemma.checkpoint.weights import local_directory
 from ds_dgemma.config import RunConfig
@@ -136,6 +138,8 @@ def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tra
     if prepared.resumed:
         restore(engine, ranks, prepared.resumed)
         count_steps_done(engine, prepared.start)
+    elif prepared.model.adapters and prepared.model.adapters.continued:
+        continue_adapter(engine, ranks, prepared.model.adapters.continued)
     stream = Stream(
         examples=prepared.examples,
         collate=prepared.collate,
@@ -214,6 +218,13 @@ def restore(engine: Any, ranks: RankLayout, trained: StateReader) -> None:
     for shard in owned_shards(engine, ranks):
         for kind in KINDS:
             shard.set(kind, trained.read(shard.name, kind, shard.start, shard.stop).to(ranks.device))
+
+
+def continue_adapter(engine: Any, ranks: RankLayout, adapter: AdapterReader) -> None:
+    """Give the fp32 weights the adapter's own numbers: in a bf16 run they were made from bf16."""
+    for shard in owned_shards(engine, ranks):
+        factor = checkpoint_name(shard.name).removeprefix(DECODER)
+        shard.set("fp32", adapter.values(factor, shard.start, shard.stop).to(ranks.device, torch.float32))
 
 
 def due(step: int, every: int) -> bool:
