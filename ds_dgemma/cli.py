@@ -76,6 +76,8 @@ def evaluate(args: argparse.Namespace) -> None:
     from ds_dgemma.evaluation.generation import evaluate
     from ds_dgemma.evaluation.scorers import report_table
 
+    if args.out is not None and args.out.is_dir():
+        raise UserError(f"--out {args.out} is a directory. Name a file.")
     report = evaluate(args.model, args.data, args.scorer, args.batch_size, args.limit, args.seed, args.adapter)
     Console().print(report_table(report))
     if args.out is not None:
@@ -105,7 +107,7 @@ def config_reference(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return the exit code."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     # transformers loads DeepSpeed where it is installed; its accelerator warning would land in our stdout
     logging.getLogger("DeepSpeed").addFilter(lambda log: log.levelno >= logging.ERROR)
     try:
@@ -118,7 +120,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Every command with its arguments."""
     parser = argparse.ArgumentParser(prog="ds-dgemma", description="Fine-tune DiffusionGemma with DeepSpeed.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -127,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     tiny.add_argument("--out", type=Path, required=True, metavar="DIR")
     tiny.add_argument("--text", type=Path, metavar="FILE", help="preset text: JSONL or text to train the tokenizer on")
     tiny.add_argument("--vocab-size", type=int, metavar="N", help="preset text: tokens, image tokens included (4096)")
-    tiny.add_argument("--seed", type=int, default=0)
+    tiny.add_argument("--seed", type=_seed, default=0)
     tiny.add_argument("--force", action="store_true", help="replace DIR")
 
     sudoku = _add(commands, "make-sudoku", make_sudoku)
@@ -135,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     sudoku.add_argument("--split", choices=["train", "test"], required=True)
     sudoku.add_argument("--count", type=int, required=True, metavar="N")
     sudoku.add_argument("--symbols", choices=["digits", "letters"], default="digits")
-    sudoku.add_argument("--seed", type=int, default=0)
+    sudoku.add_argument("--seed", type=_seed, default=0)
     sudoku.add_argument("--out", type=Path, required=True, metavar="F.jsonl")
 
     _add_plan(commands)
@@ -164,14 +167,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate_.add_argument("--scorer", required=True, metavar="NAME", help="sudoku")
     evaluate_.add_argument("--batch-size", type=int, default=64, metavar="N")
     evaluate_.add_argument("--limit", type=int, metavar="N", help="score the first N conversations only")
-    evaluate_.add_argument("--seed", type=int, default=0)
+    evaluate_.add_argument("--seed", type=_seed, default=0)
     evaluate_.add_argument("--out", type=Path, metavar="JSON", help="write the report too")
 
     generate_ = _add(commands, "generate", generate)
     generate_.add_argument("--model", required=True, metavar="DIR", help="transformers checkpoint or hub id")
     generate_.add_argument("--adapter", type=Path, metavar="DIR", help="PEFT adapter of the model")
     generate_.add_argument("--prompt", required=True, metavar="TEXT")
-    generate_.add_argument("--seed", type=int, default=0)
+    generate_.add_argument("--seed", type=_seed, default=0)
 
     plot_ = _add(commands, "plot", plot)
     plot_.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
@@ -229,6 +232,14 @@ def _add(
     parser = commands.add_parser(name, help=command.__doc__, description=command.__doc__)
     parser.set_defaults(command=command)
     return parser
+
+
+def _seed(text: str) -> int:
+    """A seed that every generator takes."""
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text}: from 0 to 2**63 - 1")
+    return value
 
 
 def _write_json(out: Path, report: dict[str, Any]) -> None:

@@ -37,7 +37,7 @@ from ds_dgemma.engine.ds_config import deepspeed_config
 from ds_dgemma.engine.launcher_watch import watch_launcher
 from ds_dgemma.engine.open_model import OutlinedModel, fill_model, outline_model
 from ds_dgemma.engine.optimizer_state import KINDS, adam_step, create_moments, owned_shards
-from ds_dgemma.engine.ranks import RankLayout, agreed, connect, disconnect, sum_over_ranks
+from ds_dgemma.engine.ranks import RankLayout, agreed, connect, disconnect, gather, sum_over_ranks
 from ds_dgemma.engine.schedule import learning_rate
 from ds_dgemma.engine.trainable import check_groups, check_stage
 from ds_dgemma.errors import EXIT_USER_ERROR, UserError
@@ -46,7 +46,7 @@ from ds_dgemma.model.lora import seed_dropout
 from ds_dgemma.model.spec import read_spec, text_spec
 from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
 from ds_dgemma.objective.noise import Corruption
-from ds_dgemma.run_directory import CHECKPOINTS, METRICS, claim, find_start
+from ds_dgemma.run_directory import CHECKPOINTS, METRICS, check_same_data, claim, find_start, write_settings
 from ds_dgemma.tracking.metrics import StepMetrics, memory_gib
 from ds_dgemma.tracking.sinks import ConsoleSink, JsonlSink, Sink, Tracker, WandbSink
 
@@ -63,6 +63,7 @@ class Prepared:
     examples: ExampleSet
     held_out: list[Example]  # empty when nothing is validated
     resumed: StateReader | None
+    facts: dict[str, Any]  # of the data, kept in every checkpoint
 
     @property
     def start(self) -> int:
@@ -78,6 +79,8 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
     """
     settings = deepspeed_config(config, ranks.world, "cuda" if ranks.device.type == "cuda" else "cpu")
     resumed, warnings = find_start(config)
+    if config.optimizer.warmup_steps >= config.train.max_steps:
+        warnings.append("optimizer.warmup_steps is not below train.max_steps: the run ends before lr is reached.")
     directory = local_directory(config.model.path, config.model.revision, download=False)
     spec = read_spec(str(directory))
     text = text_spec(spec)
@@ -126,8 +129,11 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
     if ranks.is_main:
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
+    facts = {"model": config.model.path, "data_digest": examples.digest, "examples": len(examples)}
+    if resumed:
+        check_same_data(config.data.train, resumed, examples.digest, len(examples))
     reader = StateReader(resumed) if resumed else None
-    return Prepared(settings, model, corruption.collate, examples, held_out, reader)
+    return Prepared(settings, model, corruption.collate, examples, held_out, reader, facts)
 
 
 def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tracker) -> None:
@@ -166,7 +172,7 @@ def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tra
             )
             tracker.track({"kind": "validation", "step": step, **losses})
         if due(step, config.checkpoint.every) or step == last:
-            facts = {"adam_step": adam_step(engine), "model": config.model.path}
+            facts = {**prepared.facts, "adam_step": adam_step(engine)}
             save(checkpoints, step, owned_shards(engine, ranks), KINDS, ranks.rank, facts)
             if ranks.is_main:
                 prune(checkpoints, config.checkpoint.keep_last)
@@ -270,20 +276,29 @@ def main(argv: list[str] | None = None) -> int:
         if ranks.local_rank == 0:  # the node's other ranks find it in the cache
             local_directory(config.model.path, config.model.revision)
     with agreed(ranks):
-        prepared = prepare(config, ranks)
+        lock = claim(config.run.dir) if ranks.is_main else nullcontext()
     with agreed(ranks):
-        lock = claim(config, prepared.deepspeed) if ranks.is_main else nullcontext()
+        prepared = prepare(config, ranks)
+    starts = gather(prepared.start, ranks)
+    with agreed(ranks):
+        if len(set(starts)) > 1:
+            raise UserError(
+                f"run.dir: {config.run.dir} is not the same directory for all ranks: put it on a disk that they share."
+            )
+        if ranks.is_main:
+            write_settings(config, prepared.deepspeed)
         tracker = open_tracker(config, ranks, prepared.start)
-    code = 0
+    if ranks.is_main and prepared.start >= config.train.max_steps:
+        print(f"{config.run.dir} is complete at step {prepared.start}: nothing is left to train", flush=True)
     with lock, tracker:
         try:
             train(config, ranks, prepared, tracker)
-        except UserError as error:  # of all ranks at once: the disk is full, say
-            code = EXIT_USER_ERROR
+        except UserError as error:  # the disk is full, say; of all ranks at once, or the launcher ends the others
             if ranks.is_main:
                 print(error, file=sys.stderr, flush=True)
+            return EXIT_USER_ERROR
     disconnect()
-    return code
+    return 0
 
 
 if __name__ == "__main__":

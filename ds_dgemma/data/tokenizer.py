@@ -6,6 +6,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ds_dgemma.errors import UserError, first_line
 
+VOCABULARIES = ("tokenizer.json", "tokenizer.model")
+
 
 def load_tokenizer(directory: Path, vocab_size: int) -> PreTrainedTokenizerFast:
     """Load the tokenizer beside a model of `vocab_size` tokens.
@@ -13,6 +15,10 @@ def load_tokenizer(directory: Path, vocab_size: int) -> PreTrainedTokenizerFast:
     Raises:
         UserError: there is none, or it has no EOS, no chat template, or ids that the model's embedding lacks.
     """
+    if not any((directory / name).is_file() for name in VOCABULARIES):  # transformers would make up an empty one
+        raise UserError(
+            f"{directory} has no tokenizer: neither {' nor '.join(VOCABULARIES)}. Copy it beside the model."
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # transformers raises many kinds; each means that there is no usable tokenizer
