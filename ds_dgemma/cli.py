@@ -11,9 +11,12 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ds_dgemma.errors import EXIT_USER_ERROR, UserError
+
+if TYPE_CHECKING:
+    from ds_dgemma.checkpoint.hf_weights import Layout
 
 EXIT_INTERRUPTED = 130
 
@@ -57,7 +60,7 @@ def export(args: argparse.Namespace) -> None:
     """Write a run's checkpoint as a transformers directory, or a LoRA run's as an adapter."""
     from ds_dgemma.checkpoint.export import export_run
 
-    export_run(args.run, args.out, args.step, args.dtype, args.format)
+    export_run(args.run, args.out, args.step, args.dtype, args.format, _layout(args))
     print(f"{args.out}: exported from {args.run}")
 
 
@@ -65,7 +68,7 @@ def merge(args: argparse.Namespace) -> None:
     """Add a PEFT adapter to the weights of its model, once, and write the result as a transformers directory."""
     from ds_dgemma.checkpoint.export import merge_adapter
 
-    merge_adapter(args.model, args.adapter, args.out, args.dtype)
+    merge_adapter(args.model, args.adapter, args.out, args.dtype, layout=_layout(args))
     print(f"{args.out}: {args.model} with {args.adapter}")
 
 
@@ -147,7 +150,7 @@ def parser() -> argparse.ArgumentParser:
     export_.add_argument("--run", type=Path, required=True, metavar="DIR", help="run directory")
     export_.add_argument("--step", type=int, metavar="N", help="the newest complete checkpoint when absent")
     export_.add_argument("--out", type=Path, required=True, metavar="DIR")
-    export_.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    _add_layout(export_)
     export_.add_argument(
         "--format",
         choices=["peft", "vllm", "merged"],
@@ -158,7 +161,7 @@ def parser() -> argparse.ArgumentParser:
     merge_.add_argument("--model", required=True, metavar="DIR", help="transformers checkpoint or hub id")
     merge_.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="PEFT adapter directory")
     merge_.add_argument("--out", type=Path, required=True, metavar="DIR")
-    merge_.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    _add_layout(merge_)
 
     evaluate_ = _add(commands, "evaluate", evaluate)
     evaluate_.add_argument("--model", required=True, metavar="DIR", help="transformers checkpoint or hub id")
@@ -232,6 +235,44 @@ def _add(
     parser = commands.add_parser(name, help=command.__doc__, description=command.__doc__)
     parser.set_defaults(command=command)
     return parser
+
+
+def _add_layout(parser: argparse.ArgumentParser) -> None:
+    """How a command that writes a model lays its weights out."""
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16"],
+        default="auto",
+        help="auto: bf16 for what a bf16 run trained, else as the model had it",
+    )
+    parser.add_argument("--shard-size", type=_gigabytes, default="5", metavar="GB", help="largest weights file (5)")
+    parser.add_argument(
+        "--workers", type=_count, default=1, metavar="N", help="files written at once, each in memory meanwhile (1)"
+    )
+
+
+def _gigabytes(text: str) -> int:
+    """Parse GB as bytes."""
+    try:
+        size = int(float(text) * 1e9)
+    except (ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no size; a number of GB was expected, 5 or 0.5")
+    return size
+
+
+def _count(text: str) -> int:
+    """Parse a positive whole number."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no count; a whole number from 1 was expected")
+    return int(text)
+
+
+def _layout(args: argparse.Namespace) -> "Layout":
+    from ds_dgemma.checkpoint.hf_weights import Layout
+
+    return Layout(shard_bytes=args.shard_size, workers=args.workers)
 
 
 def _seed(text: str) -> int:

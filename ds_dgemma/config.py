@@ -186,6 +186,12 @@ class ObjectiveSection(Section):
         default=0.5, ge=0, le=1, description="chance that the second pass sees the first one's guess"
     )
     encoder_loss_weight: float = Field(default=1.0, ge=0, description="weight of the encoder's next-token loss")
+    router_balance_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the routers' load-balance loss (Switch Transformer's; the mean over layers), for "
+        "model.train_router; with accumulation it costs one more forward a micro-batch",
+    )
     canvases_per_example: int | Literal["all"] = Field(
         default=1, description="canvases denoised per example and step, drawn without replacement; or all"
     )

@@ -317,6 +317,8 @@ def _cross_section_problems(config: RunConfig, source: _Source) -> Iterator[Prob
                 "with lora every weight of the base is frozen already. Remove it; lora.exclude_modules says which "
                 "linears get no adapter.",
             )
+    elif config.objective.router_balance_weight and not config.model.train_router:
+        yield problem("objective.router_balance_weight", "trains frozen routers. Set model.train_router: true, or 0.")
     if config.validation.every and config.data.validation is None:
         yield problem("validation.every", "needs held-out data. Set data.validation, or validation.every: 0.")
     if not config.deepspeed.is_file():

@@ -26,7 +26,7 @@ from ds_dgemma.config_file import load_config
 from ds_dgemma.data.batch import Batch, Example
 from ds_dgemma.data.sources import load_conversations
 from ds_dgemma.data.stream import ExampleSet, Stream, prepare_examples
-from ds_dgemma.data.tokenizer import load_tokenizer
+from ds_dgemma.data.tokenizer import image_tokens, load_tokenizer
 from ds_dgemma.engine.deepspeed_engine import (
     count_steps_done,
     gradient_norm,
@@ -38,6 +38,7 @@ from ds_dgemma.engine.launcher_watch import watch_launcher
 from ds_dgemma.engine.open_model import OutlinedModel, fill_model, outline_model
 from ds_dgemma.engine.optimizer_state import KINDS, adam_step, create_moments, owned_shards
 from ds_dgemma.engine.ranks import RankLayout, agreed, connect, disconnect, gather, sum_over_ranks
+from ds_dgemma.engine.router_balance import router_balance
 from ds_dgemma.engine.schedule import learning_rate
 from ds_dgemma.engine.trainable import check_groups, check_stage
 from ds_dgemma.errors import EXIT_USER_ERROR, UserError
@@ -106,8 +107,10 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
     assert isinstance(canvas_length, int)
     assert isinstance(eos_id, int)
 
+    images = image_tokens(tokenizer, (spec.image_token_id, spec.boi_token_id, spec.eoi_token_id))
+
     def read(split: Literal["train", "validation"]) -> ExampleSet:
-        conversations = load_conversations(config.data, split)
+        conversations = load_conversations(config.data, split, images)
         examples = prepare_examples(conversations, tokenizer, config.data, canvas_length, eos_id)
         if ranks.is_main:
             print(f"{split}: {examples.report}", flush=True)
@@ -192,22 +195,24 @@ def update(engine: Any, batches: Iterator[list[Batch]], step: int, config: RunCo
     lr = learning_rate(step - 1, config.train.max_steps, config.optimizer)
     set_learning_rate(engine, lr)
 
-    nll = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    balance = router_balance(engine, micro_batches, ranks, config.objective.router_balance_weight)
+    sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
     seed_dropout(config.seed, step, ranks.rank)
     for batch in micro_batches:
-        parts = engine(batch.to(ranks.device), weights)
+        parts = engine(batch.to(ranks.device), weights, balance)
         engine.backward(parts.loss)
         engine.step()  # after every micro-batch: DeepSpeed counts the boundary itself
-        nll += torch.stack([parts.diffusion_nll, parts.ar_nll])
+        sums += torch.stack([parts.diffusion_nll, parts.ar_nll, parts.router])
 
-    diffusion_nll, ar_nll = sum_over_ranks(nll.tolist(), ranks.device)
+    diffusion_nll, ar_nll, router = sum_over_ranks(sums.tolist(), ranks.device)
     diffusion, ar = diffusion_nll / max(diffusion_tokens, 1), ar_nll / max(ar_tokens, 1)
     seconds = time.perf_counter() - began
     return StepMetrics(
         step=step,
-        loss=diffusion + ar_weight * ar,
+        loss=diffusion + ar_weight * ar + config.objective.router_balance_weight * router,
         loss_diffusion=diffusion,
         loss_ar=ar,
+        loss_router=router if balance else None,
         grad_norm=gradient_norm(engine),
         lr=lr,
         samples=step * config.train.global_batch_size,

@@ -35,6 +35,13 @@ def no_assistant(folder: Path) -> list[str]:
     return [f"data.train={folder}/broken.jsonl"]
 
 
+def image_in_the_text(folder: Path) -> list[str]:
+    lines = (folder / "train.jsonl").read_text().splitlines()
+    lines[4] = lines[4].replace('"content": "', '"content": "<|image|>', 1)
+    (folder / "broken.jsonl").write_text("\n".join(lines))
+    return [f"data.train={folder}/broken.jsonl"]
+
+
 def no_template(folder: Path) -> list[str]:
     (folder / "model/chat_template.jinja").unlink()
     return []
@@ -104,6 +111,10 @@ MISTAKES = {
     "broken line": (broken_line, ["broken.jsonl:3"]),
     "empty messages": (empty_messages, ["broken.jsonl:1"]),
     "no assistant turn": (no_assistant, ["broken.jsonl:1", "assistant"]),
+    "an image's place": (
+        image_in_the_text,
+        ["broken.jsonl:5: messages[0].content holds <|image|>", "not trained on yet"],
+    ),
     "no chat template": (no_template, ["chat template"]),
     "no tokenizer": (no_tokenizer, ["no tokenizer", "tokenizer.json"]),
     "model config of a wrong type": (wrong_type_in_model_config, ["model.path", "could not be read"]),

@@ -1,5 +1,6 @@
 """The checkpoint's tokenizer, checked for what training needs of it."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -35,3 +36,9 @@ def load_tokenizer(directory: Path, vocab_size: int) -> PreTrainedTokenizerFast:
     if problem:
         raise UserError(f"the tokenizer of {directory} {problem}")
     return tokenizer
+
+
+def image_tokens(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int | None]) -> tuple[str, ...]:
+    """The special tokens among `ids`, which a config names for images, as they stand in a text."""
+    added = tokenizer.added_tokens_decoder
+    return tuple(added[number].content for number in ids if number in added and added[number].special)

@@ -46,7 +46,8 @@ class Tracker:
 
     def track(self, record: StepMetrics | Record) -> None:
         """Hand a step's metrics, or a record of another kind, to every sink."""
-        flat = asdict(record) if isinstance(record, StepMetrics) else record
+        flat = asdict(record) if isinstance(record, StepMetrics) else dict(record)
+        flat = {name: value for name, value in flat.items() if value is not None}
         for sink in self._sinks:
             sink.write(flat)
 
