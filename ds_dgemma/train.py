@@ -31,7 +31,7 @@ from ds_dgemma.engine.deepspeed_engine import (
     set_learning_rate,
     start_engine,
 )
-from ds_dgemma.engine.ds_config import deepspeed_config
+from ds_dgemma.engine.ds_config import build_cpu_adam, deepspeed_config
 from ds_dgemma.engine.launcher_watch import watch_launcher
 from ds_dgemma.engine.open_model import OutlinedModel, fill_model, outline_model
 from ds_dgemma.engine.optimizer_state import KINDS, adam_step, create_moments, owned_shards
@@ -73,6 +73,7 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
         UserError: what is wrong, and what to do about it.
     """
     settings = deepspeed_config(config, ranks.world, "cuda" if ranks.device.type == "cuda" else "cpu")
+    build_cpu_adam(settings)
     resumed, warnings = find_start(config)
     spec = read_spec(config.model.path, config.model.revision)
     text = text_spec(spec)
