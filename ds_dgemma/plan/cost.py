@@ -51,9 +51,9 @@ class Cost:
 
     @property
     def step_seconds(self) -> float:
-        """Arithmetic or the collectives that overlap with it, whichever is longer, then what nothing hides."""
-        hidden = max(self.seconds["arithmetic"], self.seconds["gather and reduce"])
-        return hidden + sum(self.seconds[name] for name in ("all-to-all", "host link", "optimizer in host memory"))
+        """The longest of what overlaps, then what nothing hides."""
+        overlapping = max(self.seconds[name] for name in ("arithmetic", "gather and reduce", "host link"))
+        return overlapping + self.seconds["all-to-all"] + self.seconds["optimizer in host memory"]
 
 
 def cost(inventory: Inventory, setup: Setup, shape: Shape, config: RunConfig, machine: Machine) -> Cost:

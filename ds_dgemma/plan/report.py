@@ -25,6 +25,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "trained_parameters": plan.inventory.trained,
         "gpus": plan.setup.gpus,
         "fits": not plan.problems,
+        "verdict": verdict(plan),
         "problems": list(plan.problems),
         "nearest": nearest,
         "gpu": {
@@ -51,7 +52,9 @@ def verdict(plan: Plan) -> str:
     """Whether it fits, and if not, what would."""
     on = f"{plan.setup.gpus} GPU{'s' if plan.setup.gpus > 1 else ''} of {plan.limits.gpu_memory:g} GiB"
     if not plan.problems:
-        return f"Fits on {on}: {plan.memory.needed / GIB:.1f} GiB of a GPU."
+        host = host_bytes(plan.memory, plan.setup, plan.limits)
+        and_host = f", {host / GIB:.0f} GiB of a node's host memory" if host else ""
+        return f"Fits on {on}: {plan.memory.needed / GIB:.1f} GiB of a GPU{and_host}."
     text = f"Does not fit on {on}: {'; '.join(plan.problems)}."
     if plan.nearest is None:
         return (
@@ -134,7 +137,9 @@ def _step(plan: Plan) -> Table:
     if costs.sent:
         table.add_row("gather and reduce, beside the arithmetic", "", _seconds(costs.seconds["gather and reduce"]))
     if costs.host_traffic:
-        table.add_row("host memory, GB", f"{costs.host_traffic / GB:,.1f}", _seconds(costs.seconds["host link"]))
+        table.add_row(
+            "to and from host memory, GB", f"{costs.host_traffic / GB:,.1f}", _seconds(costs.seconds["host link"])
+        )
         table.add_row("optimizer in host memory", "", _seconds(costs.seconds["optimizer in host memory"]))
     table.add_section()
     rate = f"{costs.tokens / costs.step_seconds:,.0f} tokens/s"

@@ -152,3 +152,22 @@ def test_the_command_prints_a_table_or_json(tmp_path, capsys):
     assert "does not divide 4 ranks" in capsys.readouterr().err
     assert main([*common[:3], "--gpu-memory", "24"]) == 0
     assert re.search(r"Does not fit on 8 GPUs of 24 GiB", capsys.readouterr().out)
+
+
+READY = sorted(path for path in (ROOT / "ds_configs" / "runs").glob("*.yaml") if "ds-dgemma plan" in path.read_text())
+
+
+@pytest.mark.parametrize("path", READY, ids=lambda path: path.stem)
+def test_a_ready_config_says_what_plan_says_of_it(path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    title, command, said, *_ = path.read_text().splitlines()
+    assert title.startswith("# ")
+    assert f"--config {path.relative_to(ROOT)} " in command
+    assert main([*command.removeprefix("# $ ds-dgemma ").split(), "--json"]) == 0
+    assert said == "# " + json.loads(capsys.readouterr().out)["verdict"]
+
+
+def test_the_real_model_has_ready_configs():
+    assert {path.stem for path in READY} == {
+        "sft_26b", "sft_26b_4gpu", "sft_26b_2nodes", "lora_26b", "lora_26b_48gb", "lora_26b_24gb",
+    }  # fmt: skip
