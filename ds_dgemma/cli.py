@@ -30,7 +30,7 @@ def make_sudoku(args: argparse.Namespace) -> None:
     """Make Sudoku puzzles with one solution each, as JSONL."""
     from ds_dgemma.data.sudoku import write_sudoku
 
-    write_sudoku(args.size, args.split, args.count, args.seed, args.out)
+    write_sudoku(args.size, args.split, args.count, args.seed, args.out, args.symbols)
     print(f"{args.out}: {args.count} puzzles of {args.split}, {args.size}x{args.size}")
 
 
@@ -134,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     sudoku.add_argument("--size", type=int, choices=[4, 9], default=4)
     sudoku.add_argument("--split", choices=["train", "test"], required=True)
     sudoku.add_argument("--count", type=int, required=True, metavar="N")
+    sudoku.add_argument("--symbols", choices=["digits", "letters"], default="digits")
     sudoku.add_argument("--seed", type=int, default=0)
     sudoku.add_argument("--out", type=Path, required=True, metavar="F.jsonl")
 

@@ -37,7 +37,7 @@ from ds_dgemma.engine.open_model import OutlinedModel, fill_model, outline_model
 from ds_dgemma.engine.optimizer_state import KINDS, adam_step, create_moments, owned_shards
 from ds_dgemma.engine.ranks import RankLayout, agreed, connect, disconnect, sum_over_ranks
 from ds_dgemma.engine.schedule import learning_rate
-from ds_dgemma.engine.trainable import check_groups
+from ds_dgemma.engine.trainable import check_groups, check_stage
 from ds_dgemma.errors import EXIT_USER_ERROR, UserError
 from ds_dgemma.evaluation.validation import validate
 from ds_dgemma.model.lora import seed_dropout
@@ -47,6 +47,8 @@ from ds_dgemma.objective.noise import Corruption
 from ds_dgemma.run_directory import CHECKPOINTS, METRICS, claim, find_start
 from ds_dgemma.tracking.metrics import StepMetrics, memory_gib
 from ds_dgemma.tracking.sinks import ConsoleSink, JsonlSink, Sink, Tracker, WandbSink
+
+DOWNLOAD_HOURS = 24
 
 
 @dataclass(frozen=True)
@@ -67,17 +69,16 @@ class Prepared:
 
 
 def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
-    """Check everything that a user can get wrong; no collective, no weights.
+    """Check everything that a user can get wrong; no collective, no weights, no download of the model.
 
     Raises:
         UserError: what is wrong, and what to do about it.
     """
     settings = deepspeed_config(config, ranks.world, "cuda" if ranks.device.type == "cuda" else "cpu")
-    build_cpu_adam(settings)
     resumed, warnings = find_start(config)
-    spec = read_spec(config.model.path, config.model.revision)
+    directory = local_directory(config.model.path, config.model.revision, download=False)
+    spec = read_spec(str(directory))
     text = text_spec(spec)
-    directory = local_directory(config.model.path, config.model.revision)
     tokenizer = load_tokenizer(directory, text.vocab_size)
     grouped = config.parallel.grouped_matmul
     model = outline_model(
@@ -91,6 +92,7 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
         frozen=config.model.freeze,
         lora=config.lora,
     )
+    check_stage(settings["zero_optimization"]["stage"], model.trained_names())
     check_groups(config.optimizer, model.trained_names())
 
     canvas_length, eos_id = spec.canvas_length, tokenizer.eos_token_id
@@ -117,6 +119,7 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
         first_pass_bucket=config.objective.first_pass_bucket,
         pad_id=text.pad_token_id or 0,
     )
+    build_cpu_adam(settings)
     if ranks.is_main:
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
@@ -251,6 +254,9 @@ def main(argv: list[str] | None = None) -> int:
     ranks = RankLayout.from_environment(config.parallel.expert_parallel_size)
     watch_launcher()
     connect(ranks, config.parallel.collective_timeout_minutes)
+    with agreed(ranks, hours=DOWNLOAD_HOURS):
+        if ranks.local_rank == 0:  # the node's other ranks find it in the cache
+            local_directory(config.model.path, config.model.revision)
     with agreed(ranks):
         prepared = prepare(config, ranks)
     with agreed(ranks):

@@ -27,15 +27,18 @@ absolute() { case $1 in /*) echo "$1" ;; *) echo "$here/$1" ;; esac; }
 wheels='' arguments=()
 while (($#)); do
     case $1 in
-        --wheels) wheels=$(absolute "${2:?--wheels needs a folder}") && shift 2 ;;
-        --out) arguments+=(--out "$(absolute "${2:?--out needs a folder}")") && shift 2 ;;
+        --wheels | --out)
+            (($# > 1)) || usage
+            if [[ $1 == --wheels ]]; then wheels=$(absolute "$2"); else arguments+=(--out "$(absolute "$2")"); fi
+            shift
+            ;;
         --rehearse)
             arguments+=(--rehearse)
             export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=''
-            shift
             ;;
         *) usage ;;
     esac
+    shift
 done
 
 if [[ $wheels ]]; then

@@ -1,10 +1,11 @@
 """Hold the backbone and the objective against numbers that unmodified transformers made.
 
-    python tests/parity.py DIR [--dtype float32|float64] [--ep 2] [--verbose]
+    python tests/parity.py DIR [--lora] [--dtype float32|float64] [--ep 2] [--verbose]
 
 DIR holds cases, each a folder with `model/` (a transformers checkpoint), `case.safetensors` (a batch and what is
 expected of it) and `grad_norms.json`; `tests/reference/fixtures.py` makes such a folder. Every case runs with three
-sets of self-conditioning coins.
+sets of self-conditioning coins. --lora takes the cases with a `lora.safetensors`, an adapter of PEFT's on the model
+(`tests/reference/lora.py`), reads it as training continues one, and compares the adapter's gradients too.
 
 float32 (default): as training would, ZeRO-3 and expert parallelism on DeepSpeed, in one process or in `--ep` processes
 that this script starts itself. Experts that do not divide by their number are split over fewer, which the case's line
@@ -18,113 +19,50 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from ds_dgemma.checkpoint.adapter import CONFIG, PEFT, TENSORS
 from ds_dgemma.checkpoint.load import find_places, materialise, plain
-from ds_dgemma.checkpoint.names import DECODER, is_expert, place_of
+from ds_dgemma.checkpoint.names import DECODER, is_expert
 from ds_dgemma.checkpoint.weights import WeightReader
+from ds_dgemma.config import LoraSection
 from ds_dgemma.data.batch import Batch
 from ds_dgemma.engine.ranks import RankLayout, connect, disconnect, free_port
-from ds_dgemma.errors import EXIT_USER_ERROR, UserError, first_line
+from ds_dgemma.errors import EXIT_USER_ERROR, UserError
 from ds_dgemma.model.build import build_stack
+from ds_dgemma.model.lora import PREFIXES
 from ds_dgemma.model.spec import read_spec
-from ds_dgemma.model.vocabulary import capped_logits
 from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
-from ds_dgemma.objective.noise import first_pass
+from tests.reference.cases import (
+    CANCELS,
+    COINS,
+    QUANTITIES,
+    TOLERANCES,
+    Case,
+    Observed,
+    compare,
+    norm_differences,
+    read_case,
+    read_lora,
+    share,
+    to_batch,
+)
 from tests.reference.float64 import DoublePrecision
 
-COINS = ("none", "all", "mixed")
-QUANTITIES = ("diffusion loss", "AR loss", "pass-2 logits", "encoder lse", "gradient norm")
-# absolute for losses and logits (largest element), relative for gradient norms
-TOLERANCES = {
-    "float32": (2e-4, 2e-4, 5e-3, 5e-3, 2e-3),
-    "float64": (1e-9, 1e-9, 1e-5, 1e-9, 1e-6),
-    "bfloat16": (sys.float_info.max,) * 5,  # flips experts: only has to be finite
-}
-# A gradient norm below this share of the whole gradient's is a sum that cancels (top-1 routing weights, which a norm
-# divides out again): rounding, so it is compared with this share instead of itself.
-CANCELS = {"float32": 1e-4, "float64": 1e-9, "bfloat16": 1e-2}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A checkpoint, a batch, and what transformers made of them."""
-
-    directory: Path
-    text: Any  # transformers' config of the text model
-    tensors: dict[str, Tensor]
-    norms: dict[str, dict[str, float]]  # coins -> checkpoint tensor -> norm of its gradient
-
-    @property
-    def train_router(self) -> bool:
-        """Whether the routers had gradients."""
-        return any(name.endswith("router.scale") for name in self.norms["all"])
-
-    @property
-    def rows(self) -> int:
-        """Examples of the batch."""
-        return len(self.tensors["input_ids"])
-
-
-@dataclass(frozen=True)
-class Observed:
-    """One step's numbers."""
-
-    diffusion_nll: float  # sums over the whole batch
-    ar_nll: float
-    hidden_NH: Tensor  # what the loss was computed from, this rank's rows: canvas tokens, then clean ones
-    grad_square: dict[str, float]  # checkpoint tensor -> squared norm over all ranks
-
-
-def read_case(directory: Path) -> Case:
-    """Read one case's folder."""
-    try:
-        tensors = load_file(directory / "case.safetensors")
-        norms = json.loads((directory / "grad_norms.json").read_text())
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{directory} is no whole case: {first_line(error)}") from error
-    lacking = {f"expected.{coins}.pass2_logits" for coins in COINS} - set(tensors)
-    if lacking or set(COINS) - set(norms):
-        raise UserError(f"{directory} is no whole case: {', '.join(COINS)} were expected as coins.")
-    return Case(directory, read_spec(str(directory / "model")).text_config, tensors, norms)
-
-
-def share(rows: int, ranks: RankLayout) -> slice:
-    """This rank's rows; none when there are fewer rows than ranks."""
-    return slice(ranks.rank * rows // ranks.world, (ranks.rank + 1) * rows // ranks.world)
-
-
-def to_batch(tensors: dict[str, Tensor], coins: str, rows: slice = slice(None), bucket: int = 16) -> Batch:
-    """`rows` of a case's batch in our container; no rows: the first one, with nothing in it that counts."""
-    counts = rows.start is None or rows.start < rows.stop
-    picked = rows if counts else slice(0, 1)
-    part = {name: value[picked] for name, value in tensors.items() if not name.startswith("expected")}
-    start, coin = part["canvas_start"][:, None], part[f"coins.{coins}"][:, None]
-    return Batch(
-        clean_ids_BS=part["input_ids"],
-        clean_valid_BS=part["attention_mask"].bool() & counts,
-        canvas_ids_BKL=part["canvas_ids"][:, None],
-        target_ids_BKL=part["target_ids"][:, None],
-        supervised_BKL=part["canvas_loss_mask"][:, None] & counts,
-        canvas_start_BK=start,
-        self_condition_BK=coin,
-        first_pass=first_pass(coin.numpy(), start.numpy(), part["input_ids"].shape[1], bucket),
-        sample_ids=tuple(range(len(coin))),
-        noise_levels=(),
-    )
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 
 
 def capture_hidden(objective: DenoisingObjective) -> list[Tensor]:
@@ -139,11 +77,19 @@ def capture_hidden(objective: DenoisingObjective) -> list[Tensor]:
     return seen
 
 
-def open_float64(model: Path, train_router: bool) -> DenoisingObjective:
-    """The objective in double precision, on transformers' own experts."""
+def open_float64(model: Path, train_router: bool, lora: LoraSection | None = None) -> DenoisingObjective:
+    """The objective in double precision, on transformers' own experts, or with `lora` on AutoEP's."""
     stack = build_stack(read_spec(str(model)), train_router=train_router, activation_checkpointing=False)
-    reader = WeightReader(model)
-    materialise(stack, reader, find_places(stack, reader), plain(torch.float64, "cpu"), device="cpu")
+    if lora is not None:
+        from ds_dgemma.engine.expert_parallel import place_experts
+
+        place_experts(stack, size=1, rank=0, grouped=False)
+    reader, make_real = WeightReader(model), plain(torch.float64, "cpu")
+    materialise(stack, reader, find_places(stack, reader), make_real, device="cpu")
+    if lora is not None:
+        from ds_dgemma.engine.adapters import attach_adapters, choose_adapters
+
+        attach_adapters(stack, choose_adapters(stack, lora, grouped_matmul=False), make_real)
     return DenoisingObjective(stack, logits_chunk_mib=1).train()
 
 
@@ -154,18 +100,32 @@ def step_float64(objective: DenoisingObjective, batch: Batch) -> Observed:
     with DoublePrecision():
         parts = objective(batch, TokenWeights.global_mean(*batch.counts(), 1.0, 1))
         parts.loss.backward()
-    squares = {
-        DECODER + name: float(parameter.grad.square().sum())
-        for name, parameter in objective.model.named_parameters()
-        if parameter.grad is not None
-    }
-    return Observed(float(parts.diffusion_nll), float(parts.ar_nll), seen[0], squares)
+    gradients = {n: p.grad for n, p in objective.model.named_parameters() if p.grad is not None}
+    return Observed(float(parts.diffusion_nll), float(parts.ar_nll), seen[0], gradients)
 
 
 def run_float64(case: Case) -> Iterator[Observed]:
     """One step per set of coins."""
     for coins in COINS:
-        yield step_float64(open_float64(case.directory / "model", case.train_router), to_batch(case.tensors, coins))
+        with lora_section(case) as lora:
+            objective = open_float64(case.directory / "model", case.train_router, lora)
+        yield step_float64(objective, to_batch(case.tensors, coins))
+
+
+@contextmanager
+def lora_section(case: Case) -> Iterator[LoraSection | None]:
+    """The settings that continue a case's adapter, which lies in a PEFT directory meanwhile; None: it has none."""
+    if case.lora is None:
+        yield None
+        return
+    settings = {"r": case.lora.settings["r"], "lora_alpha": case.lora.settings["alpha"]}
+    experts = EXPERTS if any(".experts." in name for name in case.lora.factors) else ()
+    with tempfile.TemporaryDirectory() as folder:
+        copies = {PEFT + name: value for name, value in case.lora.factors.items()}
+        copies |= {name.replace(*PREFIXES): value.clone() for name, value in copies.items()}
+        save_file(copies, Path(folder, TENSORS))
+        Path(folder, CONFIG).write_text(json.dumps({"peft_type": "LORA", **settings}))
+        yield LoraSection(**settings, target_parameters=experts, path=Path(folder))
 
 
 def run_engine(case: Case, ranks: RankLayout, args: argparse.Namespace) -> Iterator[Observed]:
@@ -181,14 +141,16 @@ def run_engine(case: Case, ranks: RankLayout, args: argparse.Namespace) -> Itera
         "steps_per_print": 10**9,
         **({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {}),
     }
-    outlined = outline_model(
-        read_spec(str(case.directory / "model")),
-        case.directory / "model",
-        ranks,
-        grouped_matmul=args.grouped,
-        train_router=case.train_router,
-    )
-    stack = fill_model(outlined, ranks, config, "bf16" if bf16 else "fp32")
+    with lora_section(case) as lora:
+        outlined = outline_model(
+            read_spec(str(case.directory / "model")),
+            case.directory / "model",
+            ranks,
+            grouped_matmul=args.grouped,
+            train_router=case.train_router,
+            lora=lora,
+        )
+        stack = fill_model(outlined, ranks, config, "bf16" if bf16 else "fp32")
     objective = DenoisingObjective(stack, logits_chunk_mib=1).train()
     seen = capture_hidden(objective)
     engine = start_engine(objective, config)
@@ -197,70 +159,30 @@ def run_engine(case: Case, ranks: RankLayout, args: argparse.Namespace) -> Itera
         batch = to_batch(case.tensors, coins, share(case.rows, ranks)).to(ranks.device)
         parts = engine(batch, weights)
         engine.backward(parts.loss)
-        squares = gradient_squares(engine, ranks)
+        gradients = whole_gradients(engine, ranks)
         engine.step()  # lr 0: the weights stay
         sums = torch.stack([parts.diffusion_nll, parts.ar_nll]).double()
         dist.all_reduce(sums)
-        yield Observed(float(sums[0]), float(sums[1]), seen.pop(), squares)
+        yield Observed(float(sums[0]), float(sums[1]), seen.pop(), gradients)
     engine.destroy()
 
 
-def gradient_squares(engine, ranks: RankLayout) -> dict[str, float]:
-    """Squared gradient norm of every checkpoint tensor, over all ranks."""
+def whole_gradients(engine, ranks: RankLayout) -> dict[str, Tensor]:
+    """Every trained parameter's gradient on the CPU, experts of all ranks put together."""
     from deepspeed.utils import safe_get_full_grad
 
-    squares: dict[str, float] = {}
+    gradients: dict[str, Tensor] = {}
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             continue
         gradient = safe_get_full_grad(parameter)
         assert gradient is not None, f"{name} has no gradient"
-        square = gradient.double().square().sum()
         if is_expert(name):  # each rank of an expert group has its own part, each replica of the group the same
-            dist.all_reduce(square)
-            square /= ranks.world / ranks.expert_parallel_size
-        tensor = place_of(name, (1,) * 3).tensor
-        squares[tensor] = squares.get(tensor, 0.0) + float(square)
-    return squares
-
-
-def compare(seen: Observed, case: Case, coins: str, dtype: str, rows: slice = slice(None)) -> list[float]:
-    """Differences in the order of QUANTITIES, logits over `rows`; infinite where something is not a number."""
-    expected, batch = case.tensors, to_batch(case.tensors, coins)
-    diffusion_tokens, ar_tokens = (max(1, count) for count in batch.counts())
-    canvas_logits, logsumexp = read_hidden(seen.hidden_NH, case, rows)
-    wrong_logits = canvas_logits - expected[f"expected.{coins}.pass2_logits"][rows]
-    valid = batch.clean_valid_BS[rows, :-1]
-    wrong_logsumexp = (logsumexp - expected["expected.encoder_logsumexp"][rows, :-1])[valid]
-    differences = (
-        abs(seen.diffusion_nll / diffusion_tokens - float(expected[f"expected.{coins}.diffusion_loss"])),
-        abs(seen.ar_nll / ar_tokens - float(expected[f"expected.{coins}.ar_loss"])),
-        *(float(wrong.abs().max()) if wrong.numel() else 0.0 for wrong in (wrong_logits, wrong_logsumexp)),
-        max(norm_differences(seen.grad_square, case.norms[coins], CANCELS[dtype]).values()),
-    )
-    return [math.inf if math.isnan(difference) else difference for difference in differences]
-
-
-def read_hidden(hidden_NH: Tensor, case: Case, rows: slice) -> tuple[Tensor, Tensor]:
-    """Canvas logits [B, L, V] and the encoder's log-sum-exp [B, S-1] of `rows`, through the checkpoint's embedding."""
-    canvas, clean = case.tensors["canvas_ids"][rows], case.tensors["input_ids"][rows, :-1]
-    if not len(canvas):  # the rank computed a row that counts for nothing
-        return torch.empty(*canvas.shape, case.text.vocab_size), torch.empty(clean.shape)
-    weight = WeightReader(case.directory / "model").read(DECODER + "embed_tokens.weight").to(hidden_NH)
-    logits = capped_logits(hidden_NH, weight, case.text.final_logit_softcapping).cpu()
-    canvas_logits = logits[: canvas.numel()].view(*canvas.shape, -1)
-    return canvas_logits, logits[canvas.numel() :].logsumexp(-1).view(clean.shape)
-
-
-def norm_differences(squares: dict[str, float], norms: dict[str, float], cancels: float) -> dict[str, float]:
-    """Relative difference of every gradient norm; infinite where only one side has a gradient or it is not a number."""
-    floor = cancels * math.sqrt(sum(norm**2 for norm in norms.values()))
-    differences = {}
-    for name in {*squares, *norms}:
-        observed, norm = math.sqrt(squares.get(name, math.nan)), norms.get(name, math.nan)
-        difference = abs(observed - norm) / max(floor, norm)
-        differences[name] = math.inf if math.isnan(difference) else difference
-    return differences
+            parts = [torch.empty_like(gradient) for _ in range(ranks.world)]
+            dist.all_gather(parts, gradient.contiguous())
+            gradient = torch.cat(parts[: ranks.expert_parallel_size])
+        gradients[name] = gradient.cpu()
+    return gradients
 
 
 def start_ranks(argv: list[str], count: int) -> int:
@@ -296,13 +218,14 @@ def run_case(case: Case, ranks: RankLayout, args: argparse.Namespace) -> bool:
             largest = torch.tensor(differences, dtype=torch.float64, device=ranks.device)
             dist.all_reduce(largest, dist.ReduceOp.MAX)
             differences = largest.tolist()
-        limits = zip(QUANTITIES, differences, TOLERANCES[args.dtype], strict=True)
+        limits = zip(QUANTITIES, differences, TOLERANCES[args.dtype], strict=False)  # gradients: of mixed coins only
         above = [name for name, difference, limit in limits if not difference <= limit]
         good &= not above
         if ranks.is_main:
             every = norm_differences(seen.grad_square, case.norms[coins], CANCELS[args.dtype])
             furthest = max(every, key=lambda name: every[name]).removeprefix(DECODER)
             numbers = "".join(f"{difference:>15.1e}" for difference in differences)
+            numbers += " " * 15 if args.lora and len(differences) < len(QUANTITIES) else ""
             verdict = f"  ABOVE TOLERANCE: {', '.join(above)}" if above else ""
             print(f"{case.directory.name:<16}{coins:<7}{numbers}  {furthest}{fewer}{verdict}", flush=True)
             for name in sorted(every) if args.verbose else []:
@@ -314,6 +237,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", type=Path)
+    parser.add_argument("--lora", action="store_true", help="the cases with an adapter, with it")
     parser.add_argument("--dtype", choices=list(TOLERANCES), default="float32")
     parser.add_argument("--ep", type=int, default=1, help="ranks and expert-parallel size")
     parser.add_argument("--stage", type=int, choices=range(4), default=3, help="ZeRO stage")
@@ -330,10 +254,12 @@ def main(argv: list[str]) -> int:
     """Compare every case; return the exit code."""
     args = parse(argv)
     try:
-        directories = sorted(path.parent for path in args.cases.glob("*/case.safetensors"))
+        file = "lora.safetensors" if args.lora else "case.safetensors"
+        directories = sorted(path.parent for path in args.cases.glob(f"*/{file}"))
         if not directories:
-            raise UserError(f"{args.cases} holds no case: no */case.safetensors there.")
+            raise UserError(f"{args.cases} holds no case: no */{file} there.")
         cases = [read_case(directory) for directory in directories]
+        cases = [read_lora(case) for case in cases] if args.lora else cases
         if args.dtype == "float64":
             return run_cases(cases, RankLayout(0, 1, 0, 1, 1), args)
         if not args.is_rank:
@@ -351,7 +277,8 @@ def main(argv: list[str]) -> int:
 def run_cases(cases: list[Case], ranks: RankLayout, args: argparse.Namespace) -> int:
     """Compare all of them under one heading; return the exit code."""
     if ranks.is_main:
-        print(f"{'case':<16}{'coins':<7}{''.join(f'{name:>15}' for name in QUANTITIES)}  furthest gradient")
+        columns = QUANTITIES if args.lora else QUANTITIES[:-1]
+        print(f"{'case':<16}{'coins':<7}{''.join(f'{name:>15}' for name in columns)}  furthest gradient")
     good = [run_case(case, ranks, args) for case in cases]
     if ranks.is_main:
         print(f"all {len(good)} cases within tolerance" if all(good) else f"{good.count(False)} of {len(good)} FAILED")

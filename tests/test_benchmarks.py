@@ -16,6 +16,7 @@ from tests.benchmarks.real_checkpoint import make_checkpoint
 from tests.gpu import shapes
 
 STEP = Path(__file__).parent / "benchmarks" / "step.py"
+LOAD = Path(__file__).parent / "benchmarks" / "load.py"
 
 
 @pytest.mark.slow
@@ -57,6 +58,14 @@ def test_a_step_holds_and_sends_what_was_planned(stage: int, override: str, tmp_
         assert abs(float(rows["all-gather"])) < 1
         assert abs(float(rows["reduce"])) < 1
         assert abs(float(rows["all-to-all"])) < 10  # the routing decides
+
+
+@pytest.mark.slow
+def test_every_value_that_two_ranks_load_equals_the_files(tmp_path: Path) -> None:
+    command = [sys.executable, LOAD, "--check", "--miniature", "--dir", tmp_path / "model"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert len(re.findall(r"^\| 2 \| [12] \| [01] \|", run.stdout, re.MULTILINE)) == 4
 
 
 def test_the_random_checkpoint_is_whole_and_the_same_however_it_is_sharded(tmp_path: Path) -> None:

@@ -19,7 +19,9 @@ from ds_dgemma.model import masks, stack, vocabulary
 from ds_dgemma.model.masks import TokenLayout
 from ds_dgemma.objective import denoising
 from ds_dgemma.objective.denoising import DenoisingObjective
-from tests import parity
+from tests.parity import open_float64, step_float64
+from tests.reference.cases import QUANTITIES, TOLERANCES, compare, read_case, to_batch
+from tests.reference.cases import Case as ParityCase
 from tests.reference.fixtures import CASES, write_case
 
 CASE = CASES["base"]
@@ -53,23 +55,23 @@ def mistake(make: Callable[[Run], object]) -> Callable[[Run], object]:
 
 
 @pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> parity.Case:
+def case(tmp_path_factory: pytest.TempPathFactory) -> ParityCase:
     folder: Path = tmp_path_factory.mktemp("cases") / "base"
     write_case(folder, CASE)
-    return parity.read_case(folder)
+    return read_case(folder)
 
 
 @pytest.fixture
-def run(case: parity.Case, monkeypatch: pytest.MonkeyPatch) -> Run:
-    objective = parity.open_float64(case.directory / "model", case.train_router)
-    return Run(objective, parity.to_batch(case.tensors, COINS), monkeypatch)
+def run(case: ParityCase, monkeypatch: pytest.MonkeyPatch) -> Run:
+    objective = open_float64(case.directory / "model", case.train_router)
+    return Run(objective, to_batch(case.tensors, COINS), monkeypatch)
 
 
-def furthest(run: Run, case: parity.Case) -> float:
+def furthest(run: Run, case: ParityCase) -> float:
     """The largest difference of a loss or a gradient norm, in tolerances."""
-    seen = parity.step_float64(run.objective, run.batch)
-    differences = dict(zip(parity.QUANTITIES, parity.compare(seen, case, COINS, "float64"), strict=True))
-    tolerances = dict(zip(parity.QUANTITIES, parity.TOLERANCES["float64"], strict=True))
+    seen = step_float64(run.objective, run.batch)
+    differences = dict(zip(QUANTITIES, compare(seen, case, COINS, "float64"), strict=True))
+    tolerances = dict(zip(QUANTITIES, TOLERANCES["float64"], strict=True))
     return max(differences[name] / tolerances[name] for name in ("diffusion loss", "AR loss", "gradient norm"))
 
 
@@ -380,11 +382,11 @@ def the_first_pass_takes_other_rows(run: Run):
 # All of them
 
 
-def test_without_a_mistake_nothing_moves(run: Run, case: parity.Case):
+def test_without_a_mistake_nothing_moves(run: Run, case: ParityCase):
     assert furthest(run, case) < 0.1
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_seen(name: str, run: Run, case: parity.Case):
+def test_a_mistake_is_seen(name: str, run: Run, case: ParityCase):
     MISTAKES[name](run)
     assert furthest(run, case) > 10

@@ -11,9 +11,16 @@ from ds_dgemma.engine.ranks import free_port
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def start_ranks(config: Path, overrides: list[str], processes: int, log: Path) -> list[subprocess.Popen]:
-    """Start `processes` ranks of ds_dgemma.train; all of them write to `log`."""
+def start_ranks(
+    config: Path, overrides: list[str], processes: int, log: Path, program: tuple[str, ...] = ("ds_dgemma.train",)
+) -> list[subprocess.Popen]:
+    """Start `processes` ranks of a module that trains (and its own arguments); all of them write to `log`."""
     arguments = [argument for override in overrides for argument in ("--set", override)]
+    return start_module([*program, "--config", str(config), *arguments], processes, log)
+
+
+def start_module(arguments: list[str], processes: int, log: Path) -> list[subprocess.Popen]:
+    """Start `processes` ranks of a module with its arguments; all of them write to `log`."""
     shared = dict(
         os.environ,
         OMP_NUM_THREADS="1",
@@ -23,7 +30,7 @@ def start_ranks(config: Path, overrides: list[str], processes: int, log: Path) -
         WORLD_SIZE=str(processes),
         LOCAL_WORLD_SIZE=str(processes),
     )
-    command = [sys.executable, "-m", "ds_dgemma.train", "--config", str(config), *arguments]
+    command = [sys.executable, "-m", *arguments]
     with log.open("ab") as output:
         return [
             subprocess.Popen(
@@ -37,10 +44,17 @@ def start_ranks(config: Path, overrides: list[str], processes: int, log: Path) -
         ]
 
 
-def train(config: Path, run_dir: Path, overrides: list[str], processes: int = 1, timeout: float = 300) -> list[dict]:
+def train(
+    config: Path,
+    run_dir: Path,
+    overrides: list[str],
+    processes: int = 1,
+    timeout: float = 300,
+    program: tuple[str, ...] = ("ds_dgemma.train",),
+) -> list[dict]:
     """Train to the end and return the run's metrics; fails the test with the log when any rank fails."""
     log = run_dir.with_suffix(".log")
-    ranks = start_ranks(config, [f"run.dir={run_dir}", *overrides], processes, log)
+    ranks = start_ranks(config, [f"run.dir={run_dir}", *overrides], processes, log, program)
     try:
         codes = [rank.wait(timeout) for rank in ranks]
     finally:

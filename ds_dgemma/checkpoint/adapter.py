@@ -110,14 +110,16 @@ class AdapterReader:
             wrapper = name.rpartition(".")[0]
             nested = f"{wrapper}.base_layer.lora_A.weight" in there
             module = f"{wrapper}.base_layer" if nested and name.endswith("gate_up_proj") else wrapper
-            rows = self._outputs(module)
-            if rows is not None and (nested or rows == target.outputs):
+            if nested or self._sizes(module) == (target.inputs, target.outputs):
                 yield name, module
 
-    def _outputs(self, module: str) -> int | None:
-        """The rows of a wrapper's B, which tell which of the experts' two tensors it wraps; None: no such wrapper."""
-        keys = (f"{PEFT}{prefix}{module}.lora_B.weight" for prefix in PREFIXES)
-        return next((self._shapes[key][0] for key in keys if key in self._shapes), None)
+    def _sizes(self, module: str) -> tuple[int, int] | None:
+        """What a wrapper's factors read and write: they tell the experts' two tensors apart. None: no such wrapper."""
+        for prefix in PREFIXES:
+            A, B = (self._shapes.get(f"{PEFT}{prefix}{module}.{factor}.weight") for factor in FACTORS)
+            if A and B:
+                return A[-1], B[0]
+        return None
 
     def _keys(self, target: Target, factor: Factor) -> list[str]:
         module = self._wrappers[target.name]
@@ -131,7 +133,7 @@ class AdapterReader:
                 known |= set(keys)
                 problems += self._factor_problems(keys, peft_shape(target, factor, self.lora.r))
         problems += [
-            f"{key} belongs to no weight of this model that can have one." for key in self._shapes.keys() - known
+            f"{key} is no adapter of a weight that this model has." for key in sorted(self._shapes.keys() - known)
         ]
         if not self.targets and not problems:
             problems = ["it holds no factors."]
@@ -163,8 +165,8 @@ def check_continues(reader: AdapterReader, targets: Iterable[Target], lora: Lora
     ]
     wanted, there = {target.name for target in targets}, {target.name for target in reader.targets}
     for names, what in (
-        (wanted - there, "is adapted by this run, but not by it"),
-        (there - wanted, "is adapted by it"),
+        (wanted - there, "is adapted by this run only"),
+        (there - wanted, "is adapted by it only"),
     ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""

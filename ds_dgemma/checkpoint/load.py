@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_dgemma.checkpoint.names import ENCODER_LAYERS, Place, is_expert, place_of
+from ds_dgemma.checkpoint.names import DECODER, ENCODER_LAYERS, Place, is_expert, place_of
 from ds_dgemma.checkpoint.run_state import StateReader
-from ds_dgemma.checkpoint.weights import WeightReader
+from ds_dgemma.checkpoint.weights import WeightReader, pieces
 from ds_dgemma.errors import one_line_each
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
+
+READABLE = ("BF16", "F16", "F32", "F64")  # quantized weights would need their scales
 
 # (name, meta parameter) -> (the real parameter, its storage to fill, first and last flat element that it holds)
 MakeReal = Callable[[str, nn.Parameter], tuple[nn.Parameter, torch.Tensor, int, int]]
@@ -65,8 +67,11 @@ def materialise(
     device: torch.device | str,
     expert_rank: int = 0,
     trained: StateReader | None = None,
+    advance: Callable[[int], object] = lambda elements: None,
 ) -> None:
-    """Fill every meta parameter and buffer of `stack` from `reader`, or from `trained` what that has."""
+    """Fill every meta parameter and buffer of `stack` from `reader`, or from `trained` what that has; `advance` is
+    told the size of every parameter that is done.
+    """
     for owner_name, owner in stack.named_modules():
         prefix = f"{owner_name}." if owner_name else ""
         for name, parameter in list(owner.named_parameters(recurse=False)):
@@ -75,11 +80,14 @@ def materialise(
             with torch.no_grad():
                 if trained is not None and logical in trained:
                     offset = expert_rank * parameter.numel() if is_expert(logical) else 0
-                    storage[: stop - start] = trained.read(logical, "fp32", offset + start, offset + stop)
+                    for first, last in pieces(start, stop):
+                        part = trained.read(logical, "fp32", offset + first, offset + last)
+                        storage[first - start : last - start] = part
                 else:
                     reader.read_into(storage, places[prefix + name], start, stop)
                 storage[stop - start :].zero_()  # ZeRO pads a tensor to equal shares
             setattr(owner, name, real)
+            advance(parameter.numel())
         for name, buffer in list(owner.named_buffers(recurse=False)):
             if buffer.is_meta:
                 setattr(owner, name, reader.read(places[prefix + name].tensor).to(device, torch.float32))
@@ -103,7 +111,7 @@ def _check(stack: DiffusionGemmaStack, reader: WeightReader, places: dict[str, P
                 hint = " transformers would leave it uninitialised; set model.missing_encoder_scalars: copy_decoder."
             problems.append(f"{place.tensor} is missing, shape {tuple(local[name].shape)} was expected.{hint}")
             continue
-        stored = reader.shape(place.tensor)
+        stored, dtype = reader.shape(place.tensor), reader.dtype(place.tensor)
         expected = tuple(local[name].shape)
         if is_expert(name):
             _, rows, *rest = expected
@@ -111,6 +119,14 @@ def _check(stack: DiffusionGemmaStack, reader: WeightReader, places: dict[str, P
             expected = (text_spec(stack.config).num_experts, rows * parts, *rest)
         if stored != expected:
             problems.append(f"{place.tensor} has shape {stored}, {expected} was expected from config.json.")
+        if dtype not in READABLE:
+            problems.append(f"{place.tensor} of shape {stored} is {dtype}; {', '.join(READABLE)} can be trained from.")
+    known = {place.tensor for place in places.values()} | {DECODER + name for name in local}
+    for tensor in reader.files:
+        if tensor not in known and (tensor.startswith(DECODER) or tensor.endswith(".layer_scalar")):
+            shape = reader.shape(tensor)
+            problems.append(f"{tensor}, shape {shape}, has no place in the model that config.json describes.")
+    problems = list(dict.fromkeys(problems))  # gate and up lie in the same tensor
     if problems:
         shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise one_line_each(f"the checkpoint {reader.directory}", shown)

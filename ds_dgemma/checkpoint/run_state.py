@@ -138,6 +138,7 @@ class StateReader:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
+        self.bytes_read = 0
         self._pieces: dict[str, list[tuple[int, int, safe_open]]] = {}
         for name in checkpoint.state["files"]:
             try:
@@ -167,6 +168,7 @@ class StateReader:
             a, b = max(first, start), min(last, stop)
             if a < b:
                 out[a - start : b - start] = file.get_slice(f"{name}|{kind}")[a - first : b - first]
+                self.bytes_read += 4 * (b - a)
                 filled += b - a
         if filled != stop - start:
             raise UserError(

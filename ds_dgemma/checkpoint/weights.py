@@ -5,6 +5,7 @@ A checkpoint is a directory, or a hub id that huggingface_hub resolves to one (i
 """
 
 import json
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
@@ -14,19 +15,26 @@ from safetensors import SafetensorError, safe_open
 
 from ds_dgemma.checkpoint.names import Place
 from ds_dgemma.errors import UserError, first_line
+from ds_dgemma.model.spec import looks_local
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+FILES = ["*.safetensors", "*.json", "*.jinja", "*.model"]  # of a hub id: never what has to be unpickled
+PIECE = 2**24  # elements
 
 
-def local_directory(path: str, revision: str | None = None) -> Path:
-    """The directory of a local checkpoint, or of a hub id after its download."""
+def local_directory(path: str, revision: str | None = None, *, download: bool = True) -> Path:
+    """The directory of a local checkpoint, or of a hub id: after its download, or as huggingface_hub's cache has it.
+
+    Raises:
+        UserError: no such directory, or the hub or the cache does not have all of it.
+    """
     if Path(path).is_dir():
         return Path(path)
+    if looks_local(path):
+        raise UserError(f"model.path: {path} does not exist. Give a transformers checkpoint directory or a hub id.")
     try:
-        return Path(
-            snapshot_download(path, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model"])
-        )
+        return Path(snapshot_download(path, revision=revision, allow_patterns=FILES, local_files_only=not download))
     except Exception as error:  # huggingface_hub raises many kinds; each means that the checkpoint is not to be had
         raise UserError(f"model.path: {path} is no directory and could not be fetched: {first_line(error)}") from error
 
@@ -47,6 +55,10 @@ class WeightReader:
         """The stored shape of a tensor; reads a header only."""
         return tuple(self._slice(tensor).get_shape())
 
+    def dtype(self, tensor: str) -> str:
+        """The stored type of a tensor in safetensors' spelling, `BF16`; reads a header only."""
+        return self._slice(tensor).get_dtype()
+
     def read(self, tensor: str) -> torch.Tensor:
         """Read a whole tensor."""
         value = self._slice(tensor)[...]
@@ -62,12 +74,13 @@ class WeightReader:
         origin = [bounds[0] for bounds in (place.experts, place.rows) if bounds]
         origin += [0] * (len(shape) - len(origin))
         filled = 0
-        for index in _boxes(shape, start, stop):
-            shifted = tuple(slice(s.start + o, s.stop + o) for s, o in zip(index, origin, strict=True))
-            piece = stored[shifted] if shifted else stored[...]
-            self.bytes_read += piece.nbytes
-            flat[filled : filled + piece.numel()].copy_(piece.reshape(-1))
-            filled += piece.numel()
+        for first, last in pieces(start, stop):
+            for index in _boxes(shape, first, last):
+                shifted = tuple(slice(s.start + o, s.stop + o) for s, o in zip(index, origin, strict=True))
+                piece = stored[shifted] if shifted else stored[...]
+                self.bytes_read += piece.nbytes
+                flat[filled : filled + piece.numel()].copy_(piece.reshape(-1))
+                filled += piece.numel()
 
     def close(self) -> None:
         """Unmap the file that is open."""
@@ -87,6 +100,12 @@ class WeightReader:
             return self._open[1].get_slice(tensor)
         except SafetensorError as error:
             raise UserError(f"{self.directory / file} lacks {tensor}, which the index places there.") from error
+
+
+def pieces(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Cut a flat range into what is copied at once: a copy beside the tensor that it fills stays small."""
+    for first in range(start, stop, PIECE):
+        yield first, min(first + PIECE, stop)
 
 
 def _boxes(shape: tuple[int, ...], start: int, stop: int) -> list[tuple[slice, ...]]:

@@ -1,7 +1,8 @@
 """Sudoku puzzles with exactly one solution, as conversations: answers can be checked, and the test is clean.
 
 A grid of size n (4 or 9) is n*n cells, row by row, 1..n or 0 for a blank; as text a blank is `.`. In a
-record the user's turn is the puzzle's cells and the assistant's the solution's digits, nothing else.
+record the user's turn is the puzzle's cells and the assistant's the solution's, nothing else; 1..n are written as
+digits, or as letters from A.
 
 - *Split.* A solution grid belongs to train or to test by a fixed hash of its text, never by the seed, so
   no file of one split holds a solution of the other. Size 4: the 40 of all 288 grids with the smallest
@@ -26,6 +27,7 @@ import numpy as np
 from ds_dgemma.errors import UserError
 
 BLANK = "."
+SYMBOLS = {"digits": "123456789", "letters": "ABCDEFGHI"}
 CLUES = {4: range(5, 10), 9: range(28, 46)}
 HELD_OUT_4X4 = 40
 HELD_OUT_9X9 = 0.1
@@ -33,8 +35,8 @@ HELD_OUT_9X9 = 0.1
 Cells = tuple[int, ...]
 
 
-def write_sudoku(size: int, split: str, count: int, seed: int, out: Path) -> None:
-    """Write `count` puzzles as JSONL, the file whole or not at all."""
+def write_sudoku(size: int, split: str, count: int, seed: int, out: Path, symbols: str = "digits") -> None:
+    """Write `count` puzzles as JSONL, in the `SYMBOLS` of that name, the file whole or not at all."""
     if count < 1:
         raise UserError(f"--count {count}: at least 1 puzzle is needed.")
     if out.is_dir():
@@ -44,7 +46,7 @@ def write_sudoku(size: int, split: str, count: int, seed: int, out: Path) -> Non
         out.parent.mkdir(parents=True, exist_ok=True)
         with part.open("w") as file:  # before the search, so that a path that cannot be written costs no wait
             for puzzle, solution in make_puzzles(size, split, count, seed):
-                file.write(json.dumps(record(puzzle, solution)) + "\n")
+                file.write(json.dumps(record(puzzle, solution, SYMBOLS[symbols])) + "\n")
         part.replace(out)
     except OSError as error:
         raise UserError(f"--out {out}: cannot write there ({error.strerror}). Name another file.") from error
@@ -53,15 +55,15 @@ def write_sudoku(size: int, split: str, count: int, seed: int, out: Path) -> Non
             part.unlink()
 
 
-def record(puzzle: Cells, solution: Cells) -> dict[str, list[dict[str, str]]]:
+def record(puzzle: Cells, solution: Cells, symbols: str = SYMBOLS["digits"]) -> dict[str, list[dict[str, str]]]:
     """One line of the file."""
-    turns = {"user": to_text(puzzle), "assistant": to_text(solution)}
+    turns = {"user": to_text(puzzle, symbols), "assistant": to_text(solution, symbols)}
     return {"messages": [{"role": role, "content": content} for role, content in turns.items()]}
 
 
-def to_text(cells: Cells) -> str:
-    """Write cells row by row, `.` for a blank."""
-    return "".join(str(cell) if cell else BLANK for cell in cells)
+def to_text(cells: Cells, symbols: str = SYMBOLS["digits"]) -> str:
+    """Write cells row by row in the symbols of 1 to n, `.` for a blank."""
+    return "".join(symbols[cell - 1] if cell else BLANK for cell in cells)
 
 
 def make_puzzles(size: int, split: str, count: int, seed: int) -> list[tuple[Cells, Cells]]:

@@ -32,11 +32,10 @@ def start_engine(
 def gather_as_units(stack: DiffusionGemmaStack) -> None:
     """Let ZeRO-3 gather a whole layer at once: one coalesced collective where there would be one per linear.
 
-    Not the vocabulary: it is one tensor anyway, and a leaf's gradients are reduced after each of its calls' backward.
+    Not the vocabulary: it is one matrix anyway, and after each of its uses DeepSpeed would reduce a gradient of zeros.
     """
-    for layer in stack.sweep_layers():
-        set_z3_leaf_module(layer, True)
-    set_z3_leaf_module(stack.self_conditioning, True)
+    for module in (*stack.sweep_layers(), stack.self_conditioning):
+        set_z3_leaf_module(module, True)
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:

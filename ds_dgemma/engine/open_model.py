@@ -14,12 +14,13 @@ from transformers import DiffusionGemmaConfig
 
 from ds_dgemma.checkpoint.load import find_places, materialise, plain
 from ds_dgemma.checkpoint.names import Place, checkpoint_name
+from ds_dgemma.checkpoint.progress import ReadProgress
 from ds_dgemma.checkpoint.run_state import StateReader
 from ds_dgemma.checkpoint.weights import WeightReader
 from ds_dgemma.config import LoraSection
 from ds_dgemma.engine.adapters import Adapters, attach_adapters, choose_adapters
 from ds_dgemma.engine.expert_parallel import place_experts
-from ds_dgemma.engine.ranks import RankLayout
+from ds_dgemma.engine.ranks import RankLayout, agreed
 from ds_dgemma.engine.sharding import zero3
 from ds_dgemma.engine.trainable import freeze
 from ds_dgemma.errors import UserError
@@ -88,25 +89,34 @@ def fill_model(
     seed: int = 0,
 ) -> DiffusionGemmaStack:
     """Make this rank's parameters real and read them: from `trained` what a resumed run has trained, else from the
-    checkpoint. New adapters are drawn by `seed`.
+    checkpoint. New adapters are drawn by `seed`. A collective.
     """
     dtype = DTYPES[precision]
     if deepspeed_config.get("zero_optimization", {}).get("stage", 0) == 3:
         make_real = zero3(deepspeed_config, dtype, ranks.expert_parallel_size)
     else:
         make_real = plain(dtype, ranks.device)
-    materialise(
-        outlined.stack,
-        outlined.reader,
-        outlined.places,
-        make_real,
-        device=ranks.device,
-        expert_rank=ranks.expert_rank,
-        trained=trained,
-    )
-    outlined.reader.close()
-    if outlined.adapters is not None:
-        attach_adapters(
-            outlined.stack, outlined.adapters, make_real, expert_rank=ranks.expert_rank, trained=trained, seed=seed
+    stack, reader = outlined.stack, outlined.reader
+
+    def bytes_read() -> int:
+        return reader.bytes_read + (trained.bytes_read if trained else 0)
+
+    elements = sum(parameter.numel() for parameter in stack.parameters())
+    progress = ReadProgress(str(reader.directory), elements, bytes_read, shown=ranks.is_main)
+    with agreed(ranks), progress:
+        materialise(
+            stack,
+            reader,
+            outlined.places,
+            make_real,
+            device=ranks.device,
+            expert_rank=ranks.expert_rank,
+            trained=trained,
+            advance=progress.advance,
         )
-    return outlined.stack
+        if outlined.adapters is not None:
+            attach_adapters(
+                stack, outlined.adapters, make_real, expert_rank=ranks.expert_rank, trained=trained, seed=seed
+            )
+    reader.close()
+    return stack

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -114,18 +115,22 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
 
 
 @contextmanager
-def agreed(ranks: RankLayout) -> Iterator[None]:
+def agreed(ranks: RankLayout, hours: float | None = None) -> Iterator[None]:
     """Run a block that may find a user's mistake; when any rank found one, rank 0 tells it once and all ranks exit.
 
-    The block must not hold a collective: a rank that failed would leave the others waiting in it.
+    The block must not hold a collective: a rank that failed would leave the others waiting in it. With `hours` a
+    rank may take that long instead of the process group's timeout.
     """
+    group: Any = dist.new_group(backend="gloo", timeout=timedelta(hours=hours)) if hours else None
     found: str | None = None
     try:
         yield
     except UserError as error:
         found = str(error)
     messages: list[str | None] = [None] * ranks.world
-    dist.all_gather_object(messages, found)
+    dist.all_gather_object(messages, found, group=group)
+    if group is not None:
+        dist.destroy_process_group(group)
     problems = {text: rank for rank, text in reversed(list(enumerate(messages))) if text is not None}
     if not problems:
         return

@@ -7,7 +7,7 @@ from torch import nn
 
 from ds_dgemma.checkpoint.names import checkpoint_name, matching
 from ds_dgemma.config import OptimizerSection
-from ds_dgemma.errors import did_you_mean, one_line_each
+from ds_dgemma.errors import UserError, did_you_mean, one_line_each
 
 
 def freeze(stack: nn.Module, patterns: Sequence[str], tensors: Sequence[str]) -> None:
@@ -28,6 +28,15 @@ def freeze(stack: nn.Module, patterns: Sequence[str], tensors: Sequence[str]) ->
         problems.append("model.freeze  freezes every parameter: nothing would be trained.")
     if problems:
         raise one_line_each("the run config", problems)
+
+
+def check_stage(stage: int, trained: Sequence[str]) -> None:
+    """Raise `UserError` where DeepSpeed's ZeRO stages 1 and 2 would stop: they want a group of expert parameters."""
+    if stage < 3 and not any(".experts." in name for name in trained):
+        raise UserError(
+            f"zero_optimization.stage = {stage}: all experts are frozen, which DeepSpeed does at stage 3 only. Use "
+            "stage 3 (ds_configs/zero3.json), or train them: with lora, by lora.target_parameters."
+        )
 
 
 def check_groups(optimizer: OptimizerSection, trained: Sequence[str]) -> None:

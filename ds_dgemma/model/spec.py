@@ -16,8 +16,7 @@ def read_spec(path: str, revision: str | None = None) -> DiffusionGemmaConfig:
     Raises:
         UserError: nothing there, unreadable, or another architecture.
     """
-    looks_local = Path(path).is_dir() or path.startswith((".", "/", "~")) or path.count("/") > 1
-    if looks_local and not (Path(path) / "config.json").is_file():
+    if looks_local(path) and not (Path(path) / "config.json").is_file():
         found = "has no config.json" if Path(path).is_dir() else "does not exist"
         raise UserError(f"model.path: {path} {found}. Give a transformers checkpoint directory or a hub id.")
     try:
@@ -27,6 +26,11 @@ def read_spec(path: str, revision: str | None = None) -> DiffusionGemmaConfig:
     if not isinstance(config, DiffusionGemmaConfig):
         raise UserError(f"model.path: {path} is a {config.model_type} checkpoint; {ARCHITECTURE} was expected.")
     return config
+
+
+def looks_local(path: str) -> bool:
+    """Whether `path` is meant as a directory and not as a hub id."""
+    return Path(path).is_dir() or path.startswith((".", "/", "~")) or path.count("/") > 1
 
 
 def text_spec(config: DiffusionGemmaConfig) -> Any:

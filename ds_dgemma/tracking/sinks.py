@@ -104,8 +104,7 @@ class ConsoleSink:
                 console=self._console,
                 expand=True,
             )
-            self._task = self._bar.add_task("first step ...", total=total_steps, completed=start_step)
-            self._bar.start()
+            self._task = self._bar.add_task("", total=total_steps, completed=start_step)
 
     def write(self, record: Record) -> None:
         """Show one record; kinds other than a step always get a line of their own."""
@@ -115,6 +114,7 @@ class ConsoleSink:
         step = int(record["step"])
         left = _duration(self._seconds_left(step, float(record["seconds"])))
         if self._bar is not None:
+            self._bar.start()  # not before: loading has a bar of its own
             self._bar.update(self._task, completed=step, description=_bar_text(record, left))
         elif self._first or step == self._total_steps or step % self._every == 0:
             print(_plain_line(record, self._total_steps, left), flush=True)

@@ -86,6 +86,15 @@ def test_any_range_of_any_part_equals_slicing(seed: int, tmp_path: Path):
             assert room[-1].isnan()  # nothing written behind
 
 
+def test_a_range_larger_than_a_piece_is_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr("ds_dgemma.checkpoint.weights.PIECE", 7)
+    tensor = torch.arange(5 * 6 * 4, dtype=torch.float32).view(5, 6, 4)
+    save_file({"t": tensor}, tmp_path / SINGLE)
+    room = torch.empty(45)
+    WeightReader(tmp_path).read_into(room, Place("t", (1, 4), (2, 6)), 3, 48)
+    assert torch.equal(room, tensor[1:4, 2:6].flatten()[3:48])
+
+
 def test_a_range_reads_no_more_bytes_than_it_holds(tmp_path: Path):
     shape = (5, 6, 7)
     save_file({"t": torch.arange(prod(shape), dtype=torch.float32).view(shape)}, tmp_path / SINGLE)
@@ -201,6 +210,22 @@ def test_every_missing_tensor_and_wrong_shape_is_named_at_once(single: Path, tmp
     assert "model.decoder.norm.weight is missing, shape (48,) was expected" in message
     assert "model.decoder.layers.0.experts.down_proj is missing, shape (4, 48, 24) was expected" in message
     assert "model.decoder.layers.1.self_attn.q_proj.weight has shape (63, 48), (64, 48) was expected" in message
+
+
+def test_tensors_of_another_model_and_quantized_ones_are_named(single: Path, tmp_path: Path):
+    shutil.copytree(single, tmp_path, dirs_exist_ok=True)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.decoder.layers.2.input_layernorm.weight"] = torch.ones(48)  # a third layer
+        name = "model.decoder.layers.0.experts.gate_up_proj"
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors["lm_head.weight"] = tensors["model.decoder.embed_tokens.weight"].clone()  # tied: of no account
+
+    rewrite(tmp_path / SINGLE, change)
+    message = told(tmp_path)
+    assert "2 problems" in message
+    assert "model.decoder.layers.2.input_layernorm.weight, shape (48,), has no place" in message
+    assert "model.decoder.layers.0.experts.gate_up_proj of shape (4, 48, 48) is F8_E4M3; BF16" in message
 
 
 def test_missing_encoder_scalars_are_refused_or_copied_from_the_decoder(single: Path, tmp_path: Path):

@@ -99,6 +99,16 @@ def test_a_file_holds_cells_and_nothing_else_and_the_same_seed_gives_the_same_by
     assert record((0, 1), (2, 1))["messages"][0] == {"role": "user", "content": ".1"}
 
 
+def test_letters_stand_for_the_same_puzzles(tmp_path):
+    for symbols in ("digits", "letters"):
+        write_sudoku(4, "test", 20, 3, tmp_path / symbols, symbols)
+    digits, letters = ((tmp_path / name).read_text() for name in ("digits", "letters"))
+    assert letters != digits
+    assert [json.loads(line) for line in letters.splitlines()] == [
+        json.loads(line.translate(str.maketrans("1234", "ABCD"))) for line in digits.splitlines()
+    ]
+
+
 def test_a_file_that_cannot_be_made_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for count, out in (

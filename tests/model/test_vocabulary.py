@@ -114,11 +114,12 @@ def test_micro_batches_accumulate(interleaved: bool):
     assert_equal(mix.grad, expected_mix)
 
 
-def test_a_frozen_matrix_gets_no_gradient_and_changes_no_other():
+def test_a_frozen_matrix_gets_no_gradient_nor_room_for_one_and_changes_no_other(monkeypatch: pytest.MonkeyPatch):
     inputs = Inputs(seed=6)
     embedding, mix = make_weights()
     vocabulary = make_vocabulary(embedding)
     vocabulary.weight.requires_grad_(False)
+    monkeypatch.setattr(WeightGradient, "open", lambda self, weight: pytest.fail("made room for a gradient"))
     chunked(vocabulary, mix.requires_grad_(), inputs, chunk=4)[0].backward()
     assert vocabulary.weight.grad is None
     assert_equal(mix.grad, gradients([inputs])[1])

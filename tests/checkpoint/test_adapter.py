@@ -1,0 +1,206 @@
+"""What unmodified PEFT makes of our adapters on unmodified transformers, and what we make of PEFT's."""
+
+import json
+import shutil
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache
+
+from ds_dgemma.checkpoint.adapter import CONFIG, TENSORS, AdapterReader, check_continues
+from ds_dgemma.checkpoint.adapter_export import write_adapter
+from ds_dgemma.checkpoint.export import merge_adapter
+from ds_dgemma.config import LoraSection
+from ds_dgemma.errors import UserError
+from ds_dgemma.model.build import build_stack
+from ds_dgemma.model.lora import FreshAdapters, Target, choose_targets, possible_targets, scaling
+from tests.reference.fixtures import Case, make_config, make_model
+from tests.reference.float64 import DoublePrecision
+
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+CASE = Case(experts=3)  # not a divisor of the rank: the order of ranks and experts shows
+SETTINGS = {
+    "experts": {"target_parameters": EXPERTS},
+    "one of the two": {"target_modules": None, "target_parameters": ["0.experts.gate_up_proj", "1.experts.down_proj"]},
+    "linears": {"target_modules": "all-linear", "use_rslora": True},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in float64."""
+    folder = tmp_path_factory.mktemp("base")
+    make_model(CASE).double().save_pretrained(folder)
+    return folder
+
+
+def possible() -> dict[str, Target]:
+    return possible_targets(build_stack(make_config(CASE), train_router=False, activation_checkpointing=False))
+
+
+def write(folder: Path, base: Path, form: Any = "peft", **settings) -> tuple[tuple[Target, ...], LoraSection, Callable]:
+    """A random adapter on disk; its targets, settings, and factors."""
+    lora = LoraSection(r=4, lora_alpha=6, init_lora_weights=False, **settings)
+    stack = build_stack(make_config(CASE), train_router=False, activation_checkpointing=False)
+    targets = choose_targets(stack, lora)
+    fresh = FreshAdapters(targets, lora, seed=5)
+
+    def read(target: Target, factor: Any) -> Tensor:
+        shape = target.shape(factor, lora.r)
+        return fresh.values(f"{target.name}.{factor}", 0, prod(shape)).view(shape)
+
+    folder.mkdir(exist_ok=True)
+    write_adapter(folder, targets, lora, read, str(base), form, torch.float32)
+    return targets, lora, read
+
+
+def load(folder: Path) -> Any:
+    model: Any = DiffusionGemmaForBlockDiffusion.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    )
+    return model.eval()
+
+
+def logits(model: Any) -> Tensor:
+    """Of a self-conditioned pass: encoder and decoder both show."""
+    draw = torch.Generator().manual_seed(3)
+    ids, canvas = (torch.randint(3, CASE.vocabulary - 3, (2, n), generator=draw) for n in (9, CASE.canvas))
+    call = {"input_ids": ids, "decoder_input_ids": canvas}
+    cache = lambda: DynamicCache(config=model.config.text_config)  # noqa: E731
+    with torch.no_grad(), DoublePrecision():
+        first = model(**call, past_key_values=cache()).logits
+        return model(**call, past_key_values=cache(), self_conditioning_logits=first).logits
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_peft_and_the_merged_model_give_the_same_logits(name: str, base: Path, tmp_path: Path):
+    write(tmp_path / "adapter", base, **SETTINGS[name])
+    plain = logits(load(base))
+    adapted = logits(PeftModel.from_pretrained(load(base), str(tmp_path / "adapter")))
+    merge_adapter(str(base), tmp_path / "adapter", tmp_path / "merged")
+    merged = logits(load(tmp_path / "merged"))
+    assert (adapted - plain).abs().max() > 0.1
+    torch.testing.assert_close(merged, adapted, rtol=0, atol=1e-9)
+
+
+def test_merging_changes_what_is_adapted_and_copies_the_rest_bit_for_bit(base: Path, tmp_path: Path):
+    targets, _, _ = write(tmp_path / "adapter", base, target_modules=["q_proj"])
+    merge_adapter(str(base), tmp_path / "adapter", tmp_path / "merged")
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "merged"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"model.decoder.{target.name}.weight" for target in targets}
+    assert before.keys() == after.keys()
+    with pytest.raises(UserError, match="is the model itself"):
+        merge_adapter(str(base), tmp_path / "adapter", base)
+
+
+def test_vllm_s_form_has_a_pair_for_every_expert_and_projection(base: Path, tmp_path: Path):
+    targets, _, read = write(tmp_path / "adapter", base, "vllm", target_parameters=EXPERTS)
+    stored = load_file(tmp_path / "adapter" / TENSORS)
+    settings = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    assert settings["target_parameters"] is None
+    assert set(settings["target_modules"]) == {f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down")}
+
+    def delta(name: str) -> Tensor:
+        return stored.pop(f"{name}.lora_B.weight") @ stored.pop(f"{name}.lora_A.weight")
+
+    for target in targets:
+        whole = read(target, "lora_B") @ read(target, "lora_A")
+        name = f"base_model.model.model.decoder.{target.name}"
+        if not target.experts:
+            torch.testing.assert_close(delta(name), whole)
+            continue
+        module, _, tensor = name.rpartition(".")
+        for e in range(target.experts):
+            parts = ("gate_proj", "up_proj") if tensor == "gate_up_proj" else ("down_proj",)
+            torch.testing.assert_close(torch.cat([delta(f"{module}.{e}.{part}") for part in parts]), whole[e])
+    assert not stored
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_is_written_is_read_back_the_same(name: str, base: Path, tmp_path: Path):
+    targets, lora, read = write(tmp_path / "adapter", base, **SETTINGS[name])
+    reader = AdapterReader(tmp_path / "adapter", possible())
+    check_continues(reader, targets, lora)
+    assert scaling(reader.lora) == scaling(lora)
+    for target in targets:
+        for factor in ("lora_A", "lora_B"):
+            assert torch.equal(reader.read(target, factor), read(target, factor))
+            flat = read(target, factor).flatten()
+            assert torch.equal(reader.values(f"{target.name}.{factor}", 3, 11), flat[3:11])
+
+
+def change_tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
+    def spoil(adapter: Path) -> None:
+        tensors = load_file(adapter / TENSORS)
+        change(tensors)
+        save_file(tensors, adapter / TENSORS)
+
+    return spoil
+
+
+def change_settings(**changes) -> Callable[[Path], None]:
+    def spoil(adapter: Path) -> None:
+        settings = json.loads((adapter / CONFIG).read_text())
+        (adapter / CONFIG).write_text(json.dumps({**settings, **changes}))
+
+    return spoil
+
+
+QUERY = "base_model.model.model.decoder.layers.0.self_attn.q_proj.lora_A.weight"
+SPOILT = {
+    "absent": (shutil.rmtree, "cannot be read: .*A PEFT directory has"),
+    "no tensors": (lambda adapter: (adapter / TENSORS).unlink(), "cannot be read"),
+    "cut": (lambda adapter: (adapter / TENSORS).write_bytes(b"cut"), "cannot be read"),
+    "another method": (change_settings(peft_type="IA3"), "not of PEFT's type LORA"),
+    "DoRA": (change_settings(use_dora=True), "uses use_dora"),
+    "another rank": (change_settings(r=5), r"has shape \(4, 48\), \(5, 48\) was expected of this model and rank 5"),
+    "a missing copy": (change_tensors(lambda t: t.pop(QUERY)), f"{QUERY} is missing"),
+    "unequal copies": (
+        change_tensors(lambda t: t[QUERY].add_(1e-6)),
+        "differ. Encoder and decoder share",
+    ),
+    "another model": (
+        change_tensors(lambda t: t.update({QUERY: torch.zeros(4, 50)})),
+        r"q_proj.lora_A.weight has shape \(4, 50\), \(4, 48\) was expected",
+    ),
+    "a stranger": (
+        change_tensors(lambda t: t.update({QUERY.replace("layers.0", "layers.9"): t[QUERY].clone()})),
+        "layers.9.self_attn.q_proj.lora_A.weight is no adapter of a weight that this model has",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_an_adapter_that_cannot_be_used_is_named(what: str, base: Path, tmp_path: Path):
+    write(tmp_path / "adapter", base)
+    spoil, said = SPOILT[what]
+    spoil(tmp_path / "adapter")
+    with pytest.raises(UserError, match=said):
+        AdapterReader(tmp_path / "adapter", possible())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"r": 8}, "lora.r = 8, but it was made with 4"),
+        ({"lora_alpha": 1}, "lora.lora_alpha = 1.0, but it was made with 6.0"),
+        ({"use_rslora": True}, "lora.use_rslora = True"),
+        ({"target_modules": ["k_proj", "q_proj"]}, "layers.0.self_attn.k_proj and 1 more is adapted by this run only"),
+        ({"target_modules": ["0.self_attn.q_proj"]}, "layers.1.self_attn.q_proj is adapted by it only"),
+    ],
+)
+def test_a_run_that_would_continue_another_adapter_is_refused(settings, said, base: Path, tmp_path: Path):
+    write(tmp_path / "adapter", base, target_modules=["q_proj"])
+    reader = AdapterReader(tmp_path / "adapter", possible())
+    lora = LoraSection(**{"r": 4, "lora_alpha": 6, "target_modules": ["q_proj"], **settings})
+    stack = build_stack(make_config(CASE), train_router=False, activation_checkpointing=False)
+    with pytest.raises(UserError, match=said):
+        check_continues(reader, choose_targets(stack, lora), lora)
