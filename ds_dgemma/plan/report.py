@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ds_dgemma.plan.memory import FRAGMENTATION, GIB, IMBALANCE, RUNTIME
-from ds_dgemma.plan.plan import Plan, host_bytes
+from ds_dgemma.plan.plan import MOST_GPUS, Plan, host_bytes
 
 GB = 1e9
 
@@ -58,7 +58,8 @@ def verdict(plan: Plan) -> str:
     text = f"Does not fit on {on}: {'; '.join(plan.problems)}."
     if plan.nearest is None:
         return (
-            f"{text} Nothing near it does, on up to 64 GPUs of this size: shorten data.max_length, or train less of it."
+            f"{text} Nothing near it does, on up to {MOST_GPUS} GPUs of this size: shorten data.max_length, or train "
+            "less of it."
         )
     changes, _, memory = plan.nearest
     host = f" and {sum(memory.host.values()) / GIB:.0f} GiB of host memory" if memory.host else ""
