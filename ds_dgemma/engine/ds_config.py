@@ -14,6 +14,7 @@ import difflib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -81,6 +82,7 @@ _REFUSED_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 _OFFLOAD_DEVICE = "zero_optimization.offload_optimizer.device"
+_LONGEST_BUILD = 900  # seconds; torch waits for ever for the lock of a build
 _OWNED_ADAM_PARAMS = ("lr", "betas", "eps", "weight_decay")
 _FREE_ADAM_PARAMS = (
     "torch_adam",
@@ -245,12 +247,13 @@ def build_cpu_adam(settings: dict[str, Any]) -> None:
     """Compile and load DeepSpeed's CPU Adam where these joined settings use it: a minute the first time on a machine.
 
     Raises:
-        UserError: what it is compiled with is missing, or that failed.
+        UserError: what it is compiled with is missing, that failed, or a build that was killed would be waited for.
     """
     if _get(settings, _OFFLOAD_DEVICE) != "cpu" or _get(settings, "optimizer.params.torch_adam"):
         return
     from deepspeed.git_version_info import installed_ops
     from deepspeed.ops.op_builder import CPUAdamBuilder  # pyright: ignore[reportAttributeAccessIssue]
+    from torch.utils.cpp_extension import _get_build_directory
 
     compiler = os.environ.get("CXX", "c++")
     missing = [] if installed_ops.get(CPUAdamBuilder.NAME) else [t for t in (compiler, "ninja") if not shutil.which(t)]
@@ -264,6 +267,9 @@ def build_cpu_adam(settings: dict[str, Any]) -> None:
             f"found. Install a C++ compiler (g++) and ninja, and have them on PATH (an activated .venv has ninja). "
             f"{advice}"
         )
+    lock = Path(_get_build_directory(CPUAdamBuilder.NAME, False), "lock")
+    if lock.exists() and time.time() - lock.stat().st_mtime > _LONGEST_BUILD:
+        raise UserError(f"offload_optimizer: a build of DeepSpeed's CPU Adam was killed and left {lock}. Delete it.")
     try:
         CPUAdamBuilder().load(verbose=False)
     except Exception as error:  # whatever the build raises, it is this machine's tool chain

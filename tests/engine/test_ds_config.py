@@ -1,6 +1,7 @@
 """DeepSpeed's JSON and the run config, joined: what is filled, what is kept, what is refused by name."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from ds_dgemma.errors import UserError
 
 JSONS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 RANKS = 8
+OFFLOADED = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
 
 
 @pytest.fixture(autouse=True)
@@ -115,12 +117,22 @@ def test_adam_is_torchs_fused_on_a_gpu_and_deepspeeds_own_when_offloaded(device,
     assert {k: v for k, v in joined["optimizer"]["params"].items() if k not in science} == kernel
 
 
+def test_a_build_that_was_killed_is_not_waited_for(tmp_path, monkeypatch) -> None:
+    from torch.utils.cpp_extension import _get_build_directory
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = Path(_get_build_directory("cpu_adam", False), "lock")
+    lock.touch()
+    os.utime(lock, (0, 0))
+    with pytest.raises(UserError, match=rf"was killed and left {re.escape(str(lock))}. Delete it"):
+        build_cpu_adam(join(OFFLOADED))
+
+
 def test_an_offloaded_optimizer_can_do_without_a_compiler(monkeypatch) -> None:
-    offloaded = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match=r"c\+\+ and ninja cannot be found.*zero_force_ds_cpu_optimizer"):
-        build_cpu_adam(join(offloaded))
-    without = join({"zero_force_ds_cpu_optimizer": False, **offloaded})
+        build_cpu_adam(join(OFFLOADED))
+    without = join({"zero_force_ds_cpu_optimizer": False, **OFFLOADED})
     assert without["optimizer"]["params"]["torch_adam"] is True
     build_cpu_adam(without)
 
