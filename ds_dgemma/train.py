@@ -33,7 +33,7 @@ from ds_dgemma.engine.deepspeed_engine import (
     set_learning_rate,
     start_engine,
 )
-from ds_dgemma.engine.ds_config import deepspeed_config
+from ds_dgemma.engine.ds_config import build_cpu_adam, deepspeed_config
 from ds_dgemma.engine.launcher_watch import watch_launcher
 from ds_dgemma.engine.open_model import OutlinedModel, fill_model, outline_model
 from ds_dgemma.engine.optimizer_state import KINDS, adam_step, create_moments, owned_shards
@@ -129,6 +129,7 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
         first_pass_bucket=config.objective.first_pass_bucket,
         pad_id=text.pad_token_id or 0,
     )
+    build_cpu_adam(settings)
     if ranks.is_main:
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
