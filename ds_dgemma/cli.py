@@ -191,39 +191,50 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     plan_ = _add(commands, "plan", plan)
     plan_.add_argument("--config", type=Path, required=True, metavar="YAML", help="the run's config")
     plan_.add_argument("--set", action="append", default=[], metavar="a.b=value", help="override a setting")
-    plan_.add_argument("--gpus", type=_positive_int, default=8, metavar="N", help="in all (8)")
-    plan_.add_argument("--gpu-memory", type=_positive, default=80.0, metavar="GIB", help="of one GPU (80)")
-    plan_.add_argument("--host-memory", type=_positive, metavar="GIB", help="of one node; not judged when absent")
-    plan_.add_argument("--gpus-per-node", type=_positive_int, default=8, metavar="N", help="(8)")
-    plan_.add_argument("--length", type=_positive_int, metavar="N", help="tokens of an example (data.max_length)")
-    plan_.add_argument("--peak-tflops", type=_positive, default=989.0, metavar="X", help="of a GPU, dense (989, H100)")
-    plan_.add_argument("--utilisation", type=_share, default=0.25, metavar="X", help="share of that reached (0.25)")
+    plan_.add_argument("--gpus", type=_above_zero(int), default=8, metavar="N", help="in all (8)")
+    plan_.add_argument("--gpu-memory", type=_above_zero(float), default=80.0, metavar="GIB", help="of one GPU (80)")
     plan_.add_argument(
-        "--link-gbps", type=_positive, metavar="X", help="GB/s a GPU sends (300 in a node, 40 between nodes)"
+        "--host-memory", type=_above_zero(float), metavar="GIB", help="of one node; not judged when absent"
     )
-    plan_.add_argument("--host-link-gbps", type=_positive, default=25.0, metavar="X", help="GB/s, GPU and host (25)")
+    plan_.add_argument("--gpus-per-node", type=_above_zero(int), default=8, metavar="N", help="(8)")
+    plan_.add_argument("--length", type=_above_zero(int), metavar="N", help="tokens of an example (data.max_length)")
     plan_.add_argument(
-        "--host-memory-gbps", type=_positive, default=20.0, metavar="X", help="GB/s of host memory per GPU (20)"
+        "--peak-tflops", type=_above_zero(float), default=989.0, metavar="X", help="of a GPU, dense (989, H100)"
+    )
+    plan_.add_argument(
+        "--utilisation", type=_above_zero(float, most=1), default=0.25, metavar="X", help="share of that reached (0.25)"
+    )
+    plan_.add_argument(
+        "--link-gbps", type=_above_zero(float), metavar="X", help="GB/s a GPU sends (300 in a node, 40 between nodes)"
+    )
+    plan_.add_argument(
+        "--host-link-gbps", type=_above_zero(float), default=25.0, metavar="X", help="GB/s, GPU and host (25)"
+    )
+    plan_.add_argument(
+        "--host-memory-gbps",
+        type=_above_zero(float),
+        default=20.0,
+        metavar="X",
+        help="GB/s of host memory per GPU (20)",
     )
     plan_.add_argument("--json", action="store_true", help="every figure, in bytes and seconds")
 
 
-def _positive(text: str) -> float:
-    if (value := float(text)) > 0 and value < float("inf"):
+def _above_zero(kind: type, most: float = float("inf")) -> Callable[[str], Any]:
+    """Read a number above zero, for argparse."""
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not 0 < value <= most or value == float("inf"):
+            bound = "" if most == float("inf") else f" and at most {most:g}"
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r}, expected {what} above 0{bound}")
         return value
-    raise argparse.ArgumentTypeError(f"{text} is not above 0")
 
-
-def _positive_int(text: str) -> int:
-    if (value := int(text)) > 0:
-        return value
-    raise argparse.ArgumentTypeError(f"{text} is not above 0")
-
-
-def _share(text: str) -> float:
-    if (value := _positive(text)) <= 1:
-        return value
-    raise argparse.ArgumentTypeError(f"{text} is not a share: above 0, at most 1")
+    return read
 
 
 def _add(

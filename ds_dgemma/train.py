@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 import torch
 
+from ds_dgemma.checkpoint.adapter import AdapterReader
+from ds_dgemma.checkpoint.names import DECODER, checkpoint_name
 from ds_dgemma.checkpoint.run_state import StateReader, prune, save
 from ds_dgemma.checkpoint.weights import local_directory
 from ds_dgemma.config import RunConfig
@@ -31,7 +33,7 @@ from ds_dgemma.engine.deepspeed_engine import (
     set_learning_rate,
     start_engine,
 )
-from ds_dgemma.engine.ds_config import deepspeed_config
+from ds_dgemma.engine.ds_config import build_cpu_adam, deepspeed_config
 from ds_dgemma.engine.launcher_watch import watch_launcher
 from ds_dgemma.engine.open_model import OutlinedModel, fill_model, outline_model
 from ds_dgemma.engine.optimizer_state import KINDS, adam_step, create_moments, owned_shards
@@ -127,6 +129,7 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
         first_pass_bucket=config.objective.first_pass_bucket,
         pad_id=text.pad_token_id or 0,
     )
+    build_cpu_adam(settings)
     if ranks.is_main:
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
@@ -145,6 +148,8 @@ def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tra
     if prepared.resumed:
         restore(engine, ranks, prepared.resumed)
         count_steps_done(engine, prepared.start)
+    elif prepared.model.adapters and prepared.model.adapters.continued:
+        continue_adapter(engine, ranks, prepared.model.adapters.continued)
     stream = Stream(
         examples=prepared.examples,
         collate=prepared.collate,
@@ -225,6 +230,13 @@ def restore(engine: Any, ranks: RankLayout, trained: StateReader) -> None:
     for shard in owned_shards(engine, ranks):
         for kind in KINDS:
             shard.set(kind, trained.read(shard.name, kind, shard.start, shard.stop).to(ranks.device))
+
+
+def continue_adapter(engine: Any, ranks: RankLayout, adapter: AdapterReader) -> None:
+    """Give the fp32 weights the adapter's own numbers: in a bf16 run they were made from bf16."""
+    for shard in owned_shards(engine, ranks):
+        factor = checkpoint_name(shard.name).removeprefix(DECODER)
+        shard.set("fp32", adapter.values(factor, shard.start, shard.stop).to(ranks.device, torch.float32))
 
 
 def due(step: int, every: int) -> bool:

@@ -1,5 +1,6 @@
-"""The micro-benchmark runs and compares equal work; the random checkpoint is one that transformers loads."""
+"""Benchmarks run: equal work is compared, a step holds what was planned, transformers loads the random checkpoint."""
 
+import json
 import re
 import subprocess
 import sys
@@ -26,6 +27,37 @@ def test_a_benchmark_step_computes_what_transformers_does_and_prints_the_ratios(
     ratios = re.findall(r"/ transformers: CPU time (\S+), wall time (\S+), peak memory (\S+)", run.stdout)
     assert len(ratios) == 2  # recomputed, and kept
     assert all(float(ratio) > 0 for variant in ratios for ratio in variant)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "override"),
+    [
+        (3, "train.activation_checkpointing=true"),
+        (3, "lora={r: 8, target_parameters: [experts.gate_up_proj, experts.down_proj]}"),
+        (1, "train.precision=bf16"),
+        (2, "train.precision=bf16"),
+    ],
+    ids=["full training", "LoRA, experts too", "stage 1", "stage 2"],
+)
+def test_a_step_holds_and_sends_what_was_planned(stage: int, override: str, tmp_path: Path) -> None:
+    make_checkpoint(shapes.config(rehearse=True, layers=2), tmp_path / "model")
+    # Nothing is kept gathered, so that every gather of the plan is made.
+    zero = {"stage": stage, "reduce_bucket_size": 10**6}
+    if stage == 3:
+        zero |= dict.fromkeys(("stage3_max_reuse_distance", "stage3_max_live_parameters"), 0)
+        zero |= dict.fromkeys(("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"), 0)
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": zero}))
+    ranks = ["--processes", "2", "--expert-parallel", "2", "--length", "128", "--accumulation", "2"]
+    files = ["--model", tmp_path / "model", "--deepspeed", tmp_path / "zero.json"]
+    command = [sys.executable, "-m", "tests.benchmarks.memory", *files, *ranks, "--set", override]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr  # 1 when a state differs
+    rows = dict(re.findall(r"\| sent: (\S+) \|.*\| (\S+)% \|", run.stdout))
+    if stage == 3:
+        assert abs(float(rows["all-gather"])) < 1
+        assert abs(float(rows["reduce"])) < 1
+        assert abs(float(rows["all-to-all"])) < 10  # the routing decides
 
 
 @pytest.mark.slow

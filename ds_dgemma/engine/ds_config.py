@@ -11,6 +11,9 @@ Sources (deepspeed 0.19.8): runtime/config.py, runtime/zero/config.py, and of ru
 
 import copy
 import json
+import os
+import shutil
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -87,6 +90,7 @@ _REFUSED_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
 
 _LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 _OFFLOAD_DEVICE = "zero_optimization.offload_optimizer.device"
+_LONGEST_BUILD = 900  # seconds; torch waits for ever for the lock of a build
 _OWNED_ADAM_PARAMS = ("lr", "betas", "eps", "weight_decay")
 _FREE_ADAM_PARAMS = (
     "torch_adam",
@@ -123,7 +127,7 @@ def deepspeed_config(config: RunConfig, world_size: int, device: Literal["cpu", 
             *_fill_from_yaml(settings, config, accumulation),
         ]
     if not problems:
-        _choose_adam(settings["optimizer"]["params"], _get(settings, _OFFLOAD_DEVICE), device)
+        _choose_adam(settings, device)
         problems = list(_deepspeed_problems(settings))
     if problems:
         raise one_line_each(str(config.deepspeed), problems)
@@ -254,13 +258,48 @@ def _fill_from_yaml(settings: dict[str, Any], config: RunConfig, accumulation: i
     settings.setdefault("zero_optimization", {})
 
 
-def _choose_adam(params: dict[str, Any], offloaded_to: str | None, device: str) -> None:
-    """torch's AdamW, fused on a GPU; for an offloaded optimizer DeepSpeed's CPU Adam, its own default."""
-    if offloaded_to == "cpu":
+def _choose_adam(settings: dict[str, Any], device: str) -> None:
+    """torch's AdamW, fused on a GPU; for an offloaded optimizer DeepSpeed's CPU Adam, unless the JSON does without."""
+    params, offloaded = settings["optimizer"]["params"], _get(settings, _OFFLOAD_DEVICE) == "cpu"
+    if not offloaded or settings.get("zero_force_ds_cpu_optimizer") is False:
+        params.setdefault("torch_adam", True)
+    if (device == "cuda" or offloaded) and params.get("torch_adam") and "foreach" not in params:
+        params.setdefault("fused", True)  # on the CPU too: no copies of the states
+
+
+def build_cpu_adam(settings: dict[str, Any]) -> None:
+    """Compile and load DeepSpeed's CPU Adam where these joined settings use it: a minute the first time on a machine.
+
+    Raises:
+        UserError: what it is compiled with is missing, that failed, or a build that was killed would be waited for.
+    """
+    if _get(settings, _OFFLOAD_DEVICE) != "cpu" or _get(settings, "optimizer.params.torch_adam"):
         return
-    params.setdefault("torch_adam", True)
-    if device == "cuda" and params["torch_adam"] and "foreach" not in params:
-        params.setdefault("fused", True)
+    from deepspeed.git_version_info import installed_ops
+    from deepspeed.ops.op_builder import CPUAdamBuilder  # pyright: ignore[reportAttributeAccessIssue]
+    from torch.utils.cpp_extension import _get_build_directory
+
+    compiler = os.environ.get("CXX", "c++")
+    missing = [] if installed_ops.get(CPUAdamBuilder.NAME) else [t for t in (compiler, "ninja") if not shutil.which(t)]
+    advice = (
+        'Or let torch\'s AdamW update in host memory, more slowly: "zero_force_ds_cpu_optimizer": false in the '
+        "DeepSpeed JSON."
+    )
+    if missing:
+        raise UserError(
+            f"offload_optimizer: DeepSpeed's CPU Adam is compiled at run time, and {' and '.join(missing)} cannot be "
+            f"found. Install a C++ compiler (g++) and ninja, and have them on PATH (an activated .venv has ninja). "
+            f"{advice}"
+        )
+    lock = Path(_get_build_directory(CPUAdamBuilder.NAME, False), "lock")
+    if lock.exists() and time.time() - lock.stat().st_mtime > _LONGEST_BUILD:
+        raise UserError(f"offload_optimizer: a build of DeepSpeed's CPU Adam was killed and left {lock}. Delete it.")
+    try:
+        CPUAdamBuilder().load(verbose=False)
+    except Exception as error:  # whatever the build raises, it is this machine's tool chain
+        raise UserError(
+            f"offload_optimizer: DeepSpeed's CPU Adam did not build: {first_line(error)}. {advice}"
+        ) from error
 
 
 def _deepspeed_problems(settings: dict[str, Any]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.utils import (
     safe_get_local_fp32_param,
@@ -58,11 +59,27 @@ def create_moments(engine: Any, adam_step: float) -> None:
     """
     optimizer = _adam(engine)
     on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    if isinstance(optimizer, DeepSpeedCPUAdam):
+        _replay_steps(optimizer, int(adam_step))
     for tensor in _masters(engine):
         state = optimizer.state[tensor]
         for kind in KINDS[1:]:
             state.setdefault(kind, torch.zeros_like(tensor))
-        state["step"] = torch.tensor(adam_step, dtype=torch.float32, device=tensor.device if on_device else "cpu")
+        if isinstance(optimizer, DeepSpeedCPUAdam):
+            state["step"] = int(adam_step)
+        else:
+            state["step"] = torch.tensor(adam_step, dtype=torch.float32, device=tensor.device if on_device else "cpu")
+
+
+def _replay_steps(optimizer: DeepSpeedCPUAdam, steps: int) -> None:
+    """Bring DeepSpeed's CPU Adam to where `steps` steps leave it.
+
+    It multiplies up beta^step from step to step, outside the state that is saved, and takes the power only where steps
+    are not in sequence: a resumed run would round the bias correction another way.
+    """
+    nothing, betas = [torch.zeros(1) for _ in range(4)], optimizer.param_groups[0]["betas"]
+    for step in range(1, steps + 1):
+        optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, 0.0, *betas, 1.0, 0.0, True, *nothing)
 
 
 def _masters(engine: Any) -> list[torch.Tensor]:

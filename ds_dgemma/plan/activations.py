@@ -45,37 +45,37 @@ class StackActivations:
 
 
 def trace(stack: DiffusionGemmaStack, tokens: int, dtype: torch.dtype) -> StackActivations:
-    """Trace every kind of layer once for one example of `tokens`; `stack`, on meta and its experts placed, is cast to
+    """Trace layers that are alike once for one example of `tokens`; `stack`, on meta and its experts placed, is cast to
     `dtype`.
     """
-    text, size = text_spec(stack.config), torch.empty(0, dtype=dtype).element_size()
-    by_kind: dict[str, LayerActivations] = {}
+    text, layers, traced = text_spec(stack.config), [], {}
     before = text._attn_implementation
     AttentionInterface.register(_ATTENTION, _efficient_attention)
     text._attn_implementation = _ATTENTION
     try:
         for kind, layer in zip(stack.layer_types, stack.sweep_layers(), strict=True):
-            if kind not in by_kind:
-                kept = _kept_bytes(stack, layer, kind, tokens, dtype)
-                by_kind[kind] = _with_experts(kept, layer, text, size)
+            alike = (kind, *((name, p.requires_grad) for name, p in layer.named_parameters()))
+            if alike not in traced:
+                kept = _kept_bytes(layer, text.hidden_size, tokens, dtype)
+                traced[alike] = _with_experts(kept, layer, text, dtype.itemsize)
+            layers.append(traced[alike])
     finally:
         text._attn_implementation = before
     return StackActivations(
-        layers=tuple(by_kind[kind] for kind in stack.layer_types),
-        hidden=tokens * text.hidden_size * size,
-        masks=len(by_kind) * tokens**2,
+        layers=tuple(layers),
+        hidden=tokens * text.hidden_size * dtype.itemsize,
+        masks=len(set(stack.layer_types)) * tokens**2,
         routed_rows=tokens * text.top_k_experts,
     )
 
 
-def _kept_bytes(stack: DiffusionGemmaStack, layer: SweepLayer, kind: str, tokens: int, dtype: torch.dtype) -> int:
+def _kept_bytes(layer: SweepLayer, hidden_size: int, tokens: int, dtype: torch.dtype) -> int:
     """Bytes of the distinct storages that a layer's graph holds, its arguments and parameters left out."""
-    H = text_spec(stack.config).hidden_size
     head_dim: Any = layer.self_attn.head_dim
     experts, layer.experts = layer.experts, _UncountedExperts()
     layer.to(dtype)
     with torch.device("meta"):
-        hidden = torch.empty(1, tokens, H, dtype=dtype, requires_grad=True)
+        hidden = torch.empty(1, tokens, hidden_size, dtype=dtype, requires_grad=True)
         cos, sin = (torch.empty(1, tokens, head_dim, dtype=dtype) for _ in range(2))
         mask = torch.empty(1, 1, tokens, tokens, dtype=torch.bool)
         is_canvas = torch.empty(1, tokens, dtype=torch.bool)

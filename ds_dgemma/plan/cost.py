@@ -51,9 +51,9 @@ class Cost:
 
     @property
     def step_seconds(self) -> float:
-        """Arithmetic or the collectives that overlap with it, whichever is longer, then what nothing hides."""
-        hidden = max(self.seconds["arithmetic"], self.seconds["gather and reduce"])
-        return hidden + sum(self.seconds[name] for name in ("all-to-all", "host link", "optimizer in host memory"))
+        """The longest of what overlaps, then what nothing hides."""
+        overlapping = max(self.seconds[name] for name in ("arithmetic", "gather and reduce", "host link"))
+        return overlapping + self.seconds["all-to-all"] + self.seconds["optimizer in host memory"]
 
 
 def cost(inventory: Inventory, setup: Setup, shape: Shape, config: RunConfig, machine: Machine) -> Cost:
@@ -84,12 +84,15 @@ def cost(inventory: Inventory, setup: Setup, shape: Shape, config: RunConfig, ma
     )
 
 
-def token_weights(inventory: Inventory, trained_only: bool = False) -> int:
-    """Matrix weights of the layers that one token meets."""
+def product_weights(inventory: Inventory, shape: Shape, trained_only: bool = False) -> int:
+    """Matrix weights that one example's tokens meet in a sweep, summed over the tokens: layers read all of them, the
+    self-conditioning block the canvases.
+    """
     text, total = inventory.text, 0
     for p in inventory.parameters:
         if p.is_matrix and p.unit != VOCABULARY and (p.is_trained or not trained_only):
-            total += p.numel * text.top_k_experts // text.num_experts if p.is_expert else p.numel
+            met = p.numel * text.top_k_experts // text.num_experts if p.is_expert else p.numel
+            total += met * (shape.tokens if p.unit.startswith(LAYERS) else shape.canvas)
     return total
 
 
@@ -120,8 +123,8 @@ def attention_flops(inventory: Inventory, shape: Shape) -> int:
 def _flops(inventory: Inventory, setup: Setup, shape: Shape, examples: float, guessing: float) -> tuple[float, float]:
     """Useful FLOPs of one GPU's step, and those of what is computed again."""
     matrix, attention = inventory.vocabulary.numel, attention_flops(inventory, shape)
-    forward = 2 * shape.tokens * token_weights(inventory) + attention
-    backward = forward + attention + 2 * shape.tokens * token_weights(inventory, trained_only=True)
+    forward = 2 * product_weights(inventory, shape) + attention
+    backward = forward + attention + 2 * product_weights(inventory, shape, trained_only=True)
     scored, trained = shape.canvas + shape.clean, inventory.vocabulary.is_trained
     useful = guessing * (forward + 4 * matrix * shape.canvas) + examples * (forward + backward)
     useful += examples * (6 if trained else 4) * matrix * scored

@@ -14,6 +14,7 @@ from transformers import AutoConfig, DiffusionGemmaConfig
 
 from ds_dgemma.config import RunConfig
 from ds_dgemma.engine.ds_config import deepspeed_config
+from ds_dgemma.engine.trainable import check_stage
 from ds_dgemma.errors import UserError
 from ds_dgemma.model.spec import read_spec, text_spec
 from ds_dgemma.plan.activations import StackActivations, trace
@@ -77,6 +78,7 @@ def make_plan(config: RunConfig, gpus: int, limits: Limits, machine: Machine, le
     _check_experts(config, spec)
     stack = build_stack_for(config, spec)
     inventory, setup = take_inventory(stack), read_setup(config, settings, gpus)
+    check_stage(setup.zero.stage, [p.name for p in inventory.parameters if p.is_trained])
     shape = read_shape(config, inventory, length)
     activations = trace(stack, shape.tokens, setup.dtype)
     subject = _Subject(inventory, activations, shape, limits, config.objective.logits_chunk_mib)

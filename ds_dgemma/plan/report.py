@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ds_dgemma.plan.memory import FRAGMENTATION, GIB, IMBALANCE, RUNTIME
-from ds_dgemma.plan.plan import Plan, host_bytes
+from ds_dgemma.plan.plan import MOST_GPUS, Plan, host_bytes
 
 GB = 1e9
 
@@ -25,6 +25,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "trained_parameters": plan.inventory.trained,
         "gpus": plan.setup.gpus,
         "fits": not plan.problems,
+        "verdict": verdict(plan),
         "problems": list(plan.problems),
         "nearest": nearest,
         "gpu": {
@@ -51,11 +52,14 @@ def verdict(plan: Plan) -> str:
     """Whether it fits, and if not, what would."""
     on = f"{plan.setup.gpus} GPU{'s' if plan.setup.gpus > 1 else ''} of {plan.limits.gpu_memory:g} GiB"
     if not plan.problems:
-        return f"Fits on {on}: {plan.memory.needed / GIB:.1f} GiB of a GPU."
+        host = host_bytes(plan.memory, plan.setup, plan.limits)
+        and_host = f", {host / GIB:.0f} GiB of a node's host memory" if host else ""
+        return f"Fits on {on}: {plan.memory.needed / GIB:.1f} GiB of a GPU{and_host}."
     text = f"Does not fit on {on}: {'; '.join(plan.problems)}."
     if plan.nearest is None:
         return (
-            f"{text} Nothing near it does, on up to 64 GPUs of this size: shorten data.max_length, or train less of it."
+            f"{text} Nothing near it does, on up to {MOST_GPUS} GPUs of this size: shorten data.max_length, or train "
+            "less of it."
         )
     changes, _, memory = plan.nearest
     host = f" and {sum(memory.host.values()) / GIB:.0f} GiB of host memory" if memory.host else ""
@@ -134,7 +138,9 @@ def _step(plan: Plan) -> Table:
     if costs.sent:
         table.add_row("gather and reduce, beside the arithmetic", "", _seconds(costs.seconds["gather and reduce"]))
     if costs.host_traffic:
-        table.add_row("host memory, GB", f"{costs.host_traffic / GB:,.1f}", _seconds(costs.seconds["host link"]))
+        table.add_row(
+            "to and from host memory, GB", f"{costs.host_traffic / GB:,.1f}", _seconds(costs.seconds["host link"])
+        )
         table.add_row("optimizer in host memory", "", _seconds(costs.seconds["optimizer in host memory"]))
     table.add_section()
     rate = f"{costs.tokens / costs.step_seconds:,.0f} tokens/s"

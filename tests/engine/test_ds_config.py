@@ -1,6 +1,7 @@
 """DeepSpeed's JSON and the run config, joined: what is filled, what is kept, what is refused by name."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -8,11 +9,12 @@ from typing import Any, Literal
 import pytest
 
 from ds_dgemma.config import RunConfig
-from ds_dgemma.engine.ds_config import deepspeed_config
+from ds_dgemma.engine.ds_config import build_cpu_adam, deepspeed_config
 from ds_dgemma.errors import UserError
 
 JSONS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 RANKS = 8
+OFFLOADED = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +55,7 @@ def refusal(settings: Any, precision: str = "bf16") -> str:
 @pytest.mark.parametrize("path", JSONS, ids=lambda path: path.stem)
 def test_the_jsons_we_ship_leave_the_science_to_the_run_config(path: Path) -> None:
     joined = deepspeed_config(run_config("fp32", path), RANKS, "cpu")
+    offloaded = "offload_optimizer" in joined["zero_optimization"]
     assert {key: joined[key] for key in joined if key != "zero_optimization"} == {
         "train_batch_size": 64,
         "train_micro_batch_size_per_gpu": 4,
@@ -68,7 +71,7 @@ def test_the_jsons_we_ship_leave_the_science_to_the_run_config(path: Path) -> No
                 "betas": [0.9, 0.99],
                 "eps": 1e-8,
                 "weight_decay": 1e-4,
-                "torch_adam": True,
+                **({} if offloaded else {"torch_adam": True}),
             },
         },
     }
@@ -104,6 +107,7 @@ def test_auto_and_equal_values_are_accepted_and_everything_else_goes_through_unt
         ("cuda", "none", {"fused": False}, {"torch_adam": True, "fused": False}),
         ("cuda", "none", {"foreach": True}, {"torch_adam": True, "foreach": True}),
         ("cuda", "cpu", {}, {}),  # DeepSpeed's CPU Adam
+        ("cuda", "cpu", {"torch_adam": True}, {"torch_adam": True, "fused": True}),
     ],
 )
 def test_adam_is_torchs_fused_on_a_gpu_and_deepspeeds_own_when_offloaded(device, offload, params, kernel) -> None:
@@ -111,6 +115,26 @@ def test_adam_is_torchs_fused_on_a_gpu_and_deepspeeds_own_when_offloaded(device,
     joined = join({"zero_optimization": zero, "optimizer": {"params": params}}, device=device)
     science = {"lr", "betas", "eps", "weight_decay"}
     assert {k: v for k, v in joined["optimizer"]["params"].items() if k not in science} == kernel
+
+
+def test_a_build_that_was_killed_is_not_waited_for(tmp_path, monkeypatch) -> None:
+    from torch.utils.cpp_extension import _get_build_directory
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = Path(_get_build_directory("cpu_adam", False), "lock")
+    lock.touch()
+    os.utime(lock, (0, 0))
+    with pytest.raises(UserError, match=rf"was killed and left {re.escape(str(lock))}. Delete it"):
+        build_cpu_adam(join(OFFLOADED))
+
+
+def test_an_offloaded_optimizer_can_do_without_a_compiler(monkeypatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match=r"c\+\+ and ninja cannot be found.*zero_force_ds_cpu_optimizer"):
+        build_cpu_adam(join(OFFLOADED))
+    without = join({"zero_force_ds_cpu_optimizer": False, **OFFLOADED})
+    assert without["optimizer"]["params"]["torch_adam"] is True
+    build_cpu_adam(without)
 
 
 def zero(stage: int = 3, **settings: Any) -> dict[str, Any]:

@@ -37,6 +37,8 @@ from ds_dgemma.engine.ranks import RankLayout, connect, disconnect
 from ds_dgemma.model.masks import attention_masks, clean_and_canvases
 from ds_dgemma.model.spec import read_spec
 from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
+from ds_dgemma.plan.cost import Machine
+from ds_dgemma.plan.plan import Limits, make_plan
 from tests.benchmarks.real_checkpoint import make_checkpoint
 from tests.benchmarks.step import make_batch
 from tests.gpu import ROOT, shapes
@@ -50,8 +52,8 @@ STATE, VOCABULARY_EXTRA, LAYER_EXTRA = 18, 8, 4
 WARM_UP, TIMED = 2, 5
 
 
-def open_engine(layers: int, rehearse: bool, ranks: RankLayout) -> Any:
-    """The engine that a run of `sft` would have, on one rank."""
+def open_engine(layers: int, rehearse: bool, ranks: RankLayout) -> tuple[Any, int]:
+    """The engine that a full-parameter run would have on one rank, and the peak of its memory as planned, bytes."""
     rows, where = shapes.lengths(rehearse)[2], ranks.device
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name, "model")
@@ -69,7 +71,9 @@ def open_engine(layers: int, rehearse: bool, ranks: RankLayout) -> Any:
         grouped = where.type == "cuda"
         outlined = outline_model(read_spec(str(directory)), directory, ranks, grouped_matmul=grouped)
         stack = fill_model(outlined, ranks, settings, "bf16")
-    return start_engine(DenoisingObjective(stack, run.objective.logits_chunk_mib).train(), settings)
+        clean, _, _ = shapes.lengths(rehearse)
+        planned = make_plan(run, 1, Limits(80, None, 8), Machine(1, 1, 1, 1, 1), clean).memory.peak
+    return start_engine(DenoisingObjective(stack, run.objective.logits_chunk_mib).train(), settings), planned
 
 
 def matrix_weights(text: Any, layer: int) -> int:
@@ -107,7 +111,7 @@ def measure(layers: int, rehearse: bool) -> str:
     """Steps of `layers` layers in this process, as one line of figures."""
     ranks = RankLayout.from_environment(1)
     connect(ranks, timeout_minutes=5)
-    engine = open_engine(layers, rehearse, ranks)
+    engine, planned = open_engine(layers, rehearse, ranks)
     text = shapes.config(rehearse, layers).get_text_config()
     clean, canvas, rows = shapes.lengths(rehearse)
     here = make_batch(clean // 2, clean // 2, rows, text.vocab_size, canvas)
@@ -134,6 +138,7 @@ def measure(layers: int, rehearse: bool) -> str:
         f"step {seconds:.3f} s (forward and backward {backward_done:.3f} s)",
         f"{here.tokens() / seconds:,.0f} tokens/s",
         f"{flops / 1e12:.2f} TFLOP, {flops / seconds / 1e12:.1f} TFLOP/s",
+        f"planned peak {planned / GIB:.1f} GiB",
     ]
     if ranks.device.type == "cuda":
         device = torch.cuda.get_device_name(ranks.device)

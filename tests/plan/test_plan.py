@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,17 @@ from transformers import AutoConfig, DiffusionGemmaForBlockDiffusion
 
 from ds_dgemma.cli import main
 from ds_dgemma.config_file import load_config
+from ds_dgemma.data.batch import FirstPass
+from ds_dgemma.model.masks import attention_masks, clean_and_canvases
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.plan.activations import trace
 from ds_dgemma.plan.cost import Machine, visible_pairs
 from ds_dgemma.plan.inventory import build_stack_for
 from ds_dgemma.plan.plan import RELEASED_SHAPES, Limits, Plan, make_plan, read_shapes
 from ds_dgemma.plan.setup import Shape
+from tests.benchmarks.step import make_batch
+from tests.gpu import shapes
+from tests.gpu.real_shapes import step_flops
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
@@ -133,12 +139,21 @@ def test_activations_are_those_that_a_layer_keeps_on_the_cpu(sudoku_run):
 
 
 def test_visible_pairs_are_those_of_the_mask(sudoku_run):
-    from ds_dgemma.model.masks import attention_masks, clean_and_canvases
-
     layout = clean_and_canvases(torch.ones(1, 50, dtype=torch.bool), torch.tensor([[42]]), 8)
     masks = attention_masks(layout, window=16)
     for kind, mask in masks.items():
         assert visible_pairs(kind, Shape(50, 1, 8), 16) == int(mask.sum()), kind
+
+
+def test_arithmetic_of_full_training_is_what_the_benchmark_counts_for_a_batch(tmp_path):
+    clean, canvas, rows = 512, 16, 4
+    shapes.config(rehearse=True, layers=3).save_pretrained(tmp_path / "model")
+    settings = [f"model.path={tmp_path / 'model'}", f"data.max_length={clean}", "model.train_router=true"]
+    batching = ["train.global_batch_size=4", "train.micro_batch_size=4"]
+    found = plan(tmp_path, *settings, *batching, "objective.self_conditioning_probability=0.5", gpus=1)
+    batch = make_batch(clean - canvas, canvas, rows, found.inventory.text.vocab_size, canvas)
+    batch = replace(batch, first_pass=FirstPass((0, 1), clean))  # half the rows, all of their prefix
+    assert found.cost.useful_flops == pytest.approx(step_flops(found.inventory.text, batch), rel=0.005)
 
 
 def test_the_command_prints_a_table_or_json(tmp_path, capsys):
@@ -152,3 +167,22 @@ def test_the_command_prints_a_table_or_json(tmp_path, capsys):
     assert "does not divide 4 ranks" in capsys.readouterr().err
     assert main([*common[:3], "--gpu-memory", "24"]) == 0
     assert re.search(r"Does not fit on 8 GPUs of 24 GiB", capsys.readouterr().out)
+
+
+READY = sorted(path for path in (ROOT / "ds_configs" / "runs").glob("*.yaml") if "ds-dgemma plan" in path.read_text())
+
+
+@pytest.mark.parametrize("path", READY, ids=lambda path: path.stem)
+def test_a_ready_config_says_what_plan_says_of_it(path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    title, command, said, *_ = path.read_text().splitlines()
+    assert title.startswith("# ")
+    assert f"--config {path.relative_to(ROOT)} " in command
+    assert main([*command.removeprefix("# $ ds-dgemma ").split(), "--json"]) == 0
+    assert said == "# " + json.loads(capsys.readouterr().out)["verdict"]
+
+
+def test_the_real_model_has_ready_configs():
+    assert {path.stem for path in READY} == {
+        "sft_26b", "sft_26b_4gpu", "sft_26b_2nodes", "lora_26b", "lora_26b_48gb", "lora_26b_24gb",
+    }  # fmt: skip
