@@ -105,6 +105,10 @@ def _random_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -
         for layer in decoder.layers:
             # Experts with near-equal scores swap places by rounding alone, and a run would depend on its topology.
             torch.nn.init.normal_(layer.router.proj.weight, std=1.0)
+            # Attention scales by 1, so norms of weight 1 would give scores a deviation of sqrt(head_dim): near a hard
+            # choice, in which rounding grows. These give 1, as dividing by sqrt(head_dim) does elsewhere.
+            for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
+                torch.nn.init.constant_(norm.weight, layer.self_attn.head_dim**-0.25)
     end_of_turn = tokenizer.convert_tokens_to_ids(END_OF_TURN)
     model.generation_config = DiffusionGemmaGenerationConfig(
         max_new_tokens=shape.new_tokens,
