@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import yaml
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -29,7 +29,8 @@ from ds_dgemma.checkpoint.merge import Merged
 from ds_dgemma.checkpoint.names import adapter_state_name, sources_of
 from ds_dgemma.checkpoint.run_state import StateReader, newest, open_checkpoint, step_directory
 from ds_dgemma.checkpoint.weights import INDEX, WeightReader, local_directory, pieces
-from ds_dgemma.config import LoraSection
+from ds_dgemma.config import LoraSection, RunConfig
+from ds_dgemma.config_file import read_yaml
 from ds_dgemma.errors import UserError, first_line
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.lora import Factor, Target, possible_targets, scaling
@@ -76,7 +77,7 @@ def export_run(
         return _write_model(run.model, out, _changes(run), layout)
     if run.lora is None:
         raise UserError(f"--format {form}: {run_dir} trained the model itself, there is no adapter. Leave it out.")
-    with _whole_directory(out, ADAPTER_CONFIG) as beside:
+    with _whole_directory(out, ADAPTER_CONFIG, set()) as beside:
         read = partial(_read_factor, run.trained, run.lora)
         write_adapter(beside, _targets(run), run.lora, read, run.base, form, DTYPES.get(dtype, torch.float32))
     return out
@@ -104,10 +105,7 @@ def merge_adapter(
 
 def _open(run_dir: Path, step: int | None) -> Run:
     """Read what a run started from, and the state to export."""
-    try:
-        settings = yaml.safe_load((run_dir / "config.yaml").read_text())
-    except OSError as error:
-        raise UserError(f"--run {run_dir} is no run directory: it has no readable config.yaml.") from error
+    config = _settings(run_dir)
     checkpoints = run_dir / "checkpoints"
     checkpoint = newest(checkpoints)[0] if step is None else None
     if step is not None:
@@ -117,10 +115,22 @@ def _open(run_dir: Path, step: int | None) -> Run:
         checkpoint = open_checkpoint(step_directory(checkpoints, step))
     if checkpoint is None:
         raise UserError(f"--run {run_dir} has no checkpoint yet.")
-    base, lora = settings["model"]["path"], settings.get("lora")
-    model = local_directory(base, settings["model"].get("revision"))
-    bf16 = settings["train"]["precision"] == "bf16"
-    return Run(base, model, bf16, LoraSection.model_validate(lora) if lora else None, StateReader(checkpoint))
+    try:
+        model = local_directory(config.model.path, config.model.revision)
+    except UserError as error:
+        raise UserError(f"{run_dir} started from a model that is gone. {error}") from error
+    return Run(config.model.path, model, config.train.precision == "bf16", config.lora, StateReader(checkpoint))
+
+
+def _settings(run_dir: Path) -> RunConfig:
+    """A run directory's config.yaml."""
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"--run {run_dir} is no run directory: it has no config.yaml.")
+    try:
+        return RunConfig.model_validate(read_yaml(path))
+    except ValidationError as error:
+        raise UserError(f"{path} is not what a run of this version writes: {first_line(error)}.") from error
 
 
 def _outline(model: str, revision: str | None = None):
@@ -145,14 +155,18 @@ def _changes(run: Run) -> Change:
 
 
 @contextmanager
-def _whole_directory(out: Path, marker: str) -> Iterator[Path]:
-    """Give a directory beside `out` to fill, which takes its place, or that of an older one with a `marker`."""
+def _whole_directory(out: Path, marker: str, companions: set[str]) -> Iterator[Path]:
+    """Give a directory beside `out` to fill, which takes its place, or that of an older one: one that has `marker`
+    and, weights and their index apart, nothing else than `companions`.
+    """
     beside, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
     try:
         if old.exists() and not out.exists():  # killed between the two renames below
             old.rename(out)
         if out.exists() and not (out.is_dir() and ((out / marker).is_file() or not any(out.iterdir()))):
             raise UserError(f"--out {out} exists and holds something else, no {marker}. Choose another.")
+        if strangers := sorted(_names(out) - {marker, INDEX, *companions}):
+            raise UserError(f"--out {out} holds {strangers[0]}, which would be lost. Move it away, or choose another.")
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         yield beside
@@ -172,6 +186,12 @@ def _whole_directory(out: Path, marker: str) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def _names(directory: Path) -> set[str]:
+    """What a directory holds, weights apart."""
+    entries = directory.iterdir() if directory.exists() else ()
+    return {entry.name for entry in entries if entry.is_dir() or entry.suffix != ".safetensors"}
+
+
 def _sync_directory(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -183,7 +203,7 @@ def _sync_directory(directory: Path) -> None:
 def _write_model(model: Path, out: Path, change: Change, layout: Layout) -> Path:
     if out.exists() and out.samefile(model):
         raise UserError(f"--out {out} is the model itself. Choose another directory.")
-    with _whole_directory(out, "config.json") as beside:
+    with _whole_directory(out, "config.json", {file.name for file in model.iterdir()}) as beside:
         _copy_companions(model, beside, layout.dtype or layout.changed_dtype)
         write_weights(model, change, beside, layout)
     return out

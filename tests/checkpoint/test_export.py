@@ -135,6 +135,26 @@ def test_the_model_that_a_run_started_from_is_not_overwritten(run, model):
     assert files_of(model) == before
 
 
+def test_somebodys_files_beside_an_old_export_are_not_lost(run, tmp_path):
+    out = export_run(run, tmp_path / "out")
+    (out / "notes.md").write_text("which puzzles it fails")
+    before = files_of(out)
+    with pytest.raises(UserError, match=r"holds notes\.md"):
+        export_run(run, out)
+    assert files_of(out) == before
+
+
+def test_a_run_whose_model_or_settings_are_gone_is_told(model, tmp_path):
+    run = write_run(tmp_path / "run", Path(shutil.copytree(model, tmp_path / "model")), "bf16")
+    shutil.rmtree(tmp_path / "model")
+    with pytest.raises(UserError, match="started from a model that is gone"):
+        export_run(run, tmp_path / "out")
+    (run / "config.yaml").write_text("- broken")
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        export_run(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_topology_of_a_run_does_not_show_in_its_export(precision, sudoku_run, tmp_path):

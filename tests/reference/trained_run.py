@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import torch
-import yaml
 from safetensors.torch import save_file
 
 from ds_dgemma.checkpoint.weights import WeightReader
+from ds_dgemma.config import RunConfig
+from ds_dgemma.config_file import resolved_yaml
 
 
 def trained(tensor: torch.Tensor) -> torch.Tensor:
@@ -44,6 +45,13 @@ def write_run(run_dir: Path, model: Path, precision: str) -> Path:
         save_file(files[rank], step / f"{rank}.safetensors", metadata={"intervals": json.dumps(intervals[rank])})
     sizes = {file.name: file.stat().st_size for file in step.iterdir()}
     (step / "state.json").write_text(json.dumps({"step": 3, "adam_step": 3, "files": sizes}))
-    settings = {"model": {"path": str(model)}, "train": {"precision": precision}}
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(settings))
+    steps = {"max_steps": 3, "global_batch_size": 1, "micro_batch_size": 1, "precision": precision}
+    settings = {
+        "run": {"dir": run_dir},
+        "model": {"path": str(model)},
+        "data": {"train": "train.jsonl"},
+        "train": steps,
+        "deepspeed": "zero3.json",
+    }
+    (run_dir / "config.yaml").write_text(resolved_yaml(RunConfig.model_validate(settings)))
     return run_dir
