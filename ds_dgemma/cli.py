@@ -11,9 +11,12 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ds_dgemma.errors import EXIT_USER_ERROR, UserError
+
+if TYPE_CHECKING:
+    from ds_dgemma.checkpoint.hf_weights import Layout
 
 EXIT_INTERRUPTED = 130
 
@@ -57,7 +60,7 @@ def export(args: argparse.Namespace) -> None:
     """Write a run's checkpoint as a transformers directory, or a LoRA run's as an adapter."""
     from ds_dgemma.checkpoint.export import export_run
 
-    export_run(args.run, args.out, args.step, args.dtype, args.format)
+    export_run(args.run, args.out, args.step, args.dtype, args.format, _layout(args))
     print(f"{args.out}: exported from {args.run}")
 
 
@@ -65,7 +68,7 @@ def merge(args: argparse.Namespace) -> None:
     """Add a PEFT adapter to the weights of its model, once, and write the result as a transformers directory."""
     from ds_dgemma.checkpoint.export import merge_adapter
 
-    merge_adapter(args.model, args.adapter, args.out, args.dtype)
+    merge_adapter(args.model, args.adapter, args.out, args.dtype, layout=_layout(args))
     print(f"{args.out}: {args.model} with {args.adapter}")
 
 
@@ -76,6 +79,8 @@ def evaluate(args: argparse.Namespace) -> None:
     from ds_dgemma.evaluation.generation import evaluate
     from ds_dgemma.evaluation.scorers import report_table
 
+    if args.out is not None and args.out.is_dir():
+        raise UserError(f"--out {args.out} is a directory. Name a file.")
     report = evaluate(args.model, args.data, args.scorer, args.batch_size, args.limit, args.seed, args.adapter)
     Console().print(report_table(report))
     if args.out is not None:
@@ -105,7 +110,7 @@ def config_reference(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return the exit code."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     # transformers loads DeepSpeed where it is installed; its accelerator warning would land in our stdout
     logging.getLogger("DeepSpeed").addFilter(lambda log: log.levelno >= logging.ERROR)
     try:
@@ -118,7 +123,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Every command with its arguments."""
     parser = argparse.ArgumentParser(prog="ds-dgemma", description="Fine-tune DiffusionGemma with DeepSpeed.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -127,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     tiny.add_argument("--out", type=Path, required=True, metavar="DIR")
     tiny.add_argument("--text", type=Path, metavar="FILE", help="preset text: JSONL or text to train the tokenizer on")
     tiny.add_argument("--vocab-size", type=int, metavar="N", help="preset text: tokens, image tokens included (4096)")
-    tiny.add_argument("--seed", type=int, default=0)
+    tiny.add_argument("--seed", type=_seed, default=0)
     tiny.add_argument("--force", action="store_true", help="replace DIR")
 
     sudoku = _add(commands, "make-sudoku", make_sudoku)
@@ -135,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     sudoku.add_argument("--split", choices=["train", "test"], required=True)
     sudoku.add_argument("--count", type=int, required=True, metavar="N")
     sudoku.add_argument("--symbols", choices=["digits", "letters"], default="digits")
-    sudoku.add_argument("--seed", type=int, default=0)
+    sudoku.add_argument("--seed", type=_seed, default=0)
     sudoku.add_argument("--out", type=Path, required=True, metavar="F.jsonl")
 
     _add_plan(commands)
@@ -144,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     export_.add_argument("--run", type=Path, required=True, metavar="DIR", help="run directory")
     export_.add_argument("--step", type=int, metavar="N", help="the newest complete checkpoint when absent")
     export_.add_argument("--out", type=Path, required=True, metavar="DIR")
-    export_.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    _add_layout(export_)
     export_.add_argument(
         "--format",
         choices=["peft", "vllm", "merged"],
@@ -155,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     merge_.add_argument("--model", required=True, metavar="DIR", help="transformers checkpoint or hub id")
     merge_.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="PEFT adapter directory")
     merge_.add_argument("--out", type=Path, required=True, metavar="DIR")
-    merge_.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    _add_layout(merge_)
 
     evaluate_ = _add(commands, "evaluate", evaluate)
     evaluate_.add_argument("--model", required=True, metavar="DIR", help="transformers checkpoint or hub id")
@@ -164,14 +170,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate_.add_argument("--scorer", required=True, metavar="NAME", help="sudoku")
     evaluate_.add_argument("--batch-size", type=int, default=64, metavar="N")
     evaluate_.add_argument("--limit", type=int, metavar="N", help="score the first N conversations only")
-    evaluate_.add_argument("--seed", type=int, default=0)
+    evaluate_.add_argument("--seed", type=_seed, default=0)
     evaluate_.add_argument("--out", type=Path, metavar="JSON", help="write the report too")
 
     generate_ = _add(commands, "generate", generate)
     generate_.add_argument("--model", required=True, metavar="DIR", help="transformers checkpoint or hub id")
     generate_.add_argument("--adapter", type=Path, metavar="DIR", help="PEFT adapter of the model")
     generate_.add_argument("--prompt", required=True, metavar="TEXT")
-    generate_.add_argument("--seed", type=int, default=0)
+    generate_.add_argument("--seed", type=_seed, default=0)
 
     plot_ = _add(commands, "plot", plot)
     plot_.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
@@ -240,6 +246,52 @@ def _add(
     parser = commands.add_parser(name, help=command.__doc__, description=command.__doc__)
     parser.set_defaults(command=command)
     return parser
+
+
+def _add_layout(parser: argparse.ArgumentParser) -> None:
+    """How a command that writes a model lays its weights out."""
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16"],
+        default="auto",
+        help="auto: bf16 for what a bf16 run trained, else as the model had it",
+    )
+    parser.add_argument("--shard-size", type=_gigabytes, default="5", metavar="GB", help="largest weights file (5)")
+    parser.add_argument(
+        "--workers", type=_count, default=1, metavar="N", help="files written at once, each in memory meanwhile (1)"
+    )
+
+
+def _gigabytes(text: str) -> int:
+    """Parse GB as bytes."""
+    try:
+        size = int(float(text) * 1e9)
+    except (ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no size; a number of GB was expected, 5 or 0.5")
+    return size
+
+
+def _count(text: str) -> int:
+    """Parse a positive whole number."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no count; a whole number from 1 was expected")
+    return int(text)
+
+
+def _layout(args: argparse.Namespace) -> "Layout":
+    from ds_dgemma.checkpoint.hf_weights import Layout
+
+    return Layout(shard_bytes=args.shard_size, workers=args.workers)
+
+
+def _seed(text: str) -> int:
+    """A seed that every generator takes."""
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text}: from 0 to 2**63 - 1")
+    return value
 
 
 def _write_json(out: Path, report: dict[str, Any]) -> None:

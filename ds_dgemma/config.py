@@ -40,12 +40,22 @@ def _check_expression(expression: str) -> None:
 Pattern = Annotated[str, AfterValidator(checked_pattern)]
 
 
+def _named(path: Path) -> Path:
+    if path == Path():
+        raise ValueError("an empty path is the current directory: give a name")
+    return path
+
+
+NamedPath = Annotated[Path, AfterValidator(_named)]
+
+
 class RunSection(Section):
     """Where a run lives and how it starts again."""
 
-    dir: Path = Field(description="run directory: config.yaml, metrics.jsonl, checkpoints/, plots/")
+    dir: NamedPath = Field(description="run directory: config.yaml, metrics.jsonl, checkpoints/, plots/")
     resume: str = Field(
         default="auto",
+        min_length=1,
         description="auto: continue from the newest complete checkpoint; never: refuse a used directory; "
         "or the path of one checkpoint",
     )
@@ -147,8 +157,8 @@ class TrainSection(Section):
     """Length, batch and arithmetic of a run."""
 
     max_steps: int = Field(ge=1, description="optimizer steps")
-    global_batch_size: int = Field(ge=1, description="examples per optimizer step, over all ranks")
-    micro_batch_size: int = Field(ge=1, description="examples per rank and forward; accumulation follows")
+    global_batch_size: int = Field(ge=1, le=10**9, description="examples per optimizer step, over all ranks")
+    micro_batch_size: int = Field(ge=1, le=10**9, description="examples per rank and forward; accumulation follows")
     precision: Literal["bf16", "fp32"] = Field(
         default="bf16", description="compute type; master weights and accumulated gradients are fp32 in both"
     )
@@ -164,7 +174,7 @@ class ParallelSection(Section):
         default="auto", description="grouped matrix multiplication for experts; auto: on with CUDA"
     )
     collective_timeout_minutes: float = Field(
-        default=30.0, gt=0, description="a collective that takes longer ends the run"
+        default=30.0, ge=0.1, le=1e5, description="a collective that takes longer ends the run"
     )
 
 
@@ -176,6 +186,12 @@ class ObjectiveSection(Section):
         default=0.5, ge=0, le=1, description="chance that the second pass sees the first one's guess"
     )
     encoder_loss_weight: float = Field(default=1.0, ge=0, description="weight of the encoder's next-token loss")
+    router_balance_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the routers' load-balance loss (Switch Transformer's; the mean over layers), for "
+        "model.train_router; with accumulation it costs one more forward a micro-batch",
+    )
     canvases_per_example: int | Literal["all"] = Field(
         default=1, description="canvases denoised per example and step, drawn without replacement; or all"
     )

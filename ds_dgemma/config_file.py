@@ -6,8 +6,8 @@ paths start at the current directory. Neither torch nor deepspeed is imported: a
 """
 
 import difflib
-import re
 from collections.abc import Iterator, Mapping, Sequence
+from math import isqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from ds_dgemma.config_schema import (
     settings,
     show,
 )
+from ds_dgemma.config_yaml import CoreDumper, CoreLoader
 from ds_dgemma.errors import UserError, first_line, one_line_each
 
 # Settings that leave the numbers of a run alone; every other one is fixed by the run directory's config.yaml.
@@ -86,7 +87,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def resolved_yaml(config: RunConfig) -> str:
     """Every setting with its value, defaults written out, in the order of the reference."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=CoreDumper, sort_keys=False, allow_unicode=True)
 
 
 def check_topology(config: RunConfig, world_size: int) -> int:
@@ -131,35 +132,6 @@ def same_run_problems(old: Mapping[str, Any], new: RunConfig) -> list[str]:
     return problems
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's core types."""
-
-    yaml_implicit_resolvers = {}  # noqa: RUF012  (PyYAML's own name and type; empty, so that 1.1's are not inherited)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes text that YAML 1.1 or 1.2 would read as another type."""
-
-
-_CORE_TYPES = {
-    "null": r"^(~|null|Null|NULL|)$",
-    "bool": r"^(true|True|TRUE|false|False|FALSE)$",
-    "int": r"^([-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$",
-    "float": r"^([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$",
-}
-for _name, _pattern in _CORE_TYPES.items():
-    for _yaml in (_Loader, _Dumper):
-        _yaml.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(_pattern), None)
-
-
-def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    text = str(loader.construct_scalar(node))
-    return int(text, 0 if text[:2] in ("0o", "0x") else 10)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
-
-
 class _Source:
     """The values of one file and its overrides, where each was written, and the problems found so far."""
 
@@ -173,7 +145,7 @@ class _Source:
         """Fill `values` from the file; a file that is no YAML mapping is an error at once."""
         text = _read_text(self.path)
         try:
-            loader = _Loader(text)
+            loader = CoreLoader(text)
             node = loader.get_single_node()
             if not isinstance(node, yaml.MappingNode):
                 found = f"starts as a list or plain text, line {node.start_mark.line + 1}" if node else "is empty"
@@ -187,7 +159,7 @@ class _Source:
         except yaml.YAMLError as error:
             raise UserError(f"{self.path} is not valid YAML: {first_line(error)}") from None
 
-    def _walk(self, loader: _Loader, mapping: yaml.MappingNode, above: Key) -> dict[str, Any]:
+    def _walk(self, loader: CoreLoader, mapping: yaml.MappingNode, above: Key) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for name_node, node in mapping.value:
             line = name_node.start_mark.line + 1
@@ -213,7 +185,7 @@ class _Source:
             self.problems.append(Problem("--set", override, "expected key=value, as in optimizer.lr=1e-4."))
             return
         try:
-            value = yaml.load(text, Loader=_Loader)  # a SafeLoader
+            value = yaml.load(text, Loader=CoreLoader)  # a SafeLoader
         except yaml.YAMLError:
             self.problems.append(Problem("--set", override, "the value is not valid YAML. Put it in quotes."))
             return
@@ -345,6 +317,8 @@ def _cross_section_problems(config: RunConfig, source: _Source) -> Iterator[Prob
                 "with lora every weight of the base is frozen already. Remove it; lora.exclude_modules says which "
                 "linears get no adapter.",
             )
+    elif config.objective.router_balance_weight and not config.model.train_router:
+        yield problem("objective.router_balance_weight", "trains frozen routers. Set model.train_router: true, or 0.")
     if config.validation.every and config.data.validation is None:
         yield problem("validation.every", "needs held-out data. Set data.validation, or validation.every: 0.")
     if not config.deepspeed.is_file():
@@ -384,7 +358,8 @@ def _value(config: BaseModel, key: Key) -> Any:
 
 
 def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    below = [divisor for divisor in range(1, isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*below, *(number // divisor for divisor in below)})
 
 
 def _either(numbers: Sequence[int]) -> str:

@@ -27,6 +27,13 @@ def one_line_each(heading: str, problems: list[str]) -> UserError:
     return UserError("\n".join([f"{count} in {heading}", *(f"  {problem}" for problem in problems)]))
 
 
+def told(error: Exception) -> str:
+    """What the system says of a file: the file, where it is named, and the reason."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return first_line(error)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text: what a person needs of a library's long message."""
     return str(error).strip().split("\n")[0]

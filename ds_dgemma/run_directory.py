@@ -15,9 +15,10 @@ from typing import IO, Any
 from ds_dgemma.checkpoint.run_state import Checkpoint, newest, open_checkpoint
 from ds_dgemma.config import RunConfig
 from ds_dgemma.config_file import read_yaml, resolved_yaml, same_run_problems
-from ds_dgemma.errors import UserError, one_line_each
+from ds_dgemma.errors import UserError, one_line_each, told
 
 CONFIG = "config.yaml"
+DEEPSPEED = "deepspeed.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 LOCK = "run.lock"
@@ -25,22 +26,13 @@ LOCK_SECONDS = 20  # the ranks of a launcher that was killed need a moment to no
 
 
 def find_start(config: RunConfig) -> tuple[Checkpoint | None, list[str]]:
-    """Which checkpoint to continue from (None: from the model), and warnings; changes nothing but an empty
-    directory's existence.
+    """Which checkpoint to continue from (None: from the model), and warnings; changes nothing. Call it when the
+    directory is claimed: what another job still writes would be missed.
 
     Raises:
-        UserError: the directory cannot be written, belongs to another config, or holds nothing to continue from
-        that is whole.
+        UserError: the directory belongs to another config, or holds nothing to continue from that is whole.
     """
     directory = config.run.dir
-    try:
-        (directory / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"run.dir: {directory} cannot be created: {error.strerror}. Choose another directory."
-        ) from error
-    if not os.access(directory, os.W_OK) or not os.access(directory / CHECKPOINTS, os.W_OK):
-        raise UserError(f"run.dir: {directory} is not writable. Choose another directory, or change its permissions.")
     used = (directory / CONFIG).is_file()
     if used and config.run.resume == "never":
         raise UserError(
@@ -49,37 +41,85 @@ def find_start(config: RunConfig) -> tuple[Checkpoint | None, list[str]]:
     if used and (problems := same_run_problems(read_yaml(directory / CONFIG), config)):
         advice = "Choose another run.dir for another run, or set these back."
         raise one_line_each(f"{directory}, which belongs to another config", [*problems, advice][:21])
-    if not used and any((directory / CHECKPOINTS).glob("step-*")):
+    if not used and (any((directory / CHECKPOINTS).glob("step-*")) or (directory / METRICS).exists()):
         raise UserError(
-            f"run.dir: {directory} has checkpoints but no {CONFIG}: it is not a run of ours. Choose another."
+            f"run.dir: {directory} has checkpoints or metrics but no {CONFIG}: it is not a run of ours. Choose another."
         )
     if config.run.resume in ("auto", "never"):
         return newest(directory / CHECKPOINTS)
-    return open_checkpoint(Path(config.run.resume)), []
+    return _named_start(Path(config.run.resume), directory / CHECKPOINTS, config.train.max_steps)
 
 
-def claim(config: RunConfig, deepspeed_config: dict[str, Any]) -> IO[str]:
-    """Lock the directory for this job and write its settings; the lock lasts as long as the returned file is open.
+def _named_start(path: Path, own: Path, max_steps: int) -> tuple[Checkpoint | None, list[str]]:
+    """Start from a checkpoint that `run.resume` names; of another run it is only where this one began."""
+    named = open_checkpoint(path)
+    latest, problems = newest(own)
+    if path.resolve().parent != own.resolve():
+        if latest is None and named.step >= max_steps:
+            raise UserError(
+                f"run.resume: {path} has done {named.step} steps, and train.max_steps is {max_steps}. Raise it."
+            )
+        return latest or named, problems
+    if latest is not None and latest.step > named.step:
+        raise UserError(
+            f"run.resume: {path} is older than {latest.path.name} of the same run, and the next start would continue "
+            "from that. Move what is newer away, or set run.resume: auto."
+        )
+    return named, problems
+
+
+def check_same_data(source: str, resumed: Checkpoint, digest: str, examples: int) -> None:
+    """Refuse to go on with other data: a step's batch would be another one.
 
     Raises:
-        UserError: another job is training in it.
+        UserError: the content of `data.train` changed since the checkpoint.
+    """
+    before = resumed.state.get("data_digest", digest)
+    if before != digest:
+        raise UserError(
+            f"data.train: {source} has changed since {resumed.path.name} was written: {resumed.state['examples']:,} "
+            f"examples then, {examples:,} now, or other text. Restore it, or choose a new run.dir."
+        )
+
+
+def claim(directory: Path) -> IO[str]:
+    """Make the directory and lock it for this job; the lock lasts as long as the returned file is open.
+
+    Raises:
+        UserError: it cannot be written, or another job is training in it.
+    """
+    try:
+        (directory / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK) or not os.access(directory / CHECKPOINTS, os.W_OK):
+            raise PermissionError(None, "not writable")
+        lock = (directory / LOCK).open("a+")
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return lock
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"run.dir: {directory} is in use by another job. Stop it, or choose another directory."
+                    ) from None
+                time.sleep(0.5)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise UserError(f"run.dir: {directory} cannot be used: {told(error)}. Choose another directory.") from error
+
+
+def write_settings(config: RunConfig, deepspeed_config: dict[str, Any]) -> None:
+    """Write what the run was told, defaults and all.
+
+    Raises:
+        UserError: the disk refuses.
     """
     directory = config.run.dir
-    lock = (directory / LOCK).open("a+")
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"run.dir: {directory} is in use by another job. Stop it, or choose another directory."
-                ) from error
-            time.sleep(0.5)
-    _replace(directory / CONFIG, resolved_yaml(config))
-    _replace(directory / "deepspeed.json", json.dumps(deepspeed_config, indent=2, default=str) + "\n")
-    return lock
+    try:
+        _replace(directory / CONFIG, resolved_yaml(config))
+        _replace(directory / DEEPSPEED, json.dumps(deepspeed_config, indent=2, default=str) + "\n")
+    except OSError as error:
+        raise UserError(f"run.dir: {directory} cannot be written: {told(error)}.") from error
 
 
 def _replace(path: Path, text: str) -> None:

@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 import torch
 
+from ds_dgemma.checkpoint.adapter import AdapterReader
+from ds_dgemma.checkpoint.names import DECODER, checkpoint_name
 from ds_dgemma.checkpoint.run_state import StateReader, prune, save
 from ds_dgemma.checkpoint.weights import local_directory
 from ds_dgemma.config import RunConfig
@@ -24,7 +26,7 @@ from ds_dgemma.config_file import load_config
 from ds_dgemma.data.batch import Batch, Example
 from ds_dgemma.data.sources import load_conversations
 from ds_dgemma.data.stream import ExampleSet, Stream, prepare_examples
-from ds_dgemma.data.tokenizer import load_tokenizer
+from ds_dgemma.data.tokenizer import image_tokens, load_tokenizer
 from ds_dgemma.engine.deepspeed_engine import (
     count_steps_done,
     gradient_norm,
@@ -35,7 +37,8 @@ from ds_dgemma.engine.ds_config import build_cpu_adam, deepspeed_config
 from ds_dgemma.engine.launcher_watch import watch_launcher
 from ds_dgemma.engine.open_model import OutlinedModel, fill_model, outline_model
 from ds_dgemma.engine.optimizer_state import KINDS, adam_step, create_moments, owned_shards
-from ds_dgemma.engine.ranks import RankLayout, agreed, connect, disconnect, sum_over_ranks
+from ds_dgemma.engine.ranks import RankLayout, agreed, connect, disconnect, gather, sum_over_ranks
+from ds_dgemma.engine.router_balance import router_balance
 from ds_dgemma.engine.schedule import learning_rate
 from ds_dgemma.engine.trainable import check_groups, check_stage
 from ds_dgemma.errors import EXIT_USER_ERROR, UserError
@@ -44,7 +47,7 @@ from ds_dgemma.model.lora import seed_dropout
 from ds_dgemma.model.spec import read_spec, text_spec
 from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
 from ds_dgemma.objective.noise import Corruption
-from ds_dgemma.run_directory import CHECKPOINTS, METRICS, claim, find_start
+from ds_dgemma.run_directory import CHECKPOINTS, METRICS, check_same_data, claim, find_start, write_settings
 from ds_dgemma.tracking.metrics import StepMetrics, memory_gib
 from ds_dgemma.tracking.sinks import ConsoleSink, JsonlSink, Sink, Tracker, WandbSink
 
@@ -61,6 +64,7 @@ class Prepared:
     examples: ExampleSet
     held_out: list[Example]  # empty when nothing is validated
     resumed: StateReader | None
+    facts: dict[str, Any]  # of the data, kept in every checkpoint
 
     @property
     def start(self) -> int:
@@ -76,6 +80,8 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
     """
     settings = deepspeed_config(config, ranks.world, "cuda" if ranks.device.type == "cuda" else "cpu")
     resumed, warnings = find_start(config)
+    if config.optimizer.warmup_steps >= config.train.max_steps:
+        warnings.append("optimizer.warmup_steps is not below train.max_steps: the run ends before lr is reached.")
     directory = local_directory(config.model.path, config.model.revision, download=False)
     spec = read_spec(str(directory))
     text = text_spec(spec)
@@ -90,17 +96,21 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
         activation_checkpointing=config.train.activation_checkpointing,
         copy_decoder_scalars=config.model.missing_encoder_scalars == "copy_decoder",
         frozen=config.model.freeze,
-        lora=config.lora,
+        lora=config.lora.model_copy(update={"path": None}) if config.lora and resumed else config.lora,
     )
     check_stage(settings["zero_optimization"]["stage"], model.trained_names())
     check_groups(config.optimizer, model.trained_names())
+    if model.adapters and (warning := model.adapters.base_warning(config.model.path)):
+        warnings.append(warning)
 
     canvas_length, eos_id = spec.canvas_length, tokenizer.eos_token_id
     assert isinstance(canvas_length, int)
     assert isinstance(eos_id, int)
 
+    images = image_tokens(tokenizer, (spec.image_token_id, spec.boi_token_id, spec.eoi_token_id))
+
     def read(split: Literal["train", "validation"]) -> ExampleSet:
-        conversations = load_conversations(config.data, split)
+        conversations = load_conversations(config.data, split, images)
         examples = prepare_examples(conversations, tokenizer, config.data, canvas_length, eos_id)
         if ranks.is_main:
             print(f"{split}: {examples.report}", flush=True)
@@ -123,8 +133,11 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
     if ranks.is_main:
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
+    facts = {"model": config.model.path, "data_digest": examples.digest, "examples": len(examples)}
+    if resumed:
+        check_same_data(config.data.train, resumed, examples.digest, len(examples))
     reader = StateReader(resumed) if resumed else None
-    return Prepared(settings, model, corruption.collate, examples, held_out, reader)
+    return Prepared(settings, model, corruption.collate, examples, held_out, reader, facts)
 
 
 def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tracker) -> None:
@@ -135,6 +148,8 @@ def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tra
     if prepared.resumed:
         restore(engine, ranks, prepared.resumed)
         count_steps_done(engine, prepared.start)
+    elif prepared.model.adapters and prepared.model.adapters.continued:
+        continue_adapter(engine, ranks, prepared.model.adapters.continued)
     stream = Stream(
         examples=prepared.examples,
         collate=prepared.collate,
@@ -161,7 +176,7 @@ def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tra
             )
             tracker.track({"kind": "validation", "step": step, **losses})
         if due(step, config.checkpoint.every) or step == last:
-            facts = {"adam_step": adam_step(engine), "model": config.model.path}
+            facts = {**prepared.facts, "adam_step": adam_step(engine)}
             save(checkpoints, step, owned_shards(engine, ranks), KINDS, ranks.rank, facts)
             if ranks.is_main:
                 prune(checkpoints, config.checkpoint.keep_last)
@@ -181,22 +196,24 @@ def update(engine: Any, batches: Iterator[list[Batch]], step: int, config: RunCo
     lr = learning_rate(step - 1, config.train.max_steps, config.optimizer)
     set_learning_rate(engine, lr)
 
-    nll = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    balance = router_balance(engine, micro_batches, ranks, config.objective.router_balance_weight)
+    sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
     seed_dropout(config.seed, step, ranks.rank)
     for batch in micro_batches:
-        parts = engine(batch.to(ranks.device), weights)
+        parts = engine(batch.to(ranks.device), weights, balance)
         engine.backward(parts.loss)
         engine.step()  # after every micro-batch: DeepSpeed counts the boundary itself
-        nll += torch.stack([parts.diffusion_nll, parts.ar_nll])
+        sums += torch.stack([parts.diffusion_nll, parts.ar_nll, parts.router])
 
-    diffusion_nll, ar_nll = sum_over_ranks(nll.tolist(), ranks.device)
+    diffusion_nll, ar_nll, router = sum_over_ranks(sums.tolist(), ranks.device)
     diffusion, ar = diffusion_nll / max(diffusion_tokens, 1), ar_nll / max(ar_tokens, 1)
     seconds = time.perf_counter() - began
     return StepMetrics(
         step=step,
-        loss=diffusion + ar_weight * ar,
+        loss=diffusion + ar_weight * ar + config.objective.router_balance_weight * router,
         loss_diffusion=diffusion,
         loss_ar=ar,
+        loss_router=router if balance else None,
         grad_norm=gradient_norm(engine),
         lr=lr,
         samples=step * config.train.global_batch_size,
@@ -213,6 +230,13 @@ def restore(engine: Any, ranks: RankLayout, trained: StateReader) -> None:
     for shard in owned_shards(engine, ranks):
         for kind in KINDS:
             shard.set(kind, trained.read(shard.name, kind, shard.start, shard.stop).to(ranks.device))
+
+
+def continue_adapter(engine: Any, ranks: RankLayout, adapter: AdapterReader) -> None:
+    """Give the fp32 weights the adapter's own numbers: in a bf16 run they were made from bf16."""
+    for shard in owned_shards(engine, ranks):
+        factor = checkpoint_name(shard.name).removeprefix(DECODER)
+        shard.set("fp32", adapter.values(factor, shard.start, shard.stop).to(ranks.device, torch.float32))
 
 
 def due(step: int, every: int) -> bool:
@@ -258,20 +282,29 @@ def main(argv: list[str] | None = None) -> int:
         if ranks.local_rank == 0:  # the node's other ranks find it in the cache
             local_directory(config.model.path, config.model.revision)
     with agreed(ranks):
-        prepared = prepare(config, ranks)
+        lock = claim(config.run.dir) if ranks.is_main else nullcontext()
     with agreed(ranks):
-        lock = claim(config, prepared.deepspeed) if ranks.is_main else nullcontext()
+        prepared = prepare(config, ranks)
+    starts = gather(prepared.start, ranks)
+    with agreed(ranks):
+        if len(set(starts)) > 1:
+            raise UserError(
+                f"run.dir: {config.run.dir} is not the same directory for all ranks: put it on a disk that they share."
+            )
+        if ranks.is_main:
+            write_settings(config, prepared.deepspeed)
         tracker = open_tracker(config, ranks, prepared.start)
-    code = 0
+    if ranks.is_main and prepared.start >= config.train.max_steps:
+        print(f"{config.run.dir} is complete at step {prepared.start}: nothing is left to train", flush=True)
     with lock, tracker:
         try:
             train(config, ranks, prepared, tracker)
-        except UserError as error:  # of all ranks at once: the disk is full, say
-            code = EXIT_USER_ERROR
+        except UserError as error:  # the disk is full, say; of all ranks at once, or the launcher ends the others
             if ranks.is_main:
                 print(error, file=sys.stderr, flush=True)
+            return EXIT_USER_ERROR
     disconnect()
-    return code
+    return 0
 
 
 if __name__ == "__main__":

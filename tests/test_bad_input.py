@@ -13,6 +13,7 @@ import yaml
 from ds_dgemma.config_file import load_config
 from ds_dgemma.engine.ranks import RankLayout
 from ds_dgemma.errors import UserError
+from ds_dgemma.run_directory import claim
 from ds_dgemma.train import prepare
 from tests.training import start_ranks
 
@@ -34,8 +35,40 @@ def no_assistant(folder: Path) -> list[str]:
     return [f"data.train={folder}/broken.jsonl"]
 
 
+def image_in_the_text(folder: Path) -> list[str]:
+    lines = (folder / "train.jsonl").read_text().splitlines()
+    lines[4] = lines[4].replace('"content": "', '"content": "<|image|>', 1)
+    (folder / "broken.jsonl").write_text("\n".join(lines))
+    return [f"data.train={folder}/broken.jsonl"]
+
+
 def no_template(folder: Path) -> list[str]:
     (folder / "model/chat_template.jinja").unlink()
+    return []
+
+
+def no_tokenizer(folder: Path) -> list[str]:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / "model" / name).unlink()
+    return []
+
+
+def wrong_type_in_model_config(folder: Path) -> list[str]:
+    config = json.loads((folder / "model/config.json").read_text())
+    config["text_config"]["hidden_size"] = "large"
+    (folder / "model/config.json").write_text(json.dumps(config))
+    return []
+
+
+def no_canvas(folder: Path) -> list[str]:
+    config = json.loads((folder / "model/config.json").read_text())
+    (folder / "model/config.json").write_text(json.dumps({**config, "canvas_length": None}))
+    return []
+
+
+def foreign_metrics(folder: Path) -> list[str]:
+    (folder / "run").mkdir()
+    (folder / "run/metrics.jsonl").write_text('{"step": 1}\n')
     return []
 
 
@@ -78,7 +111,18 @@ MISTAKES = {
     "broken line": (broken_line, ["broken.jsonl:3"]),
     "empty messages": (empty_messages, ["broken.jsonl:1"]),
     "no assistant turn": (no_assistant, ["broken.jsonl:1", "assistant"]),
+    "an image's place": (
+        image_in_the_text,
+        ["broken.jsonl:5: messages[0].content holds <|image|>", "not trained on yet"],
+    ),
     "no chat template": (no_template, ["chat template"]),
+    "no tokenizer": (no_tokenizer, ["no tokenizer", "tokenizer.json"]),
+    "model config of a wrong type": (wrong_type_in_model_config, ["model.path", "could not be read"]),
+    "model without canvas": (no_canvas, ["canvas_length None"]),
+    "somebody's metrics": (foreign_metrics, ["run.dir", "not a run of ours"]),
+    "empty path": (lambda folder: ["run.dir="], ["run.dir"]),
+    "number of many digits": (lambda folder: ["seed=" + "9" * 5000], ["seed", "a whole number"]),
+    "endless time-out": (lambda folder: ["parallel.collective_timeout_minutes=1e300"], ["collective_timeout_minutes"]),
     "batch that does not divide": (lambda folder: ["train.micro_batch_size=3"], ["train.global_batch_size"]),
     "experts that do not divide": (
         lambda folder: ["parallel.expert_parallel_size=16"],
@@ -87,7 +131,7 @@ MISTAKES = {
     "missing shard": (missing_shard, ["model-00002-of-00002.safetensors"]),
     "truncated weights": (truncated_weights, ["model.safetensors", "cannot be read"]),
     "another run's directory": (another_config, ["optimizer.lr", "another config"]),
-    "unwritable directory": (unwritable, ["run.dir", "cannot be created"]),
+    "unwritable directory": (unwritable, ["run.dir", "cannot be used", "file"]),
     "no whole checkpoint": (lost_checkpoint, ["step-000010", "state.json"]),
     "sequence parallelism": (
         lambda folder: [f"deepspeed={write_json(folder, {'sequence_parallel_size': 2})}"],
@@ -124,7 +168,8 @@ def test_a_mistake_is_named_before_any_weight_is_read(mistake, copied_run):
 
     def open_run() -> None:
         config = load_config(copied_run, overrides)
-        prepare(config, RankLayout(0, 2, 0, 2, config.parallel.expert_parallel_size))
+        with claim(config.run.dir):
+            prepare(config, RankLayout(0, 2, 0, 2, config.parallel.expert_parallel_size))
 
     with pytest.raises(UserError) as raised:
         open_run()
@@ -157,4 +202,4 @@ def test_a_read_only_directory_is_refused(copied_run, tmp_path):
     locked.mkdir(mode=0o555)
     (rank,) = start_ranks(copied_run, [f"run.dir={locked}/run"], 1, tmp_path / "log")
     assert rank.wait(timeout=120) == 2
-    assert "cannot be created" in (tmp_path / "log").read_text()
+    assert "cannot be used" in (tmp_path / "log").read_text()

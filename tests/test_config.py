@@ -109,6 +109,7 @@ def test_set_reads_a_value_as_yaml_and_wins_over_the_file(override, read, value)
         ),
         ("lora: {}", ["model.freeze=['*.experts.*']"], r"--set +model.freeze = .* +with lora every weight of the base"),
         ("lora: {}", ["model.train_router=true"], r"--set +model.train_router = true +with lora the base is frozen"),
+        ("objective: {router_balance_weight: 1}", [], r"sft.yaml:10 +objective.router_balance_weight = 1.* frozen"),
         ("", ["model.freeze=['re:(']"], r"--set +model.freeze +'\(' is no regular expression"),
         ("optimizer:\n  groups:\n  - {match: a, lr: 0}", [], r"sft.yaml:11 +optimizer.groups.0.lr = 0 +expected a num"),
         ("optimizer: {groups: [{match: a, lr: true}]}", [], r"optimizer.groups.0.lr = true +expected a number"),

@@ -1,6 +1,7 @@
 """A hub id trains like a directory: downloaded once per machine, and a download that fails ends every rank."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -99,6 +100,7 @@ def test_one_rank_downloads_for_all_and_a_second_run_downloads_nothing(hub, sudo
         folder.mkdir()
         codes, log = train_from_hub(sudoku_run, folder)
         assert codes == [0, 0], log
+        assert len(re.findall(r"^loaded .*: \d+\.\d\d GB read in \d+\.\d s by rank 0$", log, re.MULTILINE)) == 1, log
         assert hub.downloads["model.safetensors"] == 1
         assert set(hub.downloads.values()) == {1}, hub.downloads
 

@@ -4,13 +4,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from safetensors.torch import load_file
 
+from ds_dgemma.checkpoint.adapter import TENSORS
 from ds_dgemma.checkpoint.export import export_run
 from ds_dgemma.checkpoint.run_state import StateReader, newest
 from ds_dgemma.config import OptimizerSection
 from ds_dgemma.engine.schedule import learning_rate
 from ds_dgemma.errors import UserError
+from tests.reference.adapters import write_random_adapter
 from tests.test_resume import NUMBERS, final_state, numbers
 from tests.training import train
 
@@ -94,6 +98,19 @@ def test_adapter_merged_model_and_a_fresh_adapter_on_it_start_from_the_same_loss
 
     with pytest.raises(UserError, match="trained the model itself, there is no adapter"):
         export_run(tmp_path / "whole", tmp_path / "none", form="peft")
+
+
+def test_a_bf16_run_goes_on_from_all_bits_of_an_adapter(sudoku_run, tmp_path):
+    model = Path(yaml.safe_load(sudoku_run.read_text())["model"]["path"])
+    experts = ("experts.gate_up_proj", "experts.down_proj")
+    write_random_adapter(tmp_path / "adapter", model, target_parameters=experts)
+    there = f"lora={{r: 4, lora_alpha: 6, target_parameters: [{', '.join(experts)}], path: {tmp_path / 'adapter'}}}"
+    still = ["train.max_steps=1", "optimizer.lr=1e-30", "optimizer.min_lr=0", "optimizer.weight_decay=0"]
+    train(sudoku_run, tmp_path / "run", [there, *still, *topology(2, 2), "train.precision=bf16"], processes=2)
+    export_run(tmp_path / "run", tmp_path / "exported")
+    before, after = (load_file(tmp_path / name / TENSORS) for name in ("adapter", "exported"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def assert_first_step_is_each_groups_own(run_dir: Path, model: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests import parity
 from tests.reference.fixtures import CASES, write_case
+from tests.reference.lora import write_lora
 
 BESIDE = Path(__file__).resolve().parents[2] / "shared" / "oracle" / "fixtures"
 
@@ -24,6 +25,23 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, case in CASES.items():
         write_case(folder / name, case)
     return folder
+
+
+@pytest.fixture(scope="session")
+def lora_cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Cases with an adapter, made by PEFT on transformers."""
+    folder = tmp_path_factory.mktemp("lora")
+    for name in ("base", "many_experts"):
+        write_case(folder / name, CASES[name])
+        write_lora(folder / name)
+    return folder
+
+
+@pytest.fixture
+def lora(lora_cases: Path, tmp_path: Path) -> Path:
+    """A copy of one case with an adapter, alone in its folder and free to be spoilt."""
+    shutil.copytree(lora_cases / "base", tmp_path / "base")
+    return tmp_path / "base"
 
 
 @pytest.fixture
@@ -61,14 +79,28 @@ def test_float32_under_zero3_and_expert_parallelism_equals_transformers(cases: P
     assert f"all {len(CASES)} cases within tolerance" in printed
 
 
-def test_float64_equals_the_recorded_cases(recorded: Path):
-    assert parity.main([str(recorded), "--dtype", "float64"]) == 0
+def test_float64_lora_equals_peft_on_transformers(lora_cases: Path):
+    assert parity.main([str(lora_cases), "--lora", "--dtype", "float64"]) == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", ["1", "2"])
-def test_float32_equals_the_recorded_cases(recorded: Path, ranks: str):
-    code, printed = run_parity(recorded, "--ep", ranks)
+def test_float32_lora_under_zero3_and_expert_parallelism_equals_peft_on_transformers(lora_cases: Path, ranks: str):
+    code, printed = run_parity(lora_cases, "--lora", "--ep", ranks)
+    assert code == 0, printed
+    assert "all 2 cases within tolerance" in printed
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora"]], ids=["full", "lora"])
+def test_float64_equals_the_recorded_cases(recorded: Path, lora: list[str]):
+    assert parity.main([str(recorded), *lora, "--dtype", "float64"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [[], ["--lora"]], ids=["full", "lora"])
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_float32_equals_the_recorded_cases(recorded: Path, ranks: str, lora: list[str]):
+    code, printed = run_parity(recorded, *lora, "--ep", ranks)
     assert code == 0, printed
 
 
@@ -115,6 +147,23 @@ SPOILT = {
 def test_one_wrong_expectation_fails(base: Path, what: str, capsys: pytest.CaptureFixture[str]):
     SPOILT[what](base)
     assert parity.main([str(base.parent), "--dtype", "float64"]) == 1
+    assert "ABOVE TOLERANCE" in capsys.readouterr().out
+
+
+FACTOR = "model.decoder.layers.1.experts.base_layer.lora_A.weight"
+SPOILT_LORA = {
+    "factor": spoil_tensors("lora.safetensors", FACTOR, lambda t: t[3, 5].add_(1e-3)),
+    "element of a gradient": spoil_tensors(
+        "lora.safetensors", f"expected.mixed.grad.{FACTOR}", lambda t: t[3, 5].add_(1e-5 * t.abs().max())
+    ),
+    "logits": spoil_tensors("lora.safetensors", "expected.all.pass2_logits", lambda t: t[0, 0, 0].add_(1e-4)),
+}
+
+
+@pytest.mark.parametrize("what", SPOILT_LORA)
+def test_one_wrong_expectation_of_an_adapter_fails(lora: Path, what: str, capsys: pytest.CaptureFixture[str]):
+    SPOILT_LORA[what](lora)
+    assert parity.main([str(lora.parent), "--lora", "--dtype", "float64"]) == 1
     assert "ABOVE TOLERANCE" in capsys.readouterr().out
 
 

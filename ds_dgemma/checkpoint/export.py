@@ -1,4 +1,4 @@
-"""From a run directory to files that others load: no launcher, no GPU, one file in memory at a time.
+"""From a run directory to files that others load: no launcher, no GPU, never the whole model in memory.
 
 A trained model becomes a checkpoint for transformers; a LoRA run an adapter for PEFT or vLLM, or, merged, a checkpoint
 too. The training state is in logical tensors, so a single process can put transformers' tensors together whatever
@@ -9,36 +9,34 @@ model that the run started from. A directory appears whole or not at all.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ds_dgemma.checkpoint.adapter import CONFIG as ADAPTER_CONFIG
 from ds_dgemma.checkpoint.adapter import AdapterReader
 from ds_dgemma.checkpoint.adapter_export import AdapterFormat, write_adapter
+from ds_dgemma.checkpoint.hf_weights import Change, Layout, flush, write_weights
 from ds_dgemma.checkpoint.merge import Merged
-from ds_dgemma.checkpoint.names import ENCODER_LAYERS, adapter_state_name, sources_of
+from ds_dgemma.checkpoint.names import adapter_state_name, sources_of
 from ds_dgemma.checkpoint.run_state import StateReader, newest, open_checkpoint, step_directory
-from ds_dgemma.checkpoint.weights import INDEX, SINGLE, WeightReader, local_directory
+from ds_dgemma.checkpoint.weights import INDEX, WeightReader, local_directory, pieces
 from ds_dgemma.config import LoraSection
-from ds_dgemma.errors import UserError
+from ds_dgemma.errors import UserError, first_line
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.lora import Factor, Target, possible_targets, scaling
 from ds_dgemma.model.spec import read_spec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Format = Literal[AdapterFormat, "merged"]
-
-# (name, value in the model that was started from) -> what it became; None: it stayed
-Change = Callable[[str, Tensor], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -47,17 +45,24 @@ class Run:
 
     base: str  # the model that it started from, as its config says it
     model: Path  # where that lies
+    bf16: bool  # computed in bf16
     lora: LoraSection | None
     trained: StateReader
 
 
 def export_run(
-    run_dir: Path, out: Path, step: int | None = None, dtype: str = "auto", form: Format | None = None
+    run_dir: Path,
+    out: Path,
+    step: int | None = None,
+    dtype: str = "auto",
+    form: Format | None = None,
+    layout: Layout | None = None,
 ) -> Path:
     """Write a run's checkpoint (the newest, or of `step`) as `form` says; return `out`.
 
     `form` None is an adapter for PEFT after a LoRA run, else, as always with merged, a transformers directory. `dtype`
-    auto keeps every tensor's type in the model that the run started from; an adapter's are the fp32 that was trained.
+    auto writes what a bf16 run trained in bf16 and keeps every other tensor's type in the model that the run started
+    from; an adapter's are the fp32 that was trained.
 
     Raises:
         UserError: no such run or checkpoint, no adapter to write, an `out` that holds something else, or a disk that
@@ -66,18 +71,25 @@ def export_run(
     run = _open(run_dir, step)
     form = form or ("peft" if run.lora else "merged")
     if form == "merged":
-        return _write_model(run.model, out, dtype, _changes(run))
+        changed_dtype = torch.bfloat16 if run.bf16 and run.lora is None else None
+        layout = replace(layout or Layout(), dtype=DTYPES.get(dtype), changed_dtype=changed_dtype)
+        return _write_model(run.model, out, _changes(run), layout)
     if run.lora is None:
         raise UserError(f"--format {form}: {run_dir} trained the model itself, there is no adapter. Leave it out.")
     with _whole_directory(out, ADAPTER_CONFIG) as beside:
         read = partial(_read_factor, run.trained, run.lora)
         write_adapter(beside, _targets(run), run.lora, read, run.base, form, DTYPES.get(dtype, torch.float32))
-        for file in beside.iterdir():
-            _flush(file)
     return out
 
 
-def merge_adapter(model: str, adapter: Path, out: Path, dtype: str = "auto", revision: str | None = None) -> Path:
+def merge_adapter(
+    model: str,
+    adapter: Path,
+    out: Path,
+    dtype: str = "auto",
+    revision: str | None = None,
+    layout: Layout | None = None,
+) -> Path:
     """Write a model with a PEFT adapter added to its weights, all else bit for bit; return `out`.
 
     Raises:
@@ -85,10 +97,9 @@ def merge_adapter(model: str, adapter: Path, out: Path, dtype: str = "auto", rev
     """
     possible = possible_targets(_outline(model, revision))
     directory = local_directory(model, revision)
-    if out.exists() and out.samefile(directory):
-        raise UserError(f"--out {out} is the model itself. Choose another directory.")
     reader = AdapterReader(adapter, possible)
-    return _write_model(directory, out, dtype, Merged(reader.targets, reader.read, scaling(reader.lora)).value)
+    change = Merged(reader.targets, reader.read, scaling(reader.lora)).change
+    return _write_model(directory, out, change, replace(layout or Layout(), dtype=DTYPES.get(dtype)))
 
 
 def _open(run_dir: Path, step: int | None) -> Run:
@@ -108,7 +119,8 @@ def _open(run_dir: Path, step: int | None) -> Run:
         raise UserError(f"--run {run_dir} has no checkpoint yet.")
     base, lora = settings["model"]["path"], settings.get("lora")
     model = local_directory(base, settings["model"].get("revision"))
-    return Run(base, model, LoraSection.model_validate(lora) if lora else None, StateReader(checkpoint))
+    bf16 = settings["train"]["precision"] == "bf16"
+    return Run(base, model, bf16, LoraSection.model_validate(lora) if lora else None, StateReader(checkpoint))
 
 
 def _outline(model: str, revision: str | None = None):
@@ -129,97 +141,78 @@ def _changes(run: Run) -> Change:
     """What the run made of the model's tensors."""
     if run.lora is None:
         return partial(_trained_tensor, run.trained)
-    return Merged(_targets(run), partial(_read_factor, run.trained, run.lora), scaling(run.lora)).value
+    return Merged(_targets(run), partial(_read_factor, run.trained, run.lora), scaling(run.lora)).change
 
 
 @contextmanager
 def _whole_directory(out: Path, marker: str) -> Iterator[Path]:
     """Give a directory beside `out` to fill, which takes its place, or that of an older one with a `marker`."""
-    if out.exists() and not (out.is_dir() and ((out / marker).is_file() or not any(out.iterdir()))):
-        raise UserError(f"--out {out} exists and holds something else, no {marker}. Choose another.")
-    beside = out.with_name(out.name + ".partial")
+    beside, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
     try:
+        if old.exists() and not out.exists():  # killed between the two renames below
+            old.rename(out)
+        if out.exists() and not (out.is_dir() and ((out / marker).is_file() or not any(out.iterdir()))):
+            raise UserError(f"--out {out} exists and holds something else, no {marker}. Choose another.")
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         yield beside
+        for file in beside.iterdir():
+            flush(file)
+        _sync_directory(beside)
+        shutil.rmtree(old, ignore_errors=True)
         if out.exists():
-            shutil.rmtree(out)
+            out.rename(old)
         beside.rename(out)
-    except OSError as error:
-        raise UserError(f"--out {out} could not be written: {error.strerror or error}.") from error
+        _sync_directory(out.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise UserError(f"--out {out} could not be written: {reason or first_line(error)}.") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _write_model(model: Path, out: Path, dtype: str, change: Change) -> Path:
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_model(model: Path, out: Path, change: Change, layout: Layout) -> Path:
+    if out.exists() and out.samefile(model):
+        raise UserError(f"--out {out} is the model itself. Choose another directory.")
     with _whole_directory(out, "config.json") as beside:
-        _copy_companions(model, beside, dtype)
-        _write_weights(WeightReader(model), change, beside, DTYPES.get(dtype))
+        _copy_companions(model, beside, layout.dtype or layout.changed_dtype)
+        write_weights(model, change, beside, layout)
     return out
 
 
-def _copy_companions(model: Path, out: Path, dtype: str) -> None:
+def _copy_companions(model: Path, out: Path, dtype: torch.dtype | None) -> None:
     """Config, generation config, tokenizer and chat template: everything but weights."""
     for file in sorted(model.iterdir()):
         if file.is_file() and file.suffix != ".safetensors" and file.name != INDEX:
             shutil.copyfile(file, out / file.name)
-    if dtype in DTYPES:
-        config = json.loads((out / "config.json").read_text())
-        config["dtype"] = dtype
-        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    config = json.loads((out / "config.json").read_text())
+    if dtype and config.get("dtype") != (name := str(dtype).removeprefix("torch.")):
+        (out / "config.json").write_text(json.dumps({**config, "dtype": name}, indent=2) + "\n")
 
 
-def _write_weights(reader: WeightReader, change: Change, out: Path, dtype: torch.dtype | None) -> None:
-    """Write every file of the source again, its changed tensors replaced, in the source's layout."""
-    files: dict[str, list[str]] = {}
-    for tensor, file in reader.files.items():
-        files.setdefault(file, []).append(tensor)
-    weight_map, total = dict(reader.files), 0
-    for number, (file, tensors) in enumerate(sorted(files.items())):
-        content = {tensor: _export_tensor(tensor, reader, change, dtype) for tensor in tensors}
-        if number == 0:
-            content |= dict(_missing_encoder_scalars(reader))
-            weight_map |= dict.fromkeys(content, file)
-        total += sum(value.nbytes for value in content.values())
-        save_file(content, out / file, metadata={"format": "pt"})
-        _flush(out / file)
-    if set(files) != {SINGLE}:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        _flush(out / INDEX)
-
-
-def _export_tensor(tensor: str, reader: WeightReader, change: Change, dtype: torch.dtype | None) -> Tensor:
-    """A tensor as it became, or as it was."""
-    source = reader.read(tensor)
-    changed = change(tensor, source)
-    if changed is None:
-        return source.to(dtype) if dtype and source.is_floating_point() else source
-    return changed.to(dtype or source.dtype).contiguous()
-
-
-def _trained_tensor(trained: StateReader, tensor: str, source: Tensor) -> Tensor | None:
+def _trained_tensor(trained: StateReader, tensor: str, reader: WeightReader, dtype: torch.dtype) -> Tensor | None:
     """A tensor put together from what was trained of it; None when nothing was."""
     names = sources_of(tensor)
     if names is None or names[0] not in trained:
         return None
-    parts = [trained.read(name, "fp32") for name in names]
-    if len(parts) == 2:  # gate and up, side by side in every expert
-        experts, rows, *rest = source.shape
-        return torch.cat([part.view(experts, rows // 2, *rest) for part in parts], dim=1)
-    return parts[0].view(source.shape)
-
-
-def _missing_encoder_scalars(reader: WeightReader) -> Iterator[tuple[str, Tensor]]:
-    """The decoder's layer scalars for an encoder that has none: without them transformers leaves garbage."""
-    for tensor in reader.files:
-        if tensor.startswith("model.decoder.layers.") and tensor.endswith(".layer_scalar"):
-            twin = ENCODER_LAYERS + tensor.removeprefix("model.decoder.layers.")
-            if twin not in reader:
-                yield twin, reader.read(tensor)
-
-
-def _flush(file: Path) -> None:
-    os.chmod(file, 0o644)  # safetensors writes for the owner alone
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
+    whole = torch.empty(reader.shape(tensor), dtype=dtype)
+    if len(names) == 1:
+        flat = whole.view(-1)
+        for first, last in pieces(0, len(flat)):
+            flat[first:last] = trained.read(names[0], "fp32", first, last)
+        return whole
+    parts = whole.view(len(whole), len(names), -1)  # gate and up, side by side in every expert
+    for number, name in enumerate(names):
+        size = parts.shape[-1]
+        for expert in range(len(whole)):
+            parts[expert, number] = trained.read(name, "fp32", expert * size, (expert + 1) * size)
+    return whole

@@ -11,14 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_dgemma.checkpoint.names import DECODER, ENCODER_LAYERS, Place, is_expert, place_of
+from ds_dgemma.checkpoint.names import DECODER, DECODER_LAYERS, ENCODER_LAYERS, Place, is_expert, place_of
 from ds_dgemma.checkpoint.run_state import StateReader
-from ds_dgemma.checkpoint.weights import WeightReader, pieces
+from ds_dgemma.checkpoint.weights import FLOATS, WeightReader, pieces
 from ds_dgemma.errors import one_line_each
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
-
-READABLE = ("BF16", "F16", "F32", "F64")  # quantized weights would need their scales
 
 # (name, meta parameter) -> (the real parameter, its storage to fill, first and last flat element that it holds)
 MakeReal = Callable[[str, nn.Parameter], tuple[nn.Parameter, torch.Tensor, int, int]]
@@ -98,7 +96,7 @@ def _decoder_scalar(place: Place, reader: WeightReader) -> Place:
     """The decoder's layer scalar where the encoder's is missing."""
     if place.tensor in reader or not place.tensor.startswith(ENCODER_LAYERS):
         return place
-    return Place("model.decoder.layers." + place.tensor.removeprefix(ENCODER_LAYERS))
+    return Place(DECODER_LAYERS + place.tensor.removeprefix(ENCODER_LAYERS))
 
 
 def _check(stack: DiffusionGemmaStack, reader: WeightReader, places: dict[str, Place]) -> None:
@@ -119,8 +117,8 @@ def _check(stack: DiffusionGemmaStack, reader: WeightReader, places: dict[str, P
             expected = (text_spec(stack.config).num_experts, rows * parts, *rest)
         if stored != expected:
             problems.append(f"{place.tensor} has shape {stored}, {expected} was expected from config.json.")
-        if dtype not in READABLE:
-            problems.append(f"{place.tensor} of shape {stored} is {dtype}; {', '.join(READABLE)} can be trained from.")
+        if dtype not in FLOATS:
+            problems.append(f"{place.tensor} of shape {stored} is {dtype}; {', '.join(FLOATS)} can be trained from.")
     known = {place.tensor for place in places.values()} | {DECODER + name for name in local}
     for tensor in reader.files:
         if tensor not in known and (tensor.startswith(DECODER) or tensor.endswith(".layer_scalar")):

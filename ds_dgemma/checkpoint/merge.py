@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ds_dgemma.checkpoint.names import DECODER
+from ds_dgemma.checkpoint.weights import WeightReader
 from ds_dgemma.model.lora import Factor, Target
 
 ReadFactor = Callable[[Target, Factor], Tensor]  # a whole factor, experts in front
@@ -22,15 +23,16 @@ class Merged:
         self._read = read
         self._scaling = scaling
 
-    def value(self, tensor: str, source: Tensor) -> Tensor | None:
-        """W + scaling * B A for an adapted tensor, in fp32 or wider; None for one that stays as it is."""
+    def change(self, tensor: str, reader: WeightReader, dtype: torch.dtype) -> Tensor | None:
+        """W + scaling * B A for an adapted tensor, computed in fp32 or wider; None for one that stays as it is."""
         target = self._targets.get(tensor if tensor in self._targets else tensor.removesuffix(".weight"))
         if target is None:
             return None
+        source = reader.read(tensor)
         merged = source.to(torch.promote_types(source.dtype, torch.float32), copy=True)
         A, B = (self._read(target, factor).to(merged.dtype) for factor in ("lora_A", "lora_B"))
         if not target.experts:
-            return merged.addmm_(B, A, alpha=self._scaling)
+            return merged.addmm_(B, A, alpha=self._scaling).to(dtype)
         for expert in range(target.experts):
             merged[expert].addmm_(B[expert], A[expert], alpha=self._scaling)
-        return merged
+        return merged.to(dtype)

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 DECODER = "model.decoder."
+DECODER_LAYERS = "model.decoder.layers."
 ENCODER_LAYERS = "model.encoder.language_model.layers."
 _EXPERT = re.compile(r"(?P<layer>layers\.\d+\.experts)\.experts\.(?P<part>w1|w2|w3)$")
 _EXPERT_ADAPTER = re.compile(r"(?P<layer>layers\.\d+\.experts)\.experts\.(?P<part>(?:gate_up|down)_proj\.lora_[AB])$")

@@ -99,7 +99,9 @@ def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
     problems: list[str] = []
     for path in sorted((p for p in root.glob("step-*") if _STEP.match(p.name)), reverse=True):
         try:
-            return open_checkpoint(path), problems
+            checkpoint = open_checkpoint(path)
+            StateReader(checkpoint)  # its headers can be read
+            return checkpoint, problems
         except UserError as error:
             problems.append(str(error))
     if problems:

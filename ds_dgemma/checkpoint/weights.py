@@ -5,6 +5,7 @@ A checkpoint is a directory, or a hub id that huggingface_hub resolves to one (i
 """
 
 import json
+import re
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -21,6 +22,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.model"]  # of a hub id: never what has to be unpickled
 PIECE = 2**24  # elements
+# Quantized weights would need their scales.
+FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
 def local_directory(path: str, revision: str | None = None, *, download: bool = True) -> Path:
@@ -58,6 +61,16 @@ class WeightReader:
     def dtype(self, tensor: str) -> str:
         """The stored type of a tensor in safetensors' spelling, `BF16`; reads a header only."""
         return self._slice(tensor).get_dtype()
+
+    def torch_dtype(self, tensor: str) -> torch.dtype:
+        """The stored type of a tensor of numbers with a fraction."""
+        return FLOATS[self.dtype(tensor)]
+
+    def nbytes(self, tensor: str, dtype: torch.dtype | None = None) -> int:
+        """Bytes of a tensor, as it is stored or in another type; reads a header only."""
+        bits = re.search(r"\d+", self.dtype(tensor))
+        size = dtype.itemsize if dtype else int(bits[0]) // 8 if bits else 1
+        return prod(self.shape(tensor)) * size
 
     def read(self, tensor: str) -> torch.Tensor:
         """Read a whole tensor."""

@@ -64,10 +64,16 @@ class Batch:
         """Bool [B, S-1]: positions whose next token is scored by the AR loss (both of them real tokens)."""
         return self.clean_valid_BS[:, 1:] & self.clean_valid_BS[:, :-1]
 
+    @property
+    def is_real_BT(self) -> torch.Tensor:
+        """Bool [B, S + K * L]: clean tokens and scored canvases' tokens, without padding."""
+        scored_BKL = self.supervised_BKL.any(-1, keepdim=True).expand_as(self.supervised_BKL)
+        return torch.cat([self.clean_valid_BS, scored_BKL.flatten(1)], dim=1)
+
     def counts(self) -> tuple[int, int]:
         """Tokens scored by the diffusion loss and by the AR loss."""
         return int(self.supervised_BKL.sum()), int(self.ar_pairs_BS.sum())
 
     def tokens(self) -> int:
         """Tokens read by the model, padding left out: clean ones, and those of scored canvases."""
-        return int(self.clean_valid_BS.sum() + self.supervised_BKL.any(-1).sum() * self.supervised_BKL.shape[-1])
+        return int(self.is_real_BT.sum())

@@ -10,7 +10,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +26,9 @@ ARRAY_HINT = " A JSON array becomes JSONL with: jq -c '.[]'"
 FILE_SUFFIXES = (".jsonl", ".json")
 # message keys that chat templates render: leaving one out would silently train on another conversation
 UNSUPPORTED_KEYS = ("tool_calls", "reasoning", "reasoning_content", "thinking")
+# parts of a content, and columns beside the conversation: training on the text alone would teach to answer blindly
+MEDIA = tuple(kind + ending for kind in ("image", "video", "audio") for ending in ("", "s", "_url"))
+TEXT_ONLY = "Images, video and audio are not trained on yet: leave this row out, or put what it shows into the text."
 
 Message = dict[str, str]  # role, content
 
@@ -73,19 +76,27 @@ class Conversations:
     rows: "JsonlRows | Dataset"
     columns: ColumnsSection | None
     digest: str  # of the content: equal digests, equal conversations
+    image_tokens: Collection[str] = ()  # what stands for an image in the model's text
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, row: int) -> list[Message]:
-        return _messages(self.rows[row], self.columns)
+        messages = _messages(self.rows[row], self.columns)
+        for turn, message in enumerate(messages):
+            for token in self.image_tokens:
+                if token in message["content"]:
+                    raise _BadRow(f"messages[{turn}].content holds {token}, which stands for an image. {TEXT_ONLY}")
+        return messages
 
     def where(self, row: int) -> str:
         """Say where a row is, for a message to the user."""
         return self.rows.where(row) if isinstance(self.rows, JsonlRows) else f"{self.name} row {row}"
 
 
-def load_conversations(data: DataSection, split: Literal["train", "validation"]) -> Conversations:
+def load_conversations(
+    data: DataSection, split: Literal["train", "validation"], image_tokens: Collection[str] = ()
+) -> Conversations:
     """Open `data.train` or `data.validation` and check every row; one `UserError` tells all that is wrong."""
     source = getattr(data, split)
     if source is None:
@@ -98,12 +109,19 @@ def load_conversations(data: DataSection, split: Literal["train", "validation"])
         dataset = _load_hub(source, data.hub_config, hub_split, split)
         name = f"{source} [{hub_split}]"
         conversations = conversations_of_dataset(dataset, name, data.columns)
+    conversations = replace(conversations, image_tokens=image_tokens)
     _check_all(conversations, split)
     return conversations
 
 
 def conversations_of_dataset(dataset: "Dataset", name: str, columns: ColumnsSection | None) -> Conversations:
-    """Keep the columns that are read: the others, images perhaps, are never decoded."""
+    """Keep the columns that are read: the others are never decoded.
+
+    Raises:
+        UserError: a column is missing, or one of images, video or audio is there.
+    """
+    if media := [column for column in dataset.column_names if column in MEDIA]:
+        raise UserError(f"{name} has a column {media[0]}. {TEXT_ONLY} If the text stands alone, save that as JSONL.")
     used = ["messages"] if columns is None else [columns.prompt, columns.response]
     for column in used:
         if column not in dataset.column_names:
@@ -195,6 +213,9 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 def _messages(record: dict[str, Any], columns: ColumnsSection | None) -> list[Message]:
     """Return a record's conversation, or raise `_BadRow` with what is wrong."""
+    for key in MEDIA:
+        if record.get(key):
+            raise _BadRow(f"has {key}. {TEXT_ONLY}")
     if columns is not None:
         for column in (columns.prompt, columns.response):
             if column not in record:
@@ -256,8 +277,10 @@ def _text(content: Any, name: str) -> str:
     parts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else _kind(part)
+        if kind in MEDIA:
+            raise _BadRow(f"{name} has a part of type {kind}. {TEXT_ONLY}")
         if kind != "text" or not isinstance(part.get("text"), str):
-            raise _BadRow(f"{name} has a part of type {kind}: only text is supported.")
+            raise _BadRow(f"{name} has a part of type {kind}, only text was expected.")
         parts.append(part["text"])
     return "".join(parts)
 

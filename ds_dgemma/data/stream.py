@@ -34,6 +34,7 @@ class ExampleSet:
     """The examples that the length policy kept, cut into canvases when asked for."""
 
     turns: TokenizedTurns
+    digest: str  # of the conversations' content
     kept: np.ndarray  # indices into turns
     data: DataSection
     canvas_length: int
@@ -87,7 +88,7 @@ def prepare_examples(
             f"{conversations.name}: no example fits data.max_length {data.max_length}; the shortest takes "
             f"{shortest} tokens with canvases of {canvas_length}. Raise data.max_length."
         )
-    return ExampleSet(turns, np.flatnonzero(kept), data, canvas_length, eos_id, report)
+    return ExampleSet(turns, conversations.digest, np.flatnonzero(kept), data, canvas_length, eos_id, report)
 
 
 def _over_length_error(
@@ -97,7 +98,8 @@ def _over_length_error(
     data: DataSection,
     canvas_length: int,
 ) -> UserError:
-    lines = [f"{len(over)} examples of {conversations.name} are too long, and data.over_length is error"]
+    count = "1 example is" if len(over) == 1 else f"{len(over)} examples are"
+    lines = [f"{conversations.name}: {count} too long, and data.over_length is error"]
     for turn in over[:SHOWN_PROBLEMS]:
         where = conversations.where(row_of(int(turns.sample_ids_N[turn]), data.assistant_turns))
         lengths = int(turns.prompt_lengths_N[turn]), int(turns.response_lengths_N[turn])

@@ -1,10 +1,13 @@
 """The checkpoint's tokenizer, checked for what training needs of it."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ds_dgemma.errors import UserError, first_line
+
+VOCABULARIES = ("tokenizer.json", "tokenizer.model")
 
 
 def load_tokenizer(directory: Path, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -13,6 +16,10 @@ def load_tokenizer(directory: Path, vocab_size: int) -> PreTrainedTokenizerFast:
     Raises:
         UserError: there is none, or it has no EOS, no chat template, or ids that the model's embedding lacks.
     """
+    if not any((directory / name).is_file() for name in VOCABULARIES):  # transformers would make up an empty one
+        raise UserError(
+            f"{directory} has no tokenizer: neither {' nor '.join(VOCABULARIES)}. Copy it beside the model."
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # transformers raises many kinds; each means that there is no usable tokenizer
@@ -29,3 +36,9 @@ def load_tokenizer(directory: Path, vocab_size: int) -> PreTrainedTokenizerFast:
     if problem:
         raise UserError(f"the tokenizer of {directory} {problem}")
     return tokenizer
+
+
+def image_tokens(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int | None]) -> tuple[str, ...]:
+    """The special tokens among `ids`, which a config names for images, as they stand in a text."""
+    added = tokenizer.added_tokens_decoder
+    return tuple(added[number].content for number in ids if number in added and added[number].special)

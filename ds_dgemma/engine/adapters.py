@@ -48,6 +48,13 @@ class Adapters:
     targets: tuple[Target, ...]
     continued: AdapterReader | None
 
+    def base_warning(self, model: str) -> str | None:
+        """A word on an adapter that was made for a model of another name, which may still be the same model."""
+        made_for = self.continued.settings.get("base_model_name_or_path") if self.continued else None
+        if made_for in (None, "", model):
+            return None
+        return f"lora.path: {self.lora.path} was made for {made_for}, this run starts from {model}."
+
     def names(self) -> list[str]:
         """The names of the factors, beside the checkpoint's."""
         return [f"{DECODER}{target.name}.{factor}" for target in self.targets for factor in FACTORS]

@@ -10,12 +10,12 @@ Sources (deepspeed 0.19.8): runtime/config.py, runtime/zero/config.py, and of ru
 """
 
 import copy
-import difflib
 import json
 import os
 import shutil
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,6 +61,13 @@ _REFUSED_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     "torch_autocast.enabled": (_OFF, "train.precision of the run config sets the arithmetic"),
     "bf16.bf16_master_weights_and_grads": (_OFF, "master weights and accumulated gradients are fp32"),
     "bf16.bf16_optimizer_states": (_OFF, "optimizer states are fp32"),
+    "prescale_gradients": (_OFF, "the loss is scaled for averaged gradients"),
+    "gradient_predivide_factor": (_ONE, "the loss is scaled for averaged gradients"),
+    "autotuning.enabled": (_OFF, "autotuning is not supported"),
+    "zero_optimization.stage3_module_granularity_threshold": (
+        _OFF,
+        "a layer is the unit of gathering here, and this would choose others",
+    ),
     "compile.deepcompile": (_OFF, "the engine is not compiled, so DeepSpeed would ignore it"),
     "hybrid_engine.enabled": (_OFF, "the hybrid engine is not supported"),
     "zero_optimization.zero_hpz_partition_size": (_ONE, "AutoEP with ZeRO-3 refuses hpZ"),
@@ -81,6 +88,7 @@ _REFUSED_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     "zero_optimization.offload_optimizer.super_offload": (_OFF, "SuperOffload is not supported"),
 }
 
+_LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 _OFFLOAD_DEVICE = "zero_optimization.offload_optimizer.device"
 _LONGEST_BUILD = 900  # seconds; torch waits for ever for the lock of a build
 _OWNED_ADAM_PARAMS = ("lr", "betas", "eps", "weight_decay")
@@ -93,7 +101,7 @@ _FREE_ADAM_PARAMS = (
 
 # DeepSpeed ignores an unknown key at the top level, so a misspelt one would be lost without a word.
 _TOP_LEVEL = """
-activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger
+activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comet comms_logger
 communication_data_type compile csv_monitor data_efficiency data_parallel_size data_types
 dataloader_drop_last datastates_ckpt disable_allgather disable_python_gc dump_state elasticity
 expert_parallel flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping
@@ -115,6 +123,7 @@ def deepspeed_config(config: RunConfig, world_size: int, device: Literal["cpu", 
         problems = [
             *_stage_problems(settings),
             *_optimizer_problems(settings),
+            *_monitor_problems(settings),
             *_fill_from_yaml(settings, config, accumulation),
         ]
     if not problems:
@@ -142,7 +151,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return dict(pairs)
 
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        settings = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         advice = "JSON has no comments and no comma before a closing bracket"
         raise UserError(f"{path}:{error.lineno}:{error.colno} is not JSON: {error.msg}; {advice}.") from None
@@ -173,15 +182,15 @@ def _refusals(settings: dict[str, Any]) -> Iterator[str]:
 
 def _misspelt(settings: dict[str, Any]) -> Iterator[str]:
     for key in settings:
-        if key in _TOP_LEVEL or key.strip("_/#").lower() == "comment":
-            continue
-        if close := difflib.get_close_matches(key, _TOP_LEVEL, n=1, cutoff=0.8):
-            yield f"{key}  DeepSpeed has no such setting and would ignore it. Did you mean {close[0]}?"
+        if key not in _TOP_LEVEL and key.strip("_/#").lower() != "comment":
+            yield f"{key}  DeepSpeed has no such setting and would ignore it.{did_you_mean(key, _TOP_LEVEL)}"
 
 
 def _stage_problems(settings: dict[str, Any]) -> Iterator[str]:
     stage = _get(settings, "zero_optimization.stage", 0)
-    if stage in ("auto", 0):
+    if type(stage) is not int:
+        yield f"zero_optimization.stage = {show(stage)}  expected 1, 2 or 3"
+    elif stage == 0:
         yield (
             "zero_optimization.stage = 0  every rank would clip by the norm of its own experts there, and the ranks "
             "would drift apart. Use stage 1, 2 or 3"
@@ -202,6 +211,21 @@ def _optimizer_problems(settings: dict[str, Any]) -> Iterator[str]:
         if name not in allowed:
             hint = did_you_mean(name, allowed) or f" Allowed: {', '.join(allowed)}."
             yield f"optimizer.params.{name}  is not a setting of AdamW here.{hint}"
+    if _get(settings, "optimizer.params.fused") and _get(settings, "optimizer.params.foreach"):
+        yield "optimizer.params  fused and foreach exclude each other: keep one"
+
+
+def _monitor_problems(settings: dict[str, Any]) -> Iterator[str]:
+    """What DeepSpeed would find out after the model is loaded."""
+    for key, package in (("tensorboard", "tensorboard"), ("comet", "comet_ml")):
+        if _get(settings, f"{key}.enabled") and find_spec(package) is None:
+            yield f"{key}.enabled  needs the package {package}: pip install {package}, or remove it from the JSON"
+    every = _get(settings, "steps_per_print")
+    if every is not None and type(every) is not int:
+        yield f"steps_per_print = {show(every)}  expected a whole number"
+    level = _get(settings, "log_level", "info")
+    if level not in _LOG_LEVELS:
+        yield f"log_level = {show(level)}  expected {', '.join(_LOG_LEVELS)}"
 
 
 def _fill_from_yaml(settings: dict[str, Any], config: RunConfig, accumulation: int) -> Iterator[str]:

@@ -11,18 +11,25 @@ import time
 
 import psutil
 
-LAUNCHERS = ("deepspeed.launcher.launch", "deepspeed.launcher.runner", "bin/deepspeed")
+PER_NODE = "deepspeed.launcher.launch"
+LAUNCHERS = (PER_NODE, "deepspeed.launcher.runner", "bin/deepspeed")
 EXIT_ORPHANED = 3
 
 
 def watch_launcher() -> None:
-    """Start watching, when a DeepSpeed launcher started this process; otherwise do nothing."""
-    launchers = []
+    """Start watching, when a DeepSpeed launcher started this process; otherwise do nothing.
+
+    `deepspeed` may be gone already, killed while this process was importing: then its per-node child hangs below
+    the system's first process, or the user's.
+    """
+    launchers: list[psutil.Process] = []
     for ancestor in psutil.Process().parents():
         command = " ".join(_command(ancestor))
         if not any(name in command for name in LAUNCHERS):
             break
         launchers.append(ancestor)
+    if launchers and PER_NODE in " ".join(_command(launchers[-1])) and _is_orphan(launchers[-1]):
+        os._exit(EXIT_ORPHANED)
     if launchers:
         threading.Thread(target=_watch, args=(launchers,), daemon=True, name="launcher-watch").start()
 
@@ -31,6 +38,11 @@ def _watch(launchers: list[psutil.Process]) -> None:
     while all(launcher.is_running() and launcher.status() != psutil.STATUS_ZOMBIE for launcher in launchers):
         time.sleep(1)
     os._exit(EXIT_ORPHANED)  # no clean-up: the other ranks do the same, and a collective would wait for them
+
+
+def _is_orphan(process: psutil.Process) -> bool:
+    parent = process.parent()
+    return parent is None or parent.pid == 1 or parent.name() == "systemd"
 
 
 def _command(process: psutil.Process) -> list[str]:

@@ -58,13 +58,14 @@ class RankLayout:
 
     @property
     def device(self) -> torch.device:
-        """This rank's accelerator, or the CPU."""
-        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        """This rank's accelerator, or the CPU, which DS_ACCELERATOR=cpu asks for where there is a GPU too."""
+        wants_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
+        return torch.device("cpu") if wants_cpu else torch.device("cuda", self.local_rank)
 
 
 def connect(ranks: RankLayout, timeout_minutes: float) -> None:
     """Join the process group through DeepSpeed; a process started without a launcher is a group of one."""
-    if not torch.cuda.is_available():
+    if ranks.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world))
@@ -114,6 +115,13 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     return total.tolist()
 
 
+def gather(value: Any, ranks: RankLayout, group: Any = None) -> list[Any]:
+    """What every rank gave, in their order."""
+    values: list[Any] = [None] * ranks.world
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 @contextmanager
 def agreed(ranks: RankLayout, hours: float | None = None) -> Iterator[None]:
     """Run a block that may find a user's mistake; when any rank found one, rank 0 tells it once and all ranks exit.
@@ -127,8 +135,7 @@ def agreed(ranks: RankLayout, hours: float | None = None) -> Iterator[None]:
         yield
     except UserError as error:
         found = str(error)
-    messages: list[str | None] = [None] * ranks.world
-    dist.all_gather_object(messages, found, group=group)
+    messages = gather(found, ranks, group)
     if group is not None:
         dist.destroy_process_group(group)
     problems = {text: rank for rank, text in reversed(list(enumerate(messages))) if text is not None}
@@ -136,7 +143,7 @@ def agreed(ranks: RankLayout, hours: float | None = None) -> Iterator[None]:
         return
     if ranks.is_main:
         for text, rank in problems.items():
-            where = "" if messages.count(text) == ranks.world else f"rank {rank}: "
+            where = f"rank {rank}: " if rank else ""
             print(f"{where}{text}", file=sys.stderr, flush=True)
     disconnect()
     raise SystemExit(EXIT_USER_ERROR)

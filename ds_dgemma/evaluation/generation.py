@@ -30,14 +30,16 @@ from peft import PeftConfig, PeftModel
 from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion, PreTrainedTokenizerFast
+from transformers import DiffusionGemmaForBlockDiffusion, PreTrainedTokenizerFast
 
+from ds_dgemma.checkpoint.weights import local_directory
 from ds_dgemma.config import DataSection
 from ds_dgemma.data.chat import split_last_turn, tokenize_turns
 from ds_dgemma.data.sources import Conversations, load_conversations
+from ds_dgemma.data.tokenizer import load_tokenizer
 from ds_dgemma.errors import UserError, did_you_mean, first_line
 from ds_dgemma.evaluation.scorers import SCORERS, Score, summarise
-from ds_dgemma.model.spec import read_spec
+from ds_dgemma.model.spec import read_spec, text_spec
 
 ONE_THREAD_BELOW = 50_000_000  # parameters: a smaller model's CPU threads mostly wait for each other
 
@@ -57,17 +59,17 @@ def load_generator(path: str, adapter: Path | None = None) -> Generator:
     Raises:
         UserError: no DiffusionGemma checkpoint, weights missing, no tokenizer, or no adapter of this model.
     """
-    read_spec(path)
+    directory = local_directory(path)
+    tokenizer = load_tokenizer(directory, text_spec(read_spec(str(directory))).vocab_size)
     on_gpu = torch.cuda.is_available()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
         loaded: Any = DiffusionGemmaForBlockDiffusion.from_pretrained(
-            path,
+            directory,
             dtype="auto" if on_gpu else torch.float32,
             attn_implementation="sdpa",
             output_loading_info=True,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path} could not be loaded: {first_line(error)}") from error
     model, info = loaded
     if info["missing_keys"]:  # transformers would answer with random weights in their place
@@ -78,7 +80,9 @@ def load_generator(path: str, adapter: Path | None = None) -> Generator:
     if not on_gpu and model.num_parameters() < ONE_THREAD_BELOW:
         torch.set_num_threads(1)
     stop = model.generation_config.eos_token_id
-    stop_ids = {tokenizer.eos_token_id, *(stop if isinstance(stop, list) else [stop])} - {None}
+    eos = tokenizer.eos_token_id
+    assert isinstance(eos, int)  # load_tokenizer looked
+    stop_ids = {eos, *(stop if isinstance(stop, list) else [stop])} - {None}
     return Generator(model.to("cuda" if on_gpu else "cpu").eval(), tokenizer, frozenset(stop_ids))
 
 

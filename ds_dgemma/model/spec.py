@@ -14,17 +14,21 @@ def read_spec(path: str, revision: str | None = None) -> DiffusionGemmaConfig:
     """Read the transformers config of a local directory or a hub id.
 
     Raises:
-        UserError: nothing there, unreadable, or another architecture.
+        UserError: nothing there, unreadable, another architecture, or no canvas length.
     """
     if looks_local(path) and not (Path(path) / "config.json").is_file():
         found = "has no config.json" if Path(path).is_dir() else "does not exist"
         raise UserError(f"model.path: {path} {found}. Give a transformers checkpoint directory or a hub id.")
     try:
         config = AutoConfig.from_pretrained(path, revision=revision)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a wrong type in config.json surfaces as any kind
         raise UserError(f"model.path: {path} could not be read as a checkpoint: {first_line(error)}") from error
     if not isinstance(config, DiffusionGemmaConfig):
         raise UserError(f"model.path: {path} is a {config.model_type} checkpoint; {ARCHITECTURE} was expected.")
+    if not isinstance(config.canvas_length, int) or config.canvas_length < 1:
+        raise UserError(
+            f"model.path: {path}/config.json has canvas_length {config.canvas_length}, at least 1 is expected."
+        )
     return config
 
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
 from ds_dgemma.model.masks import TokenLayout, attention_masks
+from ds_dgemma.model.routing import ExpertLoads, expert_load
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.vocabulary import TiedVocabulary
 
@@ -45,21 +46,32 @@ class SweepLayer(nn.Module):
         self.register_buffer("layer_scalar", decoder_layer.layer_scalar)
         self.register_buffer("encoder_layer_scalar", encoder_layer.layer_scalar)
 
-    def forward(self, hidden_BTH: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, is_canvas_BT: Tensor) -> Tensor:
-        """Return the layer's output, [B, T, H]; cos and sin [B, T, head dim], mask [B, 1, T, T] bool."""
+    def forward(
+        self,
+        hidden_BTH: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+        is_canvas_BT: Tensor,
+        is_real_BT: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the layer's output, [B, T, H], and its `expert_load` of the real tokens, [2, E]: empty when none are
+        named; cos and sin [B, T, head dim], mask [B, 1, T, T] bool.
+        """
         attended, _ = self.self_attn(
             self.input_layernorm(hidden_BTH), position_embeddings=(cos, sin), attention_mask=mask
         )
         residual = hidden_BTH + self.post_attention_layernorm(attended)
         dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(residual)))
         flat = residual.flatten(0, -2)
-        _, weights, experts = self.router(flat)  # reads the raw residual, the experts a normed one
+        probability, weights, experts = self.router(flat)  # reads the raw residual, the experts a normed one
+        load = flat.new_empty(0) if is_real_BT is None else expert_load(probability, experts, is_real_BT.flatten())
         sparse = self.experts(self.pre_feedforward_layernorm_2(flat), experts, weights).view_as(residual)
         mixed = dense + self.post_feedforward_layernorm_2(sparse)
         hidden = residual + self.post_feedforward_layernorm(mixed)
         # ZeRO-3 leaves buffers in fp32
         scalar = torch.where(is_canvas_BT.unsqueeze(-1), self.layer_scalar, self.encoder_layer_scalar)
-        return hidden * scalar.to(hidden.dtype)
+        return hidden * scalar.to(hidden.dtype), load
 
 
 def with_gradient(inputs: Tensor, module: nn.Module) -> Tensor:
@@ -102,15 +114,18 @@ class DiffusionGemmaStack(nn.Module):
         """The layers in order."""
         return cast(Iterable[SweepLayer], self.layers)
 
-    def forward(self, inputs_BTH: Tensor, layout: TokenLayout) -> Tensor:
-        """Sweep once: input embeddings [B, T, H] to normed hidden states [B, T, H]."""
+    def forward(self, inputs_BTH: Tensor, layout: TokenLayout, loads: ExpertLoads | None = None) -> Tensor:
+        """Sweep once: input embeddings [B, T, H] to normed hidden states [B, T, H]; fills `loads`."""
         masks = attention_masks(layout, self.window)
         rotary = {kind: self.rotary_emb(inputs_BTH, layout.position_BT, kind) for kind in set(self.layer_types)}
         hidden, is_canvas = inputs_BTH, layout.is_canvas_BT
+        is_real = None if loads is None else loads.is_real_BT
         for layer, kind in zip(self.sweep_layers(), self.layer_types, strict=True):
-            arguments = (with_gradient(hidden, layer), *rotary[kind], masks[kind], is_canvas)
+            arguments = (with_gradient(hidden, layer), *rotary[kind], masks[kind], is_canvas, is_real)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(layer, *arguments, use_reentrant=False)
+                hidden, load = checkpoint(layer, *arguments, use_reentrant=False)
             else:
-                hidden = layer(*arguments)
+                hidden, load = layer(*arguments)
+            if loads is not None:
+                loads.layers.append(load)
         return self.norm(hidden)

@@ -5,12 +5,14 @@ loss included.
 
 The weights carry the global means: `world * accumulation / tokens of the global batch` (times
 `encoder_loss_weight`), because DeepSpeed averages gradients over ranks and accumulation steps. So every token
-counts the same, wherever it was computed.
+counts the same, wherever it was computed. With a `RouterBalance` the routers' load-balance loss (`model/routing.py`)
+is added.
 
 This is the module that DeepSpeed wraps; it knows the model and nothing of ranks. Shapes: as in `data/batch.py`, H
 hidden. Source: DiffusionGemma's recipe, gemma/diffusion `hackable_diffusion_adapter/hd/sft_model.py`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from ds_dgemma.data.batch import Batch
 from ds_dgemma.model.masks import clean_and_canvases
+from ds_dgemma.model.routing import ExpertLoads, balance_loss
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack, with_gradient
 from ds_dgemma.model.vocabulary import WeightGradient
@@ -42,12 +45,22 @@ class TokenWeights:
         )
 
 
+@dataclass(frozen=True)
+class RouterBalance:
+    """How the routers' load-balance loss enters."""
+
+    weight: float  # of the whole batch's loss, times ranks * accumulation
+    # The counts [L, E] of tokens that chose an expert, of this micro-batch -> of the whole optimizer batch
+    whole_batch: Callable[[Tensor], Tensor]
+
+
 class LossParts(NamedTuple):
-    """The loss to differentiate, and the sums behind it, detached."""
+    """The loss to differentiate, and what is behind it, detached."""
 
     loss: Tensor
     diffusion_nll: Tensor  # sum over supervised canvas tokens
     ar_nll: Tensor  # sum over clean pairs
+    router: Tensor  # this micro-batch's part of the load-balance loss, without its weight; zero when it is off
 
 
 class DenoisingObjective(nn.Module):
@@ -58,10 +71,20 @@ class DenoisingObjective(nn.Module):
         self.model = model
         self.chunk = max(1, logits_chunk_mib * 2**20 // (4 * text_spec(model.config).vocab_size))
 
-    def forward(self, batch: Batch, weights: TokenWeights) -> LossParts:
+    def forward(self, batch: Batch, weights: TokenWeights | None, balance: RouterBalance | None = None) -> LossParts:
+        """Return the loss; without weights no more than the routers' part of it."""
         gradient = WeightGradient()
+        loads = None if balance is None else ExpertLoads(batch.is_real_BT)
         first_pass_MH = self.first_pass(batch)
-        clean_BSH, canvas_BKLH = self.second_pass(batch, first_pass_MH, gradient)
+        clean_BSH, canvas_BKLH = self.second_pass(batch, first_pass_MH, gradient, loads)
+
+        router = clean_BSH.new_zeros((), dtype=torch.float32)
+        if balance is not None and loads is not None:
+            top_k = text_spec(self.model.config).top_k_experts
+            router = balance_loss(loads.probability_LE(), balance.whole_batch(loads.tokens_LE()), top_k)
+        if weights is None:
+            nothing = router.new_zeros(())
+            return LossParts(router, nothing, nothing, router.detach())
 
         pairs = batch.ar_pairs_BS
         hidden = torch.cat([canvas_BKLH.flatten(0, 2), clean_BSH[:, :-1].flatten(0, 1)])
@@ -72,7 +95,9 @@ class DenoisingObjective(nn.Module):
         token_weight[:canvas_tokens] = weights.diffusion
         loss, nll = self.model.embed_tokens.score(hidden, target, token_weight * is_scored, self.chunk, gradient)
         nll = nll * is_scored
-        return LossParts(loss, nll[:canvas_tokens].sum(), nll[canvas_tokens:].sum())
+        if balance is not None:
+            loss = loss + balance.weight * router
+        return LossParts(loss, nll[:canvas_tokens].sum(), nll[canvas_tokens:].sum(), router.detach())
 
     @torch.no_grad()
     def first_pass(self, batch: Batch) -> Tensor:
@@ -92,8 +117,10 @@ class DenoisingObjective(nn.Module):
         hidden = self.model(torch.cat([clean, canvas], dim=1), layout)
         return hidden[:, prefix:].reshape(-1, self._hidden_size)
 
-    def second_pass(self, batch: Batch, first_pass_MH: Tensor, gradient: WeightGradient) -> tuple[Tensor, Tensor]:
-        """The sweep that is differentiated: clean [B, S, H] and canvas [B, K, L, H] hidden states."""
+    def second_pass(
+        self, batch: Batch, first_pass_MH: Tensor, gradient: WeightGradient, loads: ExpertLoads | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The sweep that is differentiated: clean [B, S, H] and canvas [B, K, L, H] hidden states; fills `loads`."""
         S, (B, K, L) = batch.clean_ids_BS.shape[1], batch.canvas_ids_BKL.shape
         inputs, soft_MH = self._embed(batch.clean_ids_BS, batch.canvas_ids_BKL, first_pass_MH, gradient)
         clean, canvas = inputs[:, :S], inputs[:, S:]
@@ -105,7 +132,7 @@ class DenoisingObjective(nn.Module):
         block = self.model.self_conditioning
         canvas = block(with_gradient(canvas, block), soft)
         layout = clean_and_canvases(batch.clean_valid_BS, batch.canvas_start_BK, L)
-        hidden = self.model(torch.cat([clean, canvas], dim=1), layout)
+        hidden = self.model(torch.cat([clean, canvas], dim=1), layout, loads)
         return hidden[:, :S], hidden[:, S:].view(B, K, L, self._hidden_size)
 
     @property

@@ -15,6 +15,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,11 @@ def text_tokenizer(text: Path | None, vocab_size: int | None) -> PreTrainedToken
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_strings(text), trainer)
+    strings = _strings(text)
+    first = next(strings, None)
+    if first is None:
+        raise UserError(f"--text {text}: holds no text to train the tokenizer on.")
+    tokenizer.train_from_iterator(chain([first], strings), trainer)
     _mark_special(tokenizer, [*CONTROL_TOKENS, *IMAGE_TOKENS])
     return _with_template(tokenizer, newline="\\n")
 

@@ -28,7 +28,7 @@ class StepMetrics:
     """One optimizer step, already reduced over all ranks where that means anything."""
 
     step: int  # optimizer steps done, this one included: the first is 1
-    loss: float  # loss_diffusion + encoder_loss_weight * loss_ar: what was minimised
+    loss: float  # loss_diffusion + encoder_loss_weight * loss_ar (+ router_balance_weight * loss_router): minimised
     loss_diffusion: float  # nats per supervised canvas token of the global batch
     loss_ar: float  # nats per scored next token of the global batch
     grad_norm: float  # global L2 norm before clipping
@@ -38,6 +38,7 @@ class StepMetrics:
     seconds: float  # wall time of this step, loading included; validation and checkpoints left out
     tokens_per_second: float  # tokens / seconds
     memory_gib: float  # `memory_gib` of rank 0
+    loss_router: float | None = None  # load-balance loss of the routers, top-k when all is even; None: not trained on
 
 
 def memory_gib(device: torch.device) -> float:

@@ -19,6 +19,12 @@ from ds_dgemma.tracking.metrics import Record, read_lines
 COLOURS = ("#1f6feb", "#e36209", "#2da44e", "#a371f7", "#d1242f", "#8c6d1f", "#0f8b8d", "#57606a")
 SMOOTHING_SHARE = 0.01
 LOG_SCALE_RATIO = 20
+PANELS = [
+    ("loss_diffusion", "Diffusion loss", "nats per token"),
+    ("loss_ar", "AR loss", "nats per token"),
+    ("grad_norm", "Gradient norm", "before clipping"),
+    ("lr", "Learning rate", ""),
+]
 
 
 @dataclass(frozen=True)
@@ -35,13 +41,7 @@ def plot_runs(runs: Sequence[Path], out: Path | None = None) -> Path:
     names = _names(runs)
     figure = Figure(figsize=(12, 7.5), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)  # draws to memory: no display, and pyplot's global state is left alone
-    panels = [
-        ("loss_diffusion", "Diffusion loss", "nats per token"),
-        ("loss_ar", "AR loss", "nats per token"),
-        ("grad_norm", "Gradient norm", "before clipping"),
-        ("lr", "Learning rate", ""),
-    ]
-    for axes, (key, title, unit) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+    for axes, (key, title, unit) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         for name, run, colour in zip(names, records, _colours(len(runs)), strict=True):
             _draw(axes, run, key, colour, name)
         _dress(axes, title, unit)
@@ -70,8 +70,14 @@ def _read(run: Path) -> list[Record]:
     if not path.is_file():
         raise UserError(f"{path} does not exist. Name a run directory (run.dir of its config).")
     records = [record for _, record in read_lines(path)]
-    if not any("kind" not in record for record in records):
+    steps = [record for record in records if "kind" not in record]
+    if not steps:
         raise UserError(f"{path} has no step yet. Plot again when the run has done one.")
+    for record in steps:
+        for key, _, _ in PANELS:
+            if not isinstance(record.get(key), int | float):
+                found = f"{key} {record.get(key)!r}"
+                raise UserError(f"{path}: step {record['step']} has {found}, a number is expected. No run writes that.")
     return records
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,7 +46,8 @@ class Tracker:
 
     def track(self, record: StepMetrics | Record) -> None:
         """Hand a step's metrics, or a record of another kind, to every sink."""
-        flat = asdict(record) if isinstance(record, StepMetrics) else record
+        flat = asdict(record) if isinstance(record, StepMetrics) else dict(record)
+        flat = {name: value for name, value in flat.items() if value is not None}
         for sink in self._sinks:
             sink.write(flat)
 
@@ -61,18 +63,29 @@ class JsonlSink:
     """Appends to `metrics.jsonl`; a line is with the kernel, safe from SIGKILL, when `write` returns."""
 
     def __init__(self, path: Path, keep_through_step: int) -> None:
-        if path.exists():
-            _cut_back(path, keep_through_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        try:
+            if path.exists():
+                _cut_back(path, keep_through_step)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"metrics cannot be written: {path}: {error.strerror}.") from error
 
     def write(self, record: Record) -> None:
-        """Append one line."""
-        self._file.write(to_line(record))
-        self._file.flush()
+        """Append one line; a run that is not recorded does not go on."""
+        try:
+            self._file.write(to_line(record))
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"metrics cannot be written: {self._path}: {error.strerror}. Make room and start again: the run "
+                "continues from its newest checkpoint."
+            ) from error
 
     def close(self, failed: bool) -> None:
         """Close the file."""
-        self._file.close()
+        with suppress(OSError):  # the line that a full disk refused is still in the buffer
+            self._file.close()
 
 
 def _cut_back(path: Path, keep_through_step: int) -> None:

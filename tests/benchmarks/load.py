@@ -21,7 +21,6 @@ import math
 import os
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -41,6 +40,7 @@ from ds_dgemma.engine.open_model import fill_model, outline_model
 from ds_dgemma.engine.ranks import RankLayout, connect, disconnect
 from ds_dgemma.model.spec import read_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
+from tests.benchmarks.anonymous import PeakAnonymous, anonymous_bytes
 from tests.benchmarks.real_checkpoint import make_checkpoint
 from tests.gpu import ROOT, shapes
 from tests.training import start_module
@@ -59,36 +59,6 @@ class RankFigures:
     read_bytes: int
     seconds: float
     intervals: dict[str, list[tuple[int, int]]]  # elements that were equal, by tensor and part of it
-
-
-def anonymous_bytes() -> int:
-    """Memory of this process that no file backs."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("/proc/self/status has no RssAnon: this benchmark needs Linux.")
-
-
-class PeakAnonymous:
-    """Sample `anonymous_bytes` every few milliseconds inside a `with`."""
-
-    def __enter__(self) -> "PeakAnonymous":
-        self.peak, self.longest_gap, self._stop = anonymous_bytes(), 0.0, threading.Event()
-        self._thread = threading.Thread(target=self._sample)
-        self._thread.start()
-        return self
-
-    def _sample(self) -> None:
-        last = time.perf_counter()
-        while not self._stop.wait(0.002):
-            self.peak = max(self.peak, anonymous_bytes())
-            now = time.perf_counter()
-            self.longest_gap, last = max(self.longest_gap, now - last), now
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.peak = max(self.peak, anonymous_bytes())
 
 
 def load_as_rank(directory: Path, expert_parallel_size: int, out: Path) -> None:

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,13 @@ from torch import Tensor
 from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache
 
 from ds_dgemma.checkpoint.adapter import CONFIG, TENSORS, AdapterReader, check_continues
-from ds_dgemma.checkpoint.adapter_export import write_adapter
 from ds_dgemma.checkpoint.export import merge_adapter
+from ds_dgemma.cli import main
 from ds_dgemma.config import LoraSection
 from ds_dgemma.errors import UserError
 from ds_dgemma.model.build import build_stack
-from ds_dgemma.model.lora import FreshAdapters, Target, choose_targets, possible_targets, scaling
+from ds_dgemma.model.lora import Target, choose_targets, possible_targets, scaling
+from tests.reference.adapters import write_random_adapter
 from tests.reference.fixtures import Case, make_config, make_model
 from tests.reference.float64 import DoublePrecision
 
@@ -45,22 +45,6 @@ def possible() -> dict[str, Target]:
     return possible_targets(build_stack(make_config(CASE), train_router=False, activation_checkpointing=False))
 
 
-def write(folder: Path, base: Path, form: Any = "peft", **settings) -> tuple[tuple[Target, ...], LoraSection, Callable]:
-    """A random adapter on disk; its targets, settings, and factors."""
-    lora = LoraSection(r=4, lora_alpha=6, init_lora_weights=False, **settings)
-    stack = build_stack(make_config(CASE), train_router=False, activation_checkpointing=False)
-    targets = choose_targets(stack, lora)
-    fresh = FreshAdapters(targets, lora, seed=5)
-
-    def read(target: Target, factor: Any) -> Tensor:
-        shape = target.shape(factor, lora.r)
-        return fresh.values(f"{target.name}.{factor}", 0, prod(shape)).view(shape)
-
-    folder.mkdir(exist_ok=True)
-    write_adapter(folder, targets, lora, read, str(base), form, torch.float32)
-    return targets, lora, read
-
-
 def load(folder: Path) -> Any:
     model: Any = DiffusionGemmaForBlockDiffusion.from_pretrained(
         folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
@@ -81,7 +65,7 @@ def logits(model: Any) -> Tensor:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_peft_and_the_merged_model_give_the_same_logits(name: str, base: Path, tmp_path: Path):
-    write(tmp_path / "adapter", base, **SETTINGS[name])
+    write_random_adapter(tmp_path / "adapter", base, **SETTINGS[name])
     plain = logits(load(base))
     adapted = logits(PeftModel.from_pretrained(load(base), str(tmp_path / "adapter")))
     merge_adapter(str(base), tmp_path / "adapter", tmp_path / "merged")
@@ -91,8 +75,9 @@ def test_peft_and_the_merged_model_give_the_same_logits(name: str, base: Path, t
 
 
 def test_merging_changes_what_is_adapted_and_copies_the_rest_bit_for_bit(base: Path, tmp_path: Path):
-    targets, _, _ = write(tmp_path / "adapter", base, target_modules=["q_proj"])
-    merge_adapter(str(base), tmp_path / "adapter", tmp_path / "merged")
+    targets, _, _ = write_random_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
+    command = ["merge", "--model", base, "--adapter", tmp_path / "adapter", "--out", tmp_path / "merged"]
+    assert main([str(argument) for argument in command]) == 0
     before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "merged"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {f"model.decoder.{target.name}.weight" for target in targets}
@@ -102,7 +87,7 @@ def test_merging_changes_what_is_adapted_and_copies_the_rest_bit_for_bit(base: P
 
 
 def test_vllm_s_form_has_a_pair_for_every_expert_and_projection(base: Path, tmp_path: Path):
-    targets, _, read = write(tmp_path / "adapter", base, "vllm", target_parameters=EXPERTS)
+    targets, _, read = write_random_adapter(tmp_path / "adapter", base, "vllm", target_parameters=EXPERTS)
     stored = load_file(tmp_path / "adapter" / TENSORS)
     settings = json.loads((tmp_path / "adapter" / CONFIG).read_text())
     assert settings["target_parameters"] is None
@@ -126,7 +111,7 @@ def test_vllm_s_form_has_a_pair_for_every_expert_and_projection(base: Path, tmp_
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_what_is_written_is_read_back_the_same(name: str, base: Path, tmp_path: Path):
-    targets, lora, read = write(tmp_path / "adapter", base, **SETTINGS[name])
+    targets, lora, read = write_random_adapter(tmp_path / "adapter", base, **SETTINGS[name])
     reader = AdapterReader(tmp_path / "adapter", possible())
     check_continues(reader, targets, lora)
     assert scaling(reader.lora) == scaling(lora)
@@ -180,7 +165,7 @@ SPOILT = {
 
 @pytest.mark.parametrize("what", SPOILT)
 def test_an_adapter_that_cannot_be_used_is_named(what: str, base: Path, tmp_path: Path):
-    write(tmp_path / "adapter", base)
+    write_random_adapter(tmp_path / "adapter", base)
     spoil, said = SPOILT[what]
     spoil(tmp_path / "adapter")
     with pytest.raises(UserError, match=said):
@@ -198,7 +183,7 @@ def test_an_adapter_that_cannot_be_used_is_named(what: str, base: Path, tmp_path
     ],
 )
 def test_a_run_that_would_continue_another_adapter_is_refused(settings, said, base: Path, tmp_path: Path):
-    write(tmp_path / "adapter", base, target_modules=["q_proj"])
+    write_random_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
     reader = AdapterReader(tmp_path / "adapter", possible())
     lora = LoraSection(**{"r": 4, "lora_alpha": 6, "target_modules": ["q_proj"], **settings})
     stack = build_stack(make_config(CASE), train_router=False, activation_checkpointing=False)

@@ -44,7 +44,13 @@ def chat(*turns: tuple[str, object]) -> bytes:
         (chat(("user", "q"), ("tool", "a")), "role 'tool', expected one of system, user, assistant"),
         (chat(("user", "q"), ("assistant", 3)), "messages[1].content is a number"),
         (chat(("user", "q"), ("assistant", " ")), "messages[1].content is empty"),
-        (chat(("user", [{"type": "image"}]), ("assistant", "a")), "only text is supported"),
+        (chat(("user", [{"type": "tool"}]), ("assistant", "a")), "a part of type tool, only text was expected"),
+        (
+            chat(("user", [{"type": "text", "text": "q"}, {"type": "image", "url": "a.png"}]), ("assistant", "a")),
+            "messages[0].content has a part of type image. Images, video and audio are not trained on yet: leave this",
+        ),
+        (chat(("user", [{"type": "image_url", "image_url": {}}]), ("assistant", "a")), "a part of type image_url. Ima"),
+        (GOOD[:-1] + b', "images": ["a.png"]}', "has images. Images, video and audio are not trained on yet"),
         (chat(("user", "q")), "no assistant turn"),
         (chat(("user", "q"), ("assistant", "a"), ("user", "q")), "the last message is from user"),
         (chat(("system", "s"), ("assistant", "a")), "no user turn before it"),
@@ -113,3 +119,16 @@ def test_a_dataset_reads_as_the_same_file_does(tmp_path):
     assert [conversations[0], len(conversations)] == [TURNS, 1]
     with pytest.raises(UserError, match="no column messages; the columns are: question, answer, other"):
         conversations_of_dataset(datasets.Dataset.from_list(rows), "some/set", None)
+
+
+def test_a_dataset_of_questions_about_images_is_refused_and_not_trained_on_blindly(tmp_path):
+    rows = datasets.Dataset.from_list([{"question": "q", "answer": "a", "image": "a.png"}])
+    with pytest.raises(
+        UserError, match=r"some/set has a column image\. Images, video and audio are not trained on yet"
+    ):
+        conversations_of_dataset(rows, "some/set", ColumnsSection(prompt="question", response="answer"))
+
+
+def test_empty_image_columns_do_no_harm(tmp_path):
+    conversations = load(write(tmp_path, GOOD[:-1] + b', "images": [], "image": null}'))
+    assert conversations[0] == TURNS

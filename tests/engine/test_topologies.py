@@ -1,5 +1,7 @@
 """Losses do not depend on how a batch is shared out: ranks, expert parallelism, accumulation, ZeRO stage."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -47,3 +49,20 @@ def test_nor_do_they_when_all_or_no_examples_are_self_conditioned(probability, s
 def test_every_zero_stage_with_experts_gives_the_same_losses(stage, alone, sudoku_run, tmp_path):
     extra = f"deepspeed=ds_configs/zero{stage}.json"
     assert_equal(run(sudoku_run, tmp_path / "run", 2, 2, 1, extra), alone)
+
+
+def test_the_routers_loss_does_not_depend_on_the_topology(sudoku_run, tmp_path):
+    shutil.copytree(sudoku_run.parent / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    config["text_config"]["top_k_experts"] = 2  # with all experts chosen it would be a constant
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    balanced = ["model.train_router=true", "objective.router_balance_weight=1.0", "train.max_steps=4"]
+    more = [f"model.path={tmp_path}/model", "optimizer.warmup_steps=1", *balanced]
+    alone = run(sudoku_run, tmp_path / "alone", 1, 1, 1, *more)
+    assert all(record["loss_router"] > 2.01 for record in alone)  # 2 when all is even
+    assert alone[0]["loss"] == pytest.approx(sum(alone[0][f"loss_{part}"] for part in ("diffusion", "ar", "router")))
+    for number, topology in enumerate([(1, 1, 2), (2, 2, 1), (2, 2, 2)]):
+        shared = run(sudoku_run, tmp_path / str(number), *topology, *more)
+        for ours, theirs in zip(shared, alone, strict=True):
+            for name in ("loss", "loss_router", "grad_norm"):
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-4), f"{topology}: {name} at {ours['step']}"

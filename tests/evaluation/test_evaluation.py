@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from ds_dgemma.checkpoint.export import merge_adapter
 from ds_dgemma.data.sudoku import write_sudoku
 from ds_dgemma.errors import UserError
 from ds_dgemma.evaluation.generation import answer_prompts, answer_text, evaluate, load_generator
 from ds_dgemma.evaluation.scorers import score_sudoku, summarise
 from ds_dgemma.tools.tiny import make_tiny
+from tests.reference.adapters import write_random_adapter
 
 SOLUTION = "1234341221434321"
 PUZZLE = "12..34..2...43.."  # 7 clues, 9 blanks
@@ -113,3 +115,23 @@ def test_a_checkpoint_without_the_encoders_scalars_is_refused(tmp_path: Path) ->
     weights.write_bytes(b"not weights")
     with pytest.raises(UserError, match="could not be loaded"):
         load_generator(str(tmp_path / "model"))
+
+
+def test_peft_adds_an_adapter_and_answers_as_the_merged_model_does(tmp_path: Path, model: str) -> None:
+    experts = ("experts.gate_up_proj", "experts.down_proj")
+    write_random_adapter(tmp_path / "adapter", Path(model), target_parameters=experts)
+    merge_adapter(model, tmp_path / "adapter", tmp_path / "merged")
+    prompts = [[2, 3, 9 + number] for number in range(16)]
+    answers = [
+        answer_prompts(load_generator(path, adapter), prompts, batch_size=16, seed=0)
+        for path, adapter in ((model, tmp_path / "adapter"), (str(tmp_path / "merged"), None), (model, None))
+    ]
+    assert answers[0] == answers[1] != answers[2]
+
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    factors = load_file(weights)
+    save_file({name: value for name, value in factors.items() if "layers.2.experts.lora_B" not in name}, weights)
+    with pytest.raises(UserError, match="does not fit this model"):
+        load_generator(model, tmp_path / "adapter")
+    with pytest.raises(UserError, match="could not be loaded"):
+        load_generator(model, tmp_path / "absent")

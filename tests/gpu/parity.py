@@ -1,6 +1,6 @@
 """tests/parity.py in one precision, with a verdict that bf16 can have.
 
-    python -m tests.gpu.parity CASES --dtype float32|bfloat16 [--grouped]
+    python -m tests.gpu.parity CASES --dtype float32|bfloat16 [--grouped] [--lora]
 
 fp32 has tests/parity.py's own tolerances. In bf16 some tokens go to other experts than in fp32, so single numbers say
 little and one small case can be far off: the medians over all cases and coins have to be small, every number finite.
@@ -26,9 +26,10 @@ def main() -> int:
     parser.add_argument("cases")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], required=True)
     parser.add_argument("--grouped", action="store_true")
+    parser.add_argument("--lora", action="store_true")
     args = parser.parse_args()
     command = [sys.executable, "tests/parity.py", args.cases, "--dtype", args.dtype, "--verbose"]
-    command += ["--grouped"] if args.grouped else []
+    command += [f"--{option}" for option in ("grouped", "lora") if getattr(args, option)]
     run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     sys.stderr.write(run.stdout)
     lines = run.stdout.splitlines()

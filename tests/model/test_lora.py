@@ -6,7 +6,7 @@ import torch
 from ds_dgemma.config import LoraSection
 from ds_dgemma.errors import UserError
 from ds_dgemma.model.build import build_stack
-from ds_dgemma.model.lora import FreshAdapters, Target, choose_targets
+from ds_dgemma.model.lora import Adapter, FreshAdapters, Target, choose_targets, seed_dropout
 from ds_dgemma.model.stack import DiffusionGemmaStack
 from tests.reference.fixtures import Case, make_config
 
@@ -103,3 +103,22 @@ def test_gaussian_and_random_starts_are_peft_s():
     assert gaussian.values(f"{target.name}.lora_A", 0, 3200).std() == pytest.approx(1 / 8, rel=0.1)
     both = FreshAdapters([target], LoraSection(r=8, init_lora_weights=False), seed=0)
     assert both.values(f"{target.name}.lora_B", 0, 2400).abs().max() == pytest.approx(8**-0.5, rel=0.01)
+
+
+def test_dropout_is_for_gradients_only_and_keyed_by_the_step():
+    adapter = Adapter(Target("layers.0.mlp.up_proj", 64, 8), LoraSection(r=4, lora_dropout=0.5)).train()
+    torch.nn.init.normal_(adapter.lora_A)
+    torch.nn.init.normal_(adapter.lora_B)
+    inputs = torch.randn(3, 64)
+
+    def outputs(step: int) -> torch.Tensor:
+        seed_dropout(0, step, rank=1)
+        return adapter(inputs)
+
+    with torch.no_grad():
+        whole = outputs(1)
+    torch.testing.assert_close(whole, inputs @ adapter.lora_A.t() @ adapter.lora_B.t() * 2)
+    assert torch.equal(outputs(1), outputs(1))
+    assert not torch.allclose(outputs(1), outputs(2))
+    assert not torch.allclose(outputs(1), whole)
+    assert torch.equal(adapter.eval()(inputs), whole)

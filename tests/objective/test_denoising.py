@@ -1,5 +1,6 @@
 """What a loss depends on, and what it must not depend on. In float64, so that equal means equal to 1e-12."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from ds_dgemma.checkpoint.load import find_places, materialise, plain
 from ds_dgemma.checkpoint.weights import WeightReader
@@ -16,7 +18,7 @@ from ds_dgemma.data.batch import Batch, Example, FirstPass
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.spec import read_spec
 from ds_dgemma.model.vocabulary import WeightGradient
-from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
+from ds_dgemma.objective.denoising import DenoisingObjective, RouterBalance, TokenWeights
 from ds_dgemma.objective.noise import Corruption, first_pass
 from tests.parity import open_float64
 from tests.reference.fixtures import Case, make_model
@@ -124,6 +126,7 @@ def test_a_batch_with_nothing_to_learn_gives_zero_and_not_nan(objective: Denoisi
     seen = step(objective, nothing, weights_of(nothing))
     assert (float(seen.loss), float(seen.diffusion_nll), float(seen.ar_nll)) == (0, 0, 0)
     assert all(not gradient.any() for gradient in seen.gradients.values())
+    assert balance_step(objective, nothing, RouterBalance(1.0, lambda tokens: tokens)) == (0, {})
 
 
 def test_the_loss_is_the_weighted_sum_of_two_means(objective: DenoisingObjective):
@@ -232,3 +235,97 @@ def test_activation_checkpointing_changes_no_number(checkpoint: Path):
         parts.loss.backward()
         seen.append({name: p.grad for name, p in objective.named_parameters()} | {"loss": parts.loss.detach()})
     torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=0)
+
+
+def balance_step(
+    objective: DenoisingObjective, batch: Batch, balance: RouterBalance
+) -> tuple[float, dict[str, Tensor]]:
+    """A micro-batch's part of the load-balance loss and its gradients, no other loss beside it."""
+    objective.zero_grad()
+    with DoublePrecision():
+        parts = objective(batch, TokenWeights(0.0, 0.0), balance)
+        parts.loss.backward()
+    assert float(parts.loss.detach()) == pytest.approx(balance.weight * float(parts.router))
+    return float(parts.router), {
+        name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None and p.grad.any()
+    }
+
+
+def routers_said(objective: DenoisingObjective, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    """Probabilities [N, E] and chosen experts [N, k] of every layer in the sweep that is differentiated."""
+    said: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def listen(number: int) -> Callable[..., None]:
+        return lambda router, inputs, output: said.update({number: (output[0], output[2])})  # the second pass is last
+
+    routers = [layer.router for layer in objective.model.sweep_layers()]
+    hooks = [router.register_forward_hook(listen(number)) for number, router in enumerate(routers)]
+    with DoublePrecision():
+        objective(batch, TokenWeights(0.0, 0.0))
+    for hook in hooks:
+        hook.remove()
+    return [said[number] for number in range(len(routers))]
+
+
+def real_tokens(batch: Batch) -> list[int]:
+    """Places in the flattened [clean | canvases] of all tokens that are no padding."""
+    S, (B, K, L) = batch.clean_ids_BS.shape[1], batch.canvas_ids_BKL.shape
+    places = []
+    for row in range(B):
+        start = row * (S + K * L)
+        places += [start + i for i in range(S) if batch.clean_valid_BS[row, i]]
+        for canvas in range(K):
+            if batch.supervised_BKL[row, canvas].any():
+                places += [start + S + canvas * L + i for i in range(L)]
+    assert len(places) == batch.tokens() < B * (S + K * L)
+    return places
+
+
+def slow_balance_loss(said: list[tuple[Tensor, Tensor]], places: list[int]) -> Tensor:
+    """The definition, an expert at a time."""
+    total = torch.zeros((), dtype=torch.float64)
+    for probability_NE, chosen_Nk in said:
+        experts = probability_NE.shape[1]
+        for expert in range(experts):
+            f = sum(expert in chosen_Nk[i].tolist() for i in places) / len(places)
+            P = torch.stack([probability_NE[i, expert] for i in places]).mean()
+            total = total + experts * f * P / len(said)
+    return total
+
+
+def test_the_routers_loss_and_its_gradients_are_the_definitions(objective: DenoisingObjective):
+    batch = make_batch()
+    ours, gradients = balance_step(objective, batch, RouterBalance(1.0, lambda tokens: tokens))
+    said, places = routers_said(objective, batch), real_tokens(batch)
+
+    slow = slow_balance_loss(said, places)
+    assert ours == pytest.approx(float(slow.detach()), rel=1e-12)
+    objective.zero_grad()
+    slow.backward()
+    for name, parameter in objective.named_parameters():
+        nothing = torch.zeros_like(parameter)
+        expected = nothing if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(gradients.get(name, nothing), expected, rtol=1e-9, atol=1e-13)
+    assert "model.layers.0.router.proj.weight" in gradients
+
+    mask = torch.zeros(len(said[0][0]))
+    mask[places] = 1
+    (experts, k) = (said[0][0].shape[1], said[0][1].shape[1])
+    theirs = [load_balancing_loss_func((probability.log(),), experts, k, mask) for probability, _ in said]
+    assert ours == pytest.approx(sum(float(loss.detach()) for loss in theirs) / len(theirs), rel=1e-6)  # theirs is fp32
+
+
+def test_micro_batches_parts_of_the_routers_loss_add_up_to_the_whole_batchs(objective: DenoisingObjective):
+    batch = make_batch()
+    counts: list[Tensor] = []
+    whole, gradients = balance_step(
+        objective, batch, RouterBalance(0.5, lambda tokens: counts.append(tokens) or tokens)
+    )
+    parts = [
+        balance_step(objective, take(batch, rows=slice(row, row + 1)), RouterBalance(0.5, lambda tokens: counts[0]))
+        for row in range(3)
+    ]
+    assert sum(part for part, _ in parts) == pytest.approx(whole, rel=1e-10)
+    for name, gradient in gradients.items():
+        summed = sum(part.get(name, torch.zeros_like(gradient)) for _, part in parts)
+        torch.testing.assert_close(summed, gradient, rtol=1e-9, atol=1e-12)

@@ -27,7 +27,7 @@ from transformers import DiffusionGemmaForBlockDiffusion
 
 from tests.reference.fixtures import Model, step
 
-R, ALPHA = 3, 5
+R, ALPHA = 8, 5  # a rank that grouped products take
 LINEARS = r"model\.(decoder|encoder\.language_model)\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 TENSORS = ["experts.gate_up_proj", "experts.down_proj"]
 DECODER, ENCODER = "model.decoder.", "model.encoder.language_model."

@@ -1,0 +1,89 @@
+"""Write a model's weights as transformers does: shards of bounded size under a common index, several at once.
+
+What is in memory is the shards that are being written, one a worker. Workers are threads: reading, converting and
+writing all leave the interpreter free.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ds_dgemma.checkpoint.names import DECODER_LAYERS, ENCODER_LAYERS
+from ds_dgemma.checkpoint.weights import INDEX, WeightReader
+
+# (name, the model that was started from, type to return) -> what the tensor became; None: it stayed
+Change = Callable[[str, WeightReader, torch.dtype], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How weights are written."""
+
+    dtype: torch.dtype | None = None  # of every tensor; None: of changed ones `changed_dtype`, the others as they were
+    changed_dtype: torch.dtype | None = None  # None: as it was
+    shard_bytes: int = 5 * 10**9  # a larger tensor has a shard of its own
+    workers: int = 1
+
+
+def write_weights(model: Path, change: Change, out: Path, layout: Layout) -> None:
+    """Write the weights of the directory `model`, with their changes, into the directory `out`, flushed."""
+    reader = WeightReader(model)
+    stored = {**{name: name for name in reader.files}, **_missing_encoder_scalars(reader)}
+    sizes = {name: reader.nbytes(source, layout.dtype) for name, source in stored.items()}
+    plan = split_state_dict_into_shards_factory(
+        sizes,
+        get_storage_size=lambda size: size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=layout.shard_bytes,
+    )
+    reader.close()
+
+    def write(file: str) -> int:
+        reader = WeightReader(model)  # one a thread: it keeps a file open
+        content = {name: _value(stored[name], reader, change, layout) for name in plan.filename_to_tensors[file]}
+        save_file(content, out / file, metadata={"format": "pt"})
+        flush(out / file)
+        return sum(tensor.nbytes for tensor in content.values())
+
+    with ThreadPoolExecutor(layout.workers) as pool:
+        total = sum(pool.map(write, plan.filename_to_tensors))
+    if plan.is_sharded:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(plan.tensor_to_filename.items()))}
+        (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        flush(out / INDEX)
+
+
+def flush(file: Path) -> None:
+    """Bring a file to the disk, readable for all."""
+    os.chmod(file, 0o644)  # safetensors writes for the owner alone
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _value(name: str, reader: WeightReader, change: Change, layout: Layout) -> Tensor:
+    """A tensor as it became, or as it was."""
+    changed = change(name, reader, layout.dtype or layout.changed_dtype or reader.torch_dtype(name))
+    if changed is not None:
+        return changed
+    source = reader.read(name)
+    return source.to(layout.dtype) if layout.dtype and source.is_floating_point() else source
+
+
+def _missing_encoder_scalars(reader: WeightReader) -> dict[str, str]:
+    """The encoder's layer scalars where there are none, and the decoder's in their place: without them transformers
+    leaves garbage.
+    """
+    twins = {
+        ENCODER_LAYERS + name.removeprefix(DECODER_LAYERS): name
+        for name in reader.files
+        if name.startswith(DECODER_LAYERS) and name.endswith(".layer_scalar")
+    }
+    return {twin: name for twin, name in twins.items() if twin not in reader}

@@ -1,0 +1,37 @@
+"""Open a run's newest checkpoint on this topology and save it again, no step in between: one rank of it.
+
+python -m tests.checkpoint.resave --config C.yaml --out CHECKPOINTS [--set a.b=value ...]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ds_dgemma.checkpoint.run_state import save
+from ds_dgemma.config_file import load_config
+from ds_dgemma.engine.deepspeed_engine import start_engine
+from ds_dgemma.engine.open_model import fill_model
+from ds_dgemma.engine.optimizer_state import KINDS, owned_shards
+from ds_dgemma.engine.ranks import RankLayout, connect, disconnect
+from ds_dgemma.objective.denoising import DenoisingObjective
+from ds_dgemma.train import prepare, restore
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--config", type=Path)
+parser.add_argument("--out", type=Path)
+parser.add_argument("--set", action="append", default=[])
+args = parser.parse_args()
+config = load_config(args.config, args.set)
+ranks = RankLayout.from_environment(config.parallel.expert_parallel_size)
+connect(ranks, timeout_minutes=5)
+prepared = prepare(config, ranks)
+assert prepared.resumed is not None
+stack = fill_model(prepared.model, ranks, prepared.deepspeed, config.train.precision, prepared.resumed)
+engine = start_engine(
+    DenoisingObjective(stack, config.objective.logits_chunk_mib), prepared.deepspeed, config.optimizer
+)
+restore(engine, ranks, prepared.resumed)
+facts = {"adam_step": prepared.resumed.checkpoint.state["adam_step"], "model": config.model.path}
+save(args.out, prepared.start, owned_shards(engine, ranks), KINDS, ranks.rank, facts)
+disconnect()
+sys.exit(0)

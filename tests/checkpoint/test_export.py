@@ -1,0 +1,166 @@
+"""An export is the trained model, all else bit for bit, whatever wrote it; and never half of one."""
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import DiffusionGemmaForBlockDiffusion
+
+from ds_dgemma.checkpoint.export import export_run
+from ds_dgemma.checkpoint.hf_weights import Layout
+from ds_dgemma.checkpoint.weights import WeightReader
+from ds_dgemma.errors import UserError
+from tests.benchmarks.real_checkpoint import make_checkpoint
+from tests.gpu import shapes
+from tests.reference.trained_run import trained, was_trained, write_run
+from tests.training import REPOSITORY, start_module, train
+
+SMALL = Layout(shard_bytes=50_000, workers=3)
+COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bf16 checkpoint in several shards, with all that the released one has."""
+    directory = tmp_path_factory.mktemp("model") / "model"
+    make_checkpoint(shapes.config(rehearse=True, layers=2), directory, shard_gb=1e-4)
+    return directory
+
+
+@pytest.fixture
+def run(model: Path, tmp_path: Path) -> Path:
+    """A run that trained every weight of the decoder: its state as two ranks leave it, cut anywhere."""
+    return write_run(tmp_path / "run", model, "bf16")
+
+
+def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
+    reader = WeightReader(directory)
+    return {name: reader.read(name) for name in reader.files}
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("layout", [Layout(), SMALL], ids=["one file", "many files, three writers"])
+def test_what_was_trained_is_exported_and_all_else_is_carried_over_bit_for_bit(layout, run, model, tmp_path):
+    out = export_run(run, tmp_path / "out", layout=layout)
+    source, exported = tensors_of(model), tensors_of(out)
+    assert exported.keys() == source.keys()
+    for name, tensor in source.items():
+        expected = trained(tensor).bfloat16() if was_trained(name) else tensor
+        assert exported[name].dtype == torch.bfloat16
+        assert bits(exported[name]) == bits(expected), name
+    for file in COMPANIONS:
+        assert (out / file).read_bytes() == (model / file).read_bytes()
+    assert (out / "model.safetensors.index.json").exists() == (layout is SMALL)
+    loaded: Any = DiffusionGemmaForBlockDiffusion.from_pretrained(out, output_loading_info=True)
+    assert not any(loaded[1].values())
+
+
+def test_no_shard_is_larger_than_asked_but_one_with_a_single_tensor(run, tmp_path):
+    out = export_run(run, tmp_path / "out", layout=SMALL)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    tensors = tensors_of(out)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    for file in set(index["weight_map"].values()):
+        names = [name for name in tensors if index["weight_map"][name] == file]
+        assert len(names) == 1 or sum(tensors[name].nbytes for name in names) <= SMALL.shard_bytes
+
+
+def test_a_bf16_run_on_fp32_weights_exports_bf16_and_leaves_the_untrained_as_they_were(model, tmp_path):
+    source = tmp_path / "fp32"
+    shutil.copytree(model, source, ignore=shutil.ignore_patterns("*.safetensors*"))
+    save_file({name: tensor.float() for name, tensor in tensors_of(model).items()}, source / "model.safetensors")
+    out = export_run(write_run(tmp_path / "run", source, "bf16"), tmp_path / "out")
+    for name, tensor in tensors_of(out).items():
+        assert tensor.dtype == (torch.bfloat16 if was_trained(name) else torch.float32), name
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    whole = export_run(write_run(tmp_path / "run32", source, "fp32"), tmp_path / "out32")
+    assert {tensor.dtype for tensor in tensors_of(whole).values()} == {torch.float32}
+
+
+def start_export(run: Path, out: Path, **options: Any) -> subprocess.Popen:
+    command = [sys.executable, "-m", "ds_dgemma", "export", "--run", run, "--out", out, "--shard-size", "0.00001"]
+    return subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, **options)
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def test_a_killed_export_leaves_the_old_one_and_the_next_cleans_up(run, tmp_path):
+    out = export_run(run, tmp_path / "out")
+    old = files_of(out)
+    export = start_export(run, out)
+    while not any((tmp_path / "out.partial").glob("*.safetensors")):
+        assert export.poll() is None, "it ended before it could be killed"
+        time.sleep(0.0005)
+    export.send_signal(signal.SIGKILL)
+    export.communicate()
+    assert (tmp_path / "out.partial").is_dir()
+    assert files_of(out) == old
+    (tmp_path / "out").rename(tmp_path / "out.old")  # as if killed while the new one took the old one's place
+    export_run(run, out)
+    assert files_of(out) == old
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "out"}
+
+
+def test_a_disk_that_refuses_is_told_and_leaves_the_old_export(run, tmp_path):
+    out = export_run(run, tmp_path / "out")
+    old = files_of(out)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))  # noqa: E731
+    export = start_export(run, out, preexec_fn=limit)
+    _, told = export.communicate()
+    assert export.returncode == 2
+    assert f"--out {out} could not be written" in told
+    assert "Traceback" not in told
+    assert files_of(out) == old
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "out"}
+
+
+def test_the_model_that_a_run_started_from_is_not_overwritten(run, model):
+    before = files_of(model)
+    with pytest.raises(UserError, match="is the model itself"):
+        export_run(run, model)
+    assert files_of(model) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_topology_of_a_run_does_not_show_in_its_export(precision, sudoku_run, tmp_path):
+    settings = [f"train.precision={precision}", "train.max_steps=3", "optimizer.warmup_steps=1"]
+    shared = [*settings, "parallel.expert_parallel_size=2", "train.micro_batch_size=4"]
+    train(sudoku_run, tmp_path / "two", shared, processes=2)
+
+    shutil.copytree(tmp_path / "two", tmp_path / "one", ignore=shutil.ignore_patterns("checkpoints", "run.lock"))
+    alone = [argument for setting in [f"run.dir={tmp_path}/two", *settings] for argument in ("--set", setting)]
+    out = ["--config", str(sudoku_run), "--out", str(tmp_path / "one/checkpoints")]
+    (rank,) = start_module(["tests.checkpoint.resave", *out, *alone], 1, tmp_path / "log")
+    assert rank.wait(timeout=300) == 0, (tmp_path / "log").read_text()
+
+    states = [[file.name for file in (tmp_path / run).glob("checkpoints/*/*.safetensors")] for run in ("two", "one")]
+    assert [len(files) for files in states] == [2, 1]  # as many as ranks
+    two, one = (
+        load_file(export_run(tmp_path / run, tmp_path / f"{run}-out") / "model.safetensors") for run in ("two", "one")
+    )
+    source = load_file(sudoku_run.parent / "model/model.safetensors")
+    assert two.keys() == one.keys() == source.keys()
+    for name, tensor in two.items():
+        assert bits(tensor) == bits(one[name]), name
+        frozen = not was_trained(name) or ".router." in name
+        assert tensor.dtype == (torch.float32 if frozen or precision == "fp32" else torch.bfloat16)
+    moved = {
+        name for name, tensor in two.items() if not torch.equal(tensor.float(), source[name].to(tensor.dtype).float())
+    }
+    assert {"model.decoder.layers.0.experts.gate_up_proj", "model.decoder.embed_tokens.weight"} <= moved
+    assert all(was_trained(name) and ".router." not in name for name in moved)

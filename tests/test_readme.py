@@ -1,0 +1,73 @@
+"""What the README tells people to type works: every command is one, and the way from data to a scored model is run."""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ds_dgemma import cli
+from ds_dgemma.config_file import load_config
+from ds_dgemma.data.sudoku import write_sudoku
+from ds_dgemma.engine.ranks import free_port
+from ds_dgemma.tools.tiny import make_tiny
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = ["README.md", "launch/README.md", "ds_configs/README.md"]
+
+
+def commands(document: str, program: str) -> list[list[str]]:
+    """The indented lines that start with a program, as words, without their comments."""
+    lines = (line.strip() for line in (ROOT / document).read_text().splitlines() if line.startswith("    "))
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(f"{program} ")]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_command_is_one(document: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for _, *words in commands(document, "ds-dgemma"):
+        cli.parser().parse_args(words)  # exits where an option or a command is unknown
+    options = argparse.ArgumentParser()
+    options.add_argument("--config", type=Path)
+    options.add_argument("--set", action="append", default=[])
+    for words in commands(document, "deepspeed"):
+        assert words[words.index("--module") + 1] == "ds_dgemma.train"
+        known, _ = options.parse_known_args(words)
+        if known.config.is_relative_to("ds_configs"):
+            load_config(known.config, known.set)
+
+
+@pytest.mark.slow
+def test_the_way_from_data_to_an_evaluated_model(tmp_path: Path) -> None:
+    """The README's commands as they stand, on little data and for two steps."""
+    (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
+    (tmp_path / "runs").mkdir()
+    rows = [{"question": f"What is {n} plus {n}?", "answer": f"It is {2 * n}."} for n in range(40)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = tmp_path / "runs/sudoku-data"
+    make_tiny("sudoku4", data / "model")
+    write_sudoku(4, "train", 64, 0, data / "train.jsonl")
+    write_sudoku(4, "test", 5, 0, data / "test.jsonl")
+
+    def run(*words: str) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+    def short(words: list[str], *more: str) -> list[str]:
+        settings = ["train.max_steps=2", "optimizer.warmup_steps=1", *more]
+        port = ["--master_port", str(free_port())]
+        return [words[0], *port, *words[1:], *(word for setting in settings for word in ("--set", setting))]
+
+    made, *used = commands("README.md", "ds-dgemma")[:4]
+    run(*made)
+    (trained,) = commands("README.md", "deepspeed")
+    run(*short(trained, "data.train=train.jsonl"))
+    sudoku = ["deepspeed", "--num_gpus", "2", "--module", "ds_dgemma.train", "--config", "ds_configs/runs/sudoku.yaml"]
+    run(*short(sudoku))
+    for words in used:
+        run(*words)
+    assert (tmp_path / "runs/sudoku/plots/curves.png").is_file()

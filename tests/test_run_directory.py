@@ -1,0 +1,81 @@
+"""Where a run starts: its own newest checkpoint, the one that it is told, and never in another job's directory."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ds_dgemma import run_directory
+from ds_dgemma.checkpoint.run_state import open_checkpoint, step_directory
+from ds_dgemma.config_file import load_config
+from ds_dgemma.errors import UserError
+from ds_dgemma.run_directory import check_same_data, claim, find_start, write_settings
+
+
+def write_checkpoint(run: Path, step: int, **facts: object) -> Path:
+    """A complete checkpoint without a tensor."""
+    path = step_directory(run / "checkpoints", step)
+    path.mkdir(parents=True)
+    (path / "state.json").write_text(json.dumps({"step": step, "files": {}, **facts}))
+    return path
+
+
+@pytest.fixture
+def run(sudoku_run: Path, tmp_path: Path):
+    """Open the config of a run in `tmp_path/run`, which has its settings written."""
+
+    def open_config(*overrides: str):
+        return load_config(sudoku_run, [f"run.dir={tmp_path}/run", *overrides])
+
+    claim(tmp_path / "run").close()
+    write_settings(open_config(), {})
+    return open_config
+
+
+def start(config) -> int | None:
+    checkpoint, _ = find_start(config)
+    return checkpoint.step if checkpoint else None
+
+
+def test_a_run_starts_from_its_newest_checkpoint(run, tmp_path):
+    assert start(run()) is None
+    write_checkpoint(tmp_path / "run", 5)
+    write_checkpoint(tmp_path / "run", 10)
+    assert start(run()) == 10
+
+
+def test_a_named_checkpoint_of_another_run_is_only_where_this_one_began(run, tmp_path):
+    other = write_checkpoint(tmp_path / "other", 15)
+    assert start(run(f"run.resume={other}")) == 15
+    write_checkpoint(tmp_path / "run", 10)
+    assert start(run(f"run.resume={other}")) == 10  # the same command continues
+
+
+def test_an_older_checkpoint_of_the_same_run_is_refused_while_newer_ones_are_there(run, tmp_path):
+    older = write_checkpoint(tmp_path / "run", 5)
+    assert start(run(f"run.resume={older}")) == 5
+    write_checkpoint(tmp_path / "run", 10)
+    with pytest.raises(UserError, match="step-000010"):
+        find_start(run(f"run.resume={older}"))
+
+
+def test_a_named_checkpoint_past_the_last_step_is_refused(run, tmp_path):
+    done = write_checkpoint(tmp_path / "other", 20)
+    with pytest.raises(UserError, match=r"train\.max_steps is 20"):
+        find_start(run(f"run.resume={done}"))
+
+
+def test_a_directory_has_one_job_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_directory, "LOCK_SECONDS", 0)
+    first = claim(tmp_path / "run")
+    with pytest.raises(UserError, match="in use by another job"):
+        claim(tmp_path / "run")
+    first.close()
+    claim(tmp_path / "run").close()
+
+
+def test_other_data_under_the_same_name_is_refused(tmp_path):
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path, 5, data_digest="a", examples=2000))
+    check_same_data("train.jsonl", checkpoint, "a", 2000)
+    with pytest.raises(UserError, match="2,000 examples then, 40 now"):
+        check_same_data("train.jsonl", checkpoint, "b", 40)
