@@ -35,10 +35,11 @@ def test_a_benchmark_step_computes_what_transformers_does_and_prints_the_ratios(
     [
         (3, "train.activation_checkpointing=true"),
         (3, "lora={r: 8, target_parameters: [experts.gate_up_proj, experts.down_proj]}"),
+        (3, "model.freeze=['*.embed_tokens.weight', '*.self_conditioning.*', '*.layers.0.*']"),
         (1, "train.precision=bf16"),
         (2, "train.precision=bf16"),
     ],
-    ids=["full training", "LoRA, experts too", "stage 1", "stage 2"],
+    ids=["full training", "LoRA, experts too", "frozen parts", "stage 1", "stage 2"],
 )
 def test_a_step_holds_and_sends_what_was_planned(stage: int, override: str, tmp_path: Path) -> None:
     make_checkpoint(shapes.config(rehearse=True, layers=2), tmp_path / "model")
@@ -57,7 +58,7 @@ def test_a_step_holds_and_sends_what_was_planned(stage: int, override: str, tmp_
     if stage == 3:
         assert abs(float(rows["all-gather"])) < 1
         assert abs(float(rows["reduce"])) < 1
-        assert abs(float(rows["all-to-all"])) < 10  # the routing decides
+        assert abs(float(rows["all-to-all"])) < 15  # the routing decides
 
 
 @pytest.mark.slow

@@ -6,24 +6,21 @@ layer's visible pairs of query and key, V H the vocabulary's matrix:
     forward of a sweep  = 2 tokens W + sum over layers of 4 P heads head_dim
     first pass          = forward of the guessing rows + 4 V H tokens guessed (logits, soft embedding)
     second pass         = forward + backward + 6 V H tokens scored + 2 V H tokens guessed (the matrix's gradient)
-    backward            = 2 tokens W for the activations + 2 tokens W_trained + twice the attention
+    backward            = 2 tokens W for the activations + 2 tokens W_trained + twice the attention, from the
+                          first trained weight on
 
 With a trained model that is the usual 6 W per token. "Useful" FLOPs leave out what activation checkpointing and the
 chunked vocabulary compute again; time is computed with all of them. Bytes on links are what one GPU sends, in rings
 (all-gather and reduce-scatter of n ranks: (n - 1)/n of the tensor).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ds_dgemma.config import RunConfig
 from ds_dgemma.plan.activations import FP32
 from ds_dgemma.plan.inventory import LAYERS, VOCABULARY, Inventory, Parameter
 from ds_dgemma.plan.setup import Setup, Shape
-
-# Uses of the vocabulary in a micro-step: look-up of both passes, score, and both backward passes.
-VOCABULARY_GATHERS = 5
-# A layer's: first pass, second pass, and backward, where checkpointing computes it again.
-LAYER_GATHERS = 3
 
 
 @dataclass(frozen=True)
@@ -84,13 +81,13 @@ def cost(inventory: Inventory, setup: Setup, shape: Shape, config: RunConfig, ma
     )
 
 
-def product_weights(inventory: Inventory, shape: Shape, trained_only: bool = False) -> int:
+def product_weights(inventory: Inventory, shape: Shape, counted: Callable[[Parameter], bool]) -> int:
     """Matrix weights that one example's tokens meet in a sweep, summed over the tokens: layers read all of them, the
     self-conditioning block the canvases.
     """
     text, total = inventory.text, 0
     for p in inventory.parameters:
-        if p.is_matrix and p.unit != VOCABULARY and (p.is_trained or not trained_only):
+        if p.is_matrix and p.unit != VOCABULARY and counted(p):
             met = p.numel * text.top_k_experts // text.num_experts if p.is_expert else p.numel
             total += met * (shape.tokens if p.unit.startswith(LAYERS) else shape.canvas)
     return total
@@ -108,31 +105,49 @@ def visible_pairs(kind: str, shape: Shape, window: int) -> int:
     return causal + shape.canvas * (start + shape.canvas_length)
 
 
-def attention_flops(inventory: Inventory, shape: Shape) -> int:
-    """Forward products of all layers' attention for one example."""
+def attention_flops(inventory: Inventory, shape: Shape) -> list[int]:
+    """Forward products of each layer's attention for one example."""
     text = inventory.text
-    return sum(
+    return [
         4
         * visible_pairs(kind, shape, text.sliding_window)
         * text.num_attention_heads
         * text.per_layer_config[i].head_dim
         for i, kind in enumerate(text.layer_types)
-    )
+    ]
 
 
 def _flops(inventory: Inventory, setup: Setup, shape: Shape, examples: float, guessing: float) -> tuple[float, float]:
     """Useful FLOPs of one GPU's step, and those of what is computed again."""
-    matrix, attention = inventory.vocabulary.numel, attention_flops(inventory, shape)
-    forward = 2 * product_weights(inventory, shape) + attention
-    backward = forward + attention + 2 * product_weights(inventory, shape, trained_only=True)
+    matrix, attention, reached = inventory.vocabulary.numel, attention_flops(inventory, shape), goes_back(inventory)
+    forward = 2 * product_weights(inventory, shape, lambda p: True) + sum(attention)
+    again_attention = sum(flops for i, flops in enumerate(attention) if reached[f"{LAYERS}{i}"])
+    forward_again = 2 * product_weights(inventory, shape, lambda p: reached[p.unit]) + again_attention
+    backward = forward_again + again_attention + 2 * product_weights(inventory, shape, lambda p: p.is_trained)
     scored, trained = shape.canvas + shape.clean, inventory.vocabulary.is_trained
     useful = guessing * (forward + 4 * matrix * shape.canvas) + examples * (forward + backward)
     useful += examples * (6 if trained else 4) * matrix * scored
-    again = examples * forward if setup.activation_checkpointing else 0.0
+    again = examples * forward_again if setup.activation_checkpointing else 0.0
     if trained:
         useful += guessing * 2 * matrix * shape.canvas
         again += guessing * 2 * matrix * shape.canvas  # the guess's logits, for the soft embedding's gradient
     return useful, again
+
+
+def goes_back(inventory: Inventory) -> dict[str, bool]:
+    """Whether the backward pass reaches a unit: it, or something before it, is trained."""
+    found, trains = {}, False
+    for unit, parameters in inventory.units.items():  # in the order of the forward pass
+        trains = trains or any(p.is_trained for p in parameters)
+        found[unit] = trains
+    return found
+
+
+def gathers(inventory: Inventory) -> dict[str, int]:
+    """How often a micro-step needs each unit whole: in both passes, and in the backward pass, which computes it again.
+    The vocabulary is looked up in both passes and scores in the second, with a backward pass of its own.
+    """
+    return {unit: 2 + back + (2 if unit == VOCABULARY else 0) for unit, back in goes_back(inventory).items()}
 
 
 def _sent(inventory: Inventory, setup: Setup, shape: Shape, examples: float, guessing: float) -> dict[str, int]:
@@ -146,23 +161,23 @@ def _sent(inventory: Inventory, setup: Setup, shape: Shape, examples: float, gue
     reduced = sum(ring(p, setup.zero.communication_bytes) for p in trained)
     if stage == 3:
         small = setup.zero.persistence_threshold
-        gathered = sum(
-            ring(p, setup.element) * (VOCABULARY_GATHERS if p.unit == VOCABULARY else LAYER_GATHERS)
-            for p in inventory.parameters
-            if setup.local(p) > small
-        )
+        times = gathers(inventory)
+        gathered = sum(ring(p, setup.element) * times[p.unit] for p in inventory.parameters if setup.local(p) > small)
         kept_whole = sum(ring(p, setup.element) for p in trained if setup.local(p) <= small)  # after the update
         sent = {"all-gather": gathered * setup.accumulation + kept_whole, "reduce": reduced * setup.accumulation}
     else:
         # An all-reduce is a reduce-scatter and an all-gather; stage 1 makes one a step, in fp32.
-        times = setup.accumulation if stage == 2 else FP32 / setup.zero.communication_bytes
-        sent = {"all-gather": sum(ring(p, setup.element) for p in trained), "reduce": 2 * reduced * times}
+        sweeps = setup.accumulation if stage == 2 else FP32 / setup.zero.communication_bytes
+        sent = {"all-gather": sum(ring(p, setup.element) for p in trained), "reduce": 2 * reduced * sweeps}
     if setup.expert_parallel_size > 1:
         away = (setup.expert_parallel_size - 1) / setup.expert_parallel_size
         row = inventory.text.top_k_experts * inventory.text.hidden_size * setup.element * away
-        layers = sum(name.startswith(LAYERS) for name in inventory.units)
-        passes = 3 if setup.activation_checkpointing else 2  # forward, again, and the gradients
-        sent["all-to-all"] = 2 * row * layers * shape.tokens * (examples * passes + guessing)
+        passes = sum(  # forward, again, and the gradients
+            examples * (1 + back * (2 if setup.activation_checkpointing else 1)) + guessing
+            for unit, back in goes_back(inventory).items()
+            if unit.startswith(LAYERS)
+        )
+        sent["all-to-all"] = 2 * row * shape.tokens * passes
     return {name: round(size) for name, size in sent.items() if size}
 
 
@@ -175,8 +190,9 @@ def _host(inventory: Inventory, setup: Setup) -> tuple[int, int]:
         moved += trained * (FP32 * (2 * setup.accumulation) + setup.element)
         touched += trained * (2 * 3 * FP32 + FP32)
     if zero.offload_parameters:
+        times = gathers(inventory)
         moved += setup.accumulation * sum(
-            setup.element * setup.share(p) * (VOCABULARY_GATHERS if p.unit == VOCABULARY else LAYER_GATHERS)
+            setup.element * setup.share(p) * times[p.unit]
             for p in inventory.parameters
             if setup.local(p) > zero.persistence_threshold
         )

@@ -68,6 +68,8 @@ def count_kinds(engine: Any) -> dict[str, int]:
     if engine.zero_optimization_stage() == 3:
         masters = optimizer.fp32_partitioned_groups_flat
         gradients = [optimizer.grad_partitions_flat_buffer]
+    elif hasattr(optimizer, "fp32_groups_flat_partition"):  # stage 1 in bf16
+        masters, gradients = optimizer.fp32_groups_flat_partition, optimizer.fp32_groups_gradients_flat
     else:
         masters = optimizer.single_partition_of_fp32_groups
         gradients = [getattr(p, "grad_accum", None) for p in parameters] + [p.grad for p in parameters]
@@ -75,7 +77,7 @@ def count_kinds(engine: Any) -> dict[str, int]:
     kinds["fp32 master"] = nbytes(masters, seen)
     state = [value for held in inner.state.values() for value in held.values() if isinstance(value, Tensor)]
     kinds["moments"] = nbytes(state, seen)
-    buckets = [bucket.buffer for bucket in optimizer.ipg_buckets.values()]
+    buckets = [bucket.buffer for bucket in getattr(optimizer, "ipg_buckets", {}).values()]
     flat = [b for bucket in buckets for b in (bucket if isinstance(bucket, list) else [bucket])]
     kinds["reduce bucket"] = nbytes(flat, seen)
     kinds["gradients"] = nbytes(gradients, seen) + nbytes((master.grad for master in masters), seen)
