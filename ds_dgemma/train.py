@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import DiffusionGemmaConfig, PreTrainedTokenizerFast
 
 from ds_dgemma.checkpoint.adapter import AdapterReader
 from ds_dgemma.checkpoint.names import DECODER, checkpoint_name
@@ -103,23 +104,7 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
     if model.adapters and (warning := model.adapters.base_warning(config.model.path)):
         warnings.append(warning)
 
-    canvas_length, eos_id = spec.canvas_length, tokenizer.eos_token_id
-    assert isinstance(canvas_length, int)
-    assert isinstance(eos_id, int)
-
-    images = image_tokens(tokenizer, (spec.image_token_id, spec.boi_token_id, spec.eoi_token_id))
-
-    def read(split: Literal["train", "validation"]) -> ExampleSet:
-        conversations = load_conversations(config.data, split, images)
-        examples = prepare_examples(conversations, tokenizer, config.data, canvas_length, eos_id)
-        if ranks.is_main:
-            print(f"{split}: {examples.report}", flush=True)
-        return examples
-
-    examples, held_out = read("train"), []
-    if config.validation.every:
-        validation = read("validation")
-        held_out = [validation[i] for i in range(min(len(validation), config.validation.examples))]
+    examples, held_out = read_data(config, spec, tokenizer, ranks)
     corruption = Corruption(
         seed=config.seed,
         vocab_size=text.vocab_size,
@@ -138,6 +123,29 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
         check_same_data(config.data.train, resumed, examples.digest, len(examples))
     reader = StateReader(resumed) if resumed else None
     return Prepared(settings, model, corruption.collate, examples, held_out, reader, facts)
+
+
+def read_data(
+    config: RunConfig, spec: DiffusionGemmaConfig, tokenizer: PreTrainedTokenizerFast, ranks: RankLayout
+) -> tuple[ExampleSet, list[Example]]:
+    """The examples to train on and those to validate on, checked and tokenized; rank 0 tells how many were kept."""
+    canvas_length, eos_id = spec.canvas_length, tokenizer.eos_token_id
+    assert isinstance(canvas_length, int)
+    assert isinstance(eos_id, int)
+    images = image_tokens(tokenizer, (spec.image_token_id, spec.boi_token_id, spec.eoi_token_id))
+
+    def read(split: Literal["train", "validation"]) -> ExampleSet:
+        conversations = load_conversations(config.data, split, images)
+        examples = prepare_examples(conversations, tokenizer, config.data, canvas_length, eos_id)
+        if ranks.is_main:
+            print(f"{split}: {examples.report}", flush=True)
+        return examples
+
+    examples = read("train")
+    if not config.validation.every:
+        return examples, []
+    held_out = read("validation")
+    return examples, [held_out[i] for i in range(min(len(held_out), config.validation.examples))]
 
 
 def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tracker) -> None:
@@ -264,9 +272,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--config", type=Path, required=True, help="the run's YAML")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=value", help="override a setting")
-    parser.add_argument(
-        "--local_rank", type=int, help=argparse.SUPPRESS
-    )  # the launcher passes it; the environment says the same
+    # the launcher passes it; the environment says the same
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     try:
         config = load_config(args.config, args.set)
