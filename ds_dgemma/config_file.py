@@ -126,10 +126,20 @@ def same_run_problems(old: Mapping[str, Any], new: RunConfig) -> list[str]:
         if _may_change(key):
             continue
         before, now = _lookup(old, key, default_of(field)), _lookup(dumped, key, None)
-        if before != now:
+        if isinstance(before, Mapping) and isinstance(now, Mapping):  # a section that may be null, there in both
+            problems += [
+                _differs((*key, name), before.get(name), now.get(name))
+                for name in {**before, **now}
+                if before.get(name) != now.get(name)
+            ]
+        elif before != now:
             why = " (the learning rate's schedule ends there)" if key == ("train", "max_steps") else ""
-            problems.append(f"{dotted(key)}: run directory has {show(before)}, this config says {show(now)}{why}")
+            problems.append(_differs(key, before, now) + why)
     return problems
+
+
+def _differs(key: Key, before: Any, now: Any) -> str:
+    return f"{dotted(key)}: run directory has {show(before)}, this config says {show(now)}"
 
 
 class _Source:

@@ -40,7 +40,7 @@ def find_start(config: RunConfig) -> tuple[Checkpoint | None, list[str]]:
         )
     if used and (problems := same_run_problems(read_yaml(directory / CONFIG), config)):
         advice = "Choose another run.dir for another run, or set these back."
-        raise one_line_each(f"{directory}, which belongs to another config", [*problems, advice][:21])
+        raise one_line_each(f"{directory}, which belongs to another config", problems, advice)
     if not used and (any((directory / CHECKPOINTS).glob("step-*")) or (directory / METRICS).exists()):
         raise UserError(
             f"run.dir: {directory} has checkpoints or metrics but no {CONFIG}: it is not a run of ours. Choose another."

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ds_dgemma.checkpoint.adapter import CONFIG, PEFT, TENSORS, prefixes, to_peft
 from ds_dgemma.checkpoint.merge import ReadFactor
+from ds_dgemma.checkpoint.whole_directory import OURS
 from ds_dgemma.config import LoraSection
 from ds_dgemma.model.lora import FACTORS, PREFIXES, Target
 
@@ -36,7 +37,7 @@ def write_adapter(
     """Write the two files of an adapter into the directory `out`; `base` is the path or id of its model."""
     tensors = _peft_tensors(targets, read) if form == "peft" else _vllm_tensors(targets, read)
     content = {key: value.to(dtype).contiguous() for key, value in tensors}
-    save_file(content, out / TENSORS, metadata={"format": "pt"})
+    save_file(content, out / TENSORS, metadata=OURS)
     (out / CONFIG).write_text(json.dumps(_settings(targets, lora, base, form), indent=2, sort_keys=True) + "\n")
 
 

@@ -7,10 +7,7 @@ model that the run started from. A directory appears whole or not at all.
 """
 
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,17 +15,17 @@ from typing import Literal
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ds_dgemma.checkpoint.adapter import CONFIG as ADAPTER_CONFIG
 from ds_dgemma.checkpoint.adapter import AdapterReader
 from ds_dgemma.checkpoint.adapter_export import AdapterFormat, write_adapter
-from ds_dgemma.checkpoint.hf_weights import Change, Layout, flush, write_weights
+from ds_dgemma.checkpoint.hf_weights import Change, Layout, write_weights
 from ds_dgemma.checkpoint.merge import Merged
 from ds_dgemma.checkpoint.names import adapter_state_name, sources_of
 from ds_dgemma.checkpoint.run_state import StateReader, newest, open_checkpoint, step_directory
 from ds_dgemma.checkpoint.weights import INDEX, WeightReader, local_directory, pieces
+from ds_dgemma.checkpoint.whole_directory import whole_directory
 from ds_dgemma.config import LoraSection, RunConfig
 from ds_dgemma.config_file import read_yaml
 from ds_dgemma.errors import UserError, first_line
@@ -77,7 +74,7 @@ def export_run(
         return _write_model(run.model, out, _changes(run), layout)
     if run.lora is None:
         raise UserError(f"--format {form}: {run_dir} trained the model itself, there is no adapter. Leave it out.")
-    with _whole_directory(out, ADAPTER_CONFIG, set()) as beside:
+    with whole_directory(out, ADAPTER_CONFIG, set()) as beside:
         read = partial(_read_factor, run.trained, run.lora)
         write_adapter(beside, _targets(run), run.lora, read, run.base, form, DTYPES.get(dtype, torch.float32))
     return out
@@ -154,56 +151,10 @@ def _changes(run: Run) -> Change:
     return Merged(_targets(run), partial(_read_factor, run.trained, run.lora), scaling(run.lora)).change
 
 
-@contextmanager
-def _whole_directory(out: Path, marker: str, companions: set[str]) -> Iterator[Path]:
-    """Give a directory beside `out` to fill, which takes its place, or that of an older one: one that has `marker`
-    and, weights and their index apart, nothing else than `companions`.
-    """
-    beside, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
-    try:
-        if old.exists() and not out.exists():  # killed between the two renames below
-            old.rename(out)
-        if out.exists() and not (out.is_dir() and ((out / marker).is_file() or not any(out.iterdir()))):
-            raise UserError(f"--out {out} exists and holds something else, no {marker}. Choose another.")
-        if strangers := sorted(_names(out) - {marker, INDEX, *companions}):
-            raise UserError(f"--out {out} holds {strangers[0]}, which would be lost. Move it away, or choose another.")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        yield beside
-        for file in beside.iterdir():
-            flush(file)
-        _sync_directory(beside)
-        shutil.rmtree(old, ignore_errors=True)
-        if out.exists():
-            out.rename(old)
-        beside.rename(out)
-        _sync_directory(out.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else None
-        raise UserError(f"--out {out} could not be written: {reason or first_line(error)}.") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def _names(directory: Path) -> set[str]:
-    """What a directory holds, weights apart."""
-    entries = directory.iterdir() if directory.exists() else ()
-    return {entry.name for entry in entries if entry.is_dir() or entry.suffix != ".safetensors"}
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _write_model(model: Path, out: Path, change: Change, layout: Layout) -> Path:
     if out.exists() and out.samefile(model):
         raise UserError(f"--out {out} is the model itself. Choose another directory.")
-    with _whole_directory(out, "config.json", {file.name for file in model.iterdir()}) as beside:
+    with whole_directory(out, "config.json", {file.name for file in model.iterdir()}) as beside:
         _copy_companions(model, beside, layout.dtype or layout.changed_dtype)
         write_weights(model, change, beside, layout)
     return out

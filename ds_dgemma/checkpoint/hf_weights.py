@@ -5,7 +5,6 @@ writing all leave the interpreter free.
 """
 
 import json
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ds_dgemma.checkpoint.names import DECODER_LAYERS, ENCODER_LAYERS
 from ds_dgemma.checkpoint.weights import INDEX, WeightReader
+from ds_dgemma.checkpoint.whole_directory import OURS, flush
 
 # (name, the model that was started from, type to return) -> what the tensor became; None: it stayed
 Change = Callable[[str, WeightReader, torch.dtype], Tensor | None]
@@ -49,7 +49,7 @@ def write_weights(model: Path, change: Change, out: Path, layout: Layout) -> Non
     def write(file: str) -> int:
         reader = WeightReader(model)  # one a thread: it keeps a file open
         content = {name: _value(stored[name], reader, change, layout) for name in plan.filename_to_tensors[file]}
-        save_file(content, out / file, metadata={"format": "pt"})
+        save_file(content, out / file, metadata=OURS)
         flush(out / file)
         return sum(tensor.nbytes for tensor in content.values())
 
@@ -59,13 +59,6 @@ def write_weights(model: Path, change: Change, out: Path, layout: Layout) -> Non
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(plan.tensor_to_filename.items()))}
         (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         flush(out / INDEX)
-
-
-def flush(file: Path) -> None:
-    """Bring a file to the disk, readable for all."""
-    os.chmod(file, 0o644)  # safetensors writes for the owner alone
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
 
 
 def _value(name: str, reader: WeightReader, change: Change, layout: Layout) -> Tensor:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ds_dgemma.checkpoint.whole_directory import flush, sync_directory
 from ds_dgemma.errors import UserError, first_line
 
 STATE = "state.json"
@@ -78,7 +79,7 @@ def save(
         if final.exists():  # the same step, written again after a resume
             shutil.rmtree(final)
         partial.rename(final)
-        _sync_directory(root)
+        sync_directory(root)
 
     _together("publish", final, publish)
 
@@ -192,8 +193,7 @@ def _write_shards(partial: Path, shards: Iterable[Shard], kinds: tuple[str, ...]
         }
         intervals = {shard.name: (shard.start, shard.stop) for shard in group}
         save_file(tensors, file, metadata={"intervals": json.dumps(intervals)})
-        file.chmod(0o644)  # safetensors writes for the owner alone
-        _sync_file(file)
+        flush(file)
         sizes[file.name] = file.stat().st_size
     return sizes
 
@@ -240,16 +240,3 @@ def _write_durably(file: Path, text: str) -> None:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _sync_file(file: Path) -> None:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,6 +18,7 @@ from transformers import DiffusionGemmaForBlockDiffusion
 from ds_dgemma.checkpoint.export import export_run
 from ds_dgemma.checkpoint.hf_weights import Layout
 from ds_dgemma.checkpoint.weights import WeightReader
+from ds_dgemma.checkpoint.whole_directory import whole_directory
 from ds_dgemma.errors import UserError
 from tests.benchmarks.real_checkpoint import make_checkpoint
 from tests.gpu import shapes
@@ -142,6 +143,29 @@ def test_somebodys_files_beside_an_old_export_are_not_lost(run, tmp_path):
     with pytest.raises(UserError, match=r"holds notes\.md"):
         export_run(run, out)
     assert files_of(out) == before
+
+
+def test_a_model_that_was_not_exported_here_is_not_replaced(run, model, tmp_path):
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    before = files_of(other)
+    with pytest.raises(UserError, match="did not write"):
+        export_run(run, other)
+    assert files_of(other) == before
+
+
+def test_an_export_through_a_link_replaces_what_it_names_and_keeps_the_link(run, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+    for _ in range(2):
+        export_run(run, tmp_path / "out")
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "elsewhere/config.json").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "out", "elsewhere"}
+
+
+def test_two_exports_to_one_place_do_not_mix(run, tmp_path):
+    with whole_directory(tmp_path / "out", "config.json", set()), pytest.raises(UserError, match="another process"):
+        export_run(run, tmp_path / "out")
 
 
 def test_a_run_whose_model_or_settings_are_gone_is_told(model, tmp_path):

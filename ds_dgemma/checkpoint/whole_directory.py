@@ -1,0 +1,102 @@
+"""A directory of weights that appears whole or not at all, and takes the place of nothing but an older one of its kind.
+
+It is filled beside its place, flushed, and renamed last; a killed writer leaves the older one as it was. Only what this
+project wrote is replaced: its weight files say so in their safetensors metadata.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from ds_dgemma.checkpoint.weights import INDEX
+from ds_dgemma.errors import UserError, told
+
+OURS = {"format": "pt", "written_by": "ds_dgemma"}  # metadata of every weight file that we write
+
+
+@contextmanager
+def whole_directory(out: Path, marker: str, companions: set[str]) -> Iterator[Path]:
+    """Give a directory to fill, which takes the place of `out`, or of an older `out` that has `marker` and, weights and
+    their index apart, nothing else than `companions`.
+
+    Raises:
+        UserError: `out` holds something else, somebody writes there now, or the disk refuses.
+    """
+    out = Path(os.path.realpath(out))  # a link's target is replaced, never the link
+    beside, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(out):
+            if old.exists() and not out.exists():  # killed between the two renames below
+                old.rename(out)
+            _check_replaceable(out, {marker, INDEX, *companions}, marker)
+            try:
+                shutil.rmtree(beside, ignore_errors=True)
+                beside.mkdir()
+                yield beside
+                for file in beside.iterdir():
+                    flush(file)
+                sync_directory(beside)
+                shutil.rmtree(old, ignore_errors=True)
+                if out.exists():
+                    out.rename(old)
+                beside.rename(out)
+                sync_directory(out.parent)
+                shutil.rmtree(old, ignore_errors=True)
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--out {out} could not be written: {told(error)}.") from error
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep a second writer of the same directory out."""
+    path = out.with_name(out.name + ".lock")
+    with path.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--out {out} is being written by another process. Wait, or choose another.") from None
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _check_replaceable(out: Path, known: set[str], marker: str) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not out.is_dir() or not (out / marker).is_file():
+        raise UserError(f"--out {out} exists and holds something else, no {marker}. Choose another.")
+    entries = {entry.name for entry in out.iterdir() if entry.is_dir() or entry.suffix != ".safetensors"}
+    if strangers := sorted(entries - known):
+        raise UserError(f"--out {out} holds {strangers[0]}, which would be lost. Move it away, or choose another.")
+    for file in sorted(out.glob("*.safetensors")):
+        with suppress(OSError, SafetensorError), safe_open(file, "pt") as weights:
+            if (weights.metadata() or {}).get("written_by") == OURS["written_by"]:
+                continue
+        raise UserError(f"--out {out} holds {file.name}, which ds-dgemma did not write. Choose another directory.")
+
+
+def flush(file: Path) -> None:
+    """Bring a file to the disk, readable for all."""
+    file.chmod(0o644)  # safetensors writes for the owner alone
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames in a directory durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
