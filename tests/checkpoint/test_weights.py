@@ -228,6 +228,26 @@ def test_tensors_of_another_model_and_quantized_ones_are_named(single: Path, tmp
     assert "model.decoder.layers.0.experts.gate_up_proj of shape (4, 48, 48) is F8_E4M3; BF16" in message
 
 
+def test_copies_of_tied_weights_must_be_copies(single: Path, tmp_path: Path):
+    shutil.copytree(single, tmp_path, dirs_exist_ok=True)
+    embedding, norm = "model.decoder.embed_tokens.weight", "model.encoder.language_model.norm.weight"
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors[embedding][:-1].clone()
+        tensors[norm] = tensors["model.decoder.norm.weight"].clone()
+        tensors[norm][-1] += 1
+        name = "layers.0.experts.down_proj"  # a true copy
+        tensors["model.encoder.language_model." + name] = tensors["model.decoder." + name].clone()
+        tensors["model.encoder.language_model.layers.2.input_layernorm.weight"] = torch.ones(48)
+
+    rewrite(tmp_path / SINGLE, change)
+    message = told(tmp_path)
+    assert "3 problems" in message
+    assert f"lm_head.weight has shape (95, 48), (96, 48) was expected: it is tied to {embedding}" in message
+    assert f"{norm} has other values than model.decoder.norm.weight" in message
+    assert "model.encoder.language_model.layers.2.input_layernorm.weight, shape (48,), has no place" in message
+
+
 def test_missing_encoder_scalars_are_refused_or_copied_from_the_decoder(single: Path, tmp_path: Path):
     shutil.copytree(single, tmp_path, dirs_exist_ok=True)
     rewrite(tmp_path / SINGLE, lambda t: t.pop("model.encoder.language_model.layers.1.layer_scalar"))
