@@ -16,6 +16,7 @@ from ds_dgemma.checkpoint.names import DECODER, DECODER_LAYERS, ENCODER_LAYERS, 
 from ds_dgemma.checkpoint.run_state import StateReader
 from ds_dgemma.checkpoint.weights import FLOATS, WeightReader, pieces
 from ds_dgemma.errors import one_line_each
+from ds_dgemma.model.build import shapes_outside
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
 
@@ -43,10 +44,12 @@ def find_places(
     expert_rank: int = 0,
     copy_decoder_scalars: bool = False,
 ) -> dict[str, Place]:
-    """Where every meta parameter and buffer of `stack` lies in the checkpoint; reads headers only.
+    """Where every meta parameter and buffer of `stack` lies in the checkpoint; reads headers, and samples of what is
+    stored twice.
 
     Raises:
-        UserError: tensors are missing or of another shape than config.json says; all of them are named.
+        UserError: the checkpoint, vision tower and all, lacks tensors or has them in another shape than config.json
+        says; all of them are named.
     """
     places = {
         name: place_of(name, tuple(tensor.shape), expert_rank)
@@ -122,6 +125,7 @@ def _check(stack: DiffusionGemmaStack, reader: WeightReader, places: dict[str, P
             problems.append(f"{place.tensor} has shape {stored}, {expected} was expected from config.json.")
         if dtype not in FLOATS:
             problems.append(f"{place.tensor} of shape {stored} is {dtype}; {', '.join(FLOATS)} can be trained from.")
+    problems += _outside_problems(stack, reader)
     problems += _tied_problems(reader)
     known = {place.tensor for place in places.values()} | {DECODER + name for name in local}
     for tensor in reader.files:
@@ -133,6 +137,17 @@ def _check(stack: DiffusionGemmaStack, reader: WeightReader, places: dict[str, P
     if problems:
         shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise one_line_each(f"the checkpoint {reader.directory}", shown)
+
+
+def _outside_problems(stack: DiffusionGemmaStack, reader: WeightReader) -> list[str]:
+    """What an export could not carry over: transformers would fill it at random, without a word."""
+    problems = []
+    for tensor, expected in shapes_outside(stack.config).items():
+        if tensor not in reader:
+            problems.append(f"{tensor} is missing, shape {expected} was expected.")
+        elif (stored := reader.shape(tensor)) != expected:
+            problems.append(f"{tensor} has shape {stored}, {expected} was expected from config.json.")
+    return problems
 
 
 def _tied_problems(reader: WeightReader) -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ds_dgemma.checkpoint.export import merge_adapter
 from ds_dgemma.checkpoint.load import find_places, materialise, plain
 from ds_dgemma.checkpoint.names import Place
 from ds_dgemma.checkpoint.weights import INDEX, SINGLE, WeightReader
@@ -246,6 +247,24 @@ def test_copies_of_tied_weights_must_be_copies(single: Path, tmp_path: Path):
     assert f"lm_head.weight has shape (95, 48), (96, 48) was expected: it is tied to {embedding}" in message
     assert f"{norm} has other values than model.decoder.norm.weight" in message
     assert "model.encoder.language_model.layers.2.input_layernorm.weight, shape (48,), has no place" in message
+
+
+def test_a_vision_tower_that_is_not_whole_is_refused_before_training_and_merging(single: Path, tmp_path: Path):
+    shutil.copytree(single, tmp_path, dirs_exist_ok=True)
+    layer = "model.encoder.vision_tower.encoder.layers.0"
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors[f"{layer}.input_layernorm.weight"]
+        tensors[f"{layer}.self_attn.q_norm.weight"] = torch.ones(9)
+
+    rewrite(tmp_path / SINGLE, change)
+    message = told(tmp_path)
+    assert "2 problems" in message
+    assert f"{layer}.input_layernorm.weight is missing, shape (16,) was expected" in message
+    assert f"{layer}.self_attn.q_norm.weight has shape (9,), (8,) was expected" in message
+    with pytest.raises(UserError) as merging:
+        merge_adapter(str(tmp_path), tmp_path / "no-adapter", tmp_path / "out")
+    assert str(merging.value) == message
 
 
 def test_missing_encoder_scalars_are_refused_or_copied_from_the_decoder(single: Path, tmp_path: Path):
