@@ -115,7 +115,7 @@ def _check(stack: DiffusionGemmaStack, reader: WeightReader, places: dict[str, P
                 hint = " transformers would leave it uninitialised; set model.missing_encoder_scalars: copy_decoder."
             problems.append(f"{place.tensor} is missing, shape {tuple(local[name].shape)} was expected.{hint}")
             continue
-        stored, dtype = reader.shape(place.tensor), reader.dtype(place.tensor)
+        stored = reader.shape(place.tensor)
         expected = tuple(local[name].shape)
         if is_expert(name):
             _, rows, *rest = expected
@@ -123,12 +123,13 @@ def _check(stack: DiffusionGemmaStack, reader: WeightReader, places: dict[str, P
             expected = (text_spec(stack.config).num_experts, rows * parts, *rest)
         if stored != expected:
             problems.append(f"{place.tensor} has shape {stored}, {expected} was expected from config.json.")
-        if dtype not in FLOATS:
-            problems.append(f"{place.tensor} of shape {stored} is {dtype}; {', '.join(FLOATS)} can be trained from.")
     problems += _outside_problems(stack, reader)
     problems += _tied_problems(reader)
     known = {place.tensor for place in places.values()} | {DECODER + name for name in local}
-    for tensor in reader.files:
+    for tensor in sorted(reader.files, key=reader.files.__getitem__):  # a file is opened once
+        if (dtype := reader.dtype(tensor)) not in FLOATS:  # carried over or not: an export reads them all
+            shape = reader.shape(tensor)
+            problems.append(f"{tensor} of shape {shape} is {dtype}; {', '.join(FLOATS)} can be trained from.")
         name = tied_to(tensor) or tensor
         if name not in known and (name.startswith(DECODER) or name.endswith(".layer_scalar")):
             shape = reader.shape(tensor)

@@ -215,18 +215,21 @@ def test_every_missing_tensor_and_wrong_shape_is_named_at_once(single: Path, tmp
 
 def test_tensors_of_another_model_and_quantized_ones_are_named(single: Path, tmp_path: Path):
     shutil.copytree(single, tmp_path, dirs_exist_ok=True)
+    vision = "model.encoder.vision_tower.patch_embedder.input_proj.weight"
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.decoder.layers.2.input_layernorm.weight"] = torch.ones(48)  # a third layer
         name = "model.decoder.layers.0.experts.gate_up_proj"
         tensors[name] = tensors[name].to(torch.float8_e4m3fn)
         tensors["lm_head.weight"] = tensors["model.decoder.embed_tokens.weight"].clone()  # tied: of no account
+        tensors[vision] = tensors[vision].to(torch.int8)  # never read by training, but by the export
 
     rewrite(tmp_path / SINGLE, change)
     message = told(tmp_path)
-    assert "2 problems" in message
+    assert "3 problems" in message
     assert "model.decoder.layers.2.input_layernorm.weight, shape (48,), has no place" in message
     assert "model.decoder.layers.0.experts.gate_up_proj of shape (4, 48, 48) is F8_E4M3; BF16" in message
+    assert f"{vision} of shape (16, 48) is I8; BF16" in message
 
 
 def test_copies_of_tied_weights_must_be_copies(single: Path, tmp_path: Path):
