@@ -21,6 +21,7 @@ from ds_dgemma.checkpoint.adapter import CONFIG as ADAPTER_CONFIG
 from ds_dgemma.checkpoint.adapter import AdapterReader
 from ds_dgemma.checkpoint.adapter_export import AdapterFormat, write_adapter
 from ds_dgemma.checkpoint.hf_weights import Change, Layout, write_weights
+from ds_dgemma.checkpoint.load import find_places
 from ds_dgemma.checkpoint.merge import Merged
 from ds_dgemma.checkpoint.names import adapter_state_name, sources_of
 from ds_dgemma.checkpoint.run_state import StateReader, newest, open_checkpoint, step_directory
@@ -91,10 +92,13 @@ def merge_adapter(
     """Write a model with a PEFT adapter added to its weights, all else bit for bit; return `out`.
 
     Raises:
-        UserError: an adapter of another model or kind, an `out` that holds something else, or a disk that refuses.
+        UserError: a checkpoint that is not whole, an adapter of another model or kind, an `out` that holds something
+        else, or a disk that refuses.
     """
-    possible = possible_targets(_outline(model, revision))
+    stack = _outline(model, revision)
+    possible = possible_targets(stack)
     directory = local_directory(model, revision)
+    find_places(stack, WeightReader(directory), copy_decoder_scalars=True)
     reader = AdapterReader(adapter, possible)
     change = Merged(reader.targets, reader.read, scaling(reader.lora)).change
     return _write_model(directory, out, change, replace(layout or Layout(), dtype=DTYPES.get(dtype)))

@@ -15,7 +15,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ds_dgemma.checkpoint.names import DECODER_LAYERS, ENCODER_LAYERS
+from ds_dgemma.checkpoint.names import DECODER_LAYERS, ENCODER_LAYERS, tied_to
 from ds_dgemma.checkpoint.weights import INDEX, WeightReader
 from ds_dgemma.checkpoint.whole_directory import OURS, flush
 
@@ -34,9 +34,14 @@ class Layout:
 
 
 def write_weights(model: Path, change: Change, out: Path, layout: Layout) -> None:
-    """Write the weights of the directory `model`, with their changes, into the directory `out`, flushed."""
+    """Write the weights of the directory `model`, with their changes, into the directory `out`, flushed.
+
+    Copies of tied weights are left out: beside what the original became they would be stale, and transformers does not
+    tie two weights that differ.
+    """
     reader = WeightReader(model)
-    stored = {**{name: name for name in reader.files}, **_missing_encoder_scalars(reader)}
+    kept = {name: name for name in reader.files if tied_to(name) not in reader.files}
+    stored = {**kept, **_missing_encoder_scalars(reader)}
     sizes = {name: reader.nbytes(source, layout.dtype) for name, source in stored.items()}
     plan = split_state_dict_into_shards_factory(
         sizes,

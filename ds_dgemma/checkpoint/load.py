@@ -6,17 +6,21 @@ checkpoint to start from, or, for what a resumed run has trained, from its train
 """
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
 from torch import nn
 
-from ds_dgemma.checkpoint.names import DECODER, DECODER_LAYERS, ENCODER_LAYERS, Place, is_expert, place_of
+from ds_dgemma.checkpoint.names import DECODER, DECODER_LAYERS, ENCODER_LAYERS, Place, is_expert, place_of, tied_to
 from ds_dgemma.checkpoint.run_state import StateReader
 from ds_dgemma.checkpoint.weights import FLOATS, WeightReader, pieces
 from ds_dgemma.errors import one_line_each
+from ds_dgemma.model.build import shapes_outside
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
+
+SAMPLE = 4096  # elements at the start, in the middle and at the end by which two copies of a tensor are compared
 
 # (name, meta parameter) -> (the real parameter, its storage to fill, first and last flat element that it holds)
 MakeReal = Callable[[str, nn.Parameter], tuple[nn.Parameter, torch.Tensor, int, int]]
@@ -40,10 +44,12 @@ def find_places(
     expert_rank: int = 0,
     copy_decoder_scalars: bool = False,
 ) -> dict[str, Place]:
-    """Where every meta parameter and buffer of `stack` lies in the checkpoint; reads headers only.
+    """Where every meta parameter and buffer of `stack` lies in the checkpoint; reads headers, and samples of what is
+    stored twice.
 
     Raises:
-        UserError: tensors are missing or of another shape than config.json says; all of them are named.
+        UserError: the checkpoint, vision tower and all, lacks tensors or has them in another shape than config.json
+        says; all of them are named.
     """
     places = {
         name: place_of(name, tuple(tensor.shape), expert_rank)
@@ -109,7 +115,7 @@ def _check(stack: DiffusionGemmaStack, reader: WeightReader, places: dict[str, P
                 hint = " transformers would leave it uninitialised; set model.missing_encoder_scalars: copy_decoder."
             problems.append(f"{place.tensor} is missing, shape {tuple(local[name].shape)} was expected.{hint}")
             continue
-        stored, dtype = reader.shape(place.tensor), reader.dtype(place.tensor)
+        stored = reader.shape(place.tensor)
         expected = tuple(local[name].shape)
         if is_expert(name):
             _, rows, *rest = expected
@@ -117,14 +123,58 @@ def _check(stack: DiffusionGemmaStack, reader: WeightReader, places: dict[str, P
             expected = (text_spec(stack.config).num_experts, rows * parts, *rest)
         if stored != expected:
             problems.append(f"{place.tensor} has shape {stored}, {expected} was expected from config.json.")
-        if dtype not in FLOATS:
-            problems.append(f"{place.tensor} of shape {stored} is {dtype}; {', '.join(FLOATS)} can be trained from.")
+    problems += _outside_problems(stack, reader)
+    problems += _tied_problems(reader)
     known = {place.tensor for place in places.values()} | {DECODER + name for name in local}
-    for tensor in reader.files:
-        if tensor not in known and (tensor.startswith(DECODER) or tensor.endswith(".layer_scalar")):
+    for tensor in sorted(reader.files, key=reader.files.__getitem__):  # a file is opened once
+        if (dtype := reader.dtype(tensor)) not in FLOATS:  # carried over or not: an export reads them all
+            shape = reader.shape(tensor)
+            problems.append(f"{tensor} of shape {shape} is {dtype}; {', '.join(FLOATS)} can be trained from.")
+        name = tied_to(tensor) or tensor
+        if name not in known and (name.startswith(DECODER) or name.endswith(".layer_scalar")):
             shape = reader.shape(tensor)
             problems.append(f"{tensor}, shape {shape}, has no place in the model that config.json describes.")
     problems = list(dict.fromkeys(problems))  # gate and up lie in the same tensor
     if problems:
         shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise one_line_each(f"the checkpoint {reader.directory}", shown)
+
+
+def _outside_problems(stack: DiffusionGemmaStack, reader: WeightReader) -> list[str]:
+    """What an export could not carry over: transformers would fill it at random, without a word."""
+    problems = []
+    for tensor, expected in shapes_outside(stack.config).items():
+        if tensor not in reader:
+            problems.append(f"{tensor} is missing, shape {expected} was expected.")
+        elif (stored := reader.shape(tensor)) != expected:
+            problems.append(f"{tensor} has shape {stored}, {expected} was expected from config.json.")
+    return problems
+
+
+def _tied_problems(reader: WeightReader) -> list[str]:
+    """Copies that differ from the tensor that they are tied to: transformers would not tie them, and they would not be
+    trained.
+    """
+    problems = []
+    for copy in reader.files:
+        original = tied_to(copy)
+        if original not in reader.files:
+            continue
+        stored, expected = reader.shape(copy), reader.shape(original)
+        if stored != expected:
+            problems.append(f"{copy} has shape {stored}, {expected} was expected: it is tied to {original}.")
+        elif not torch.equal(_sample(reader, copy), _sample(reader, original)):
+            problems.append(
+                f"{copy} has other values than {original}, which it is tied to. Only tied ones are trained."
+            )
+    return problems
+
+
+def _sample(reader: WeightReader, tensor: str) -> torch.Tensor:
+    """The start, the middle and the end of a tensor, as bits: equal NaN are equal."""
+    size = prod(reader.shape(tensor))
+    starts = [0, max(size // 2 - SAMPLE // 2, 0), max(size - SAMPLE, 0)]
+    samples = torch.empty(len(starts), min(size, SAMPLE))
+    for sample, start in zip(samples, starts, strict=True):
+        reader.read_into(sample, Place(tensor), start, start + len(sample))
+    return samples.view(torch.int32)

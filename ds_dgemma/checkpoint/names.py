@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 DECODER = "model.decoder."
 DECODER_LAYERS = "model.decoder.layers."
+ENCODER = "model.encoder.language_model."
 ENCODER_LAYERS = "model.encoder.language_model.layers."
 _EXPERT = re.compile(r"(?P<layer>layers\.\d+\.experts)\.experts\.(?P<part>w1|w2|w3)$")
 _EXPERT_ADAPTER = re.compile(r"(?P<layer>layers\.\d+\.experts)\.experts\.(?P<part>(?:gate_up|down)_proj\.lora_[AB])$")
@@ -79,6 +80,18 @@ def place_of(name: str, shape: tuple[int, ...], expert_rank: int = 0) -> Place:
         first = shape[1] if match["part"] == "w3" else 0
         return Place(f"{DECODER}{match['layer']}.{tensor}", experts, (first, first + shape[1]))
     return Place(DECODER + name)
+
+
+def tied_to(tensor: str) -> str | None:
+    """The tensor whose values transformers gives this one, so that a checkpoint need not store it; None for all others.
+
+    Source: `_tied_weights_keys` in transformers `modeling_diffusion_gemma.py`.
+    """
+    if tensor == "lm_head.weight":
+        return DECODER + "embed_tokens.weight"
+    if tensor.startswith(ENCODER) and not tensor.endswith(".layer_scalar"):
+        return DECODER + tensor.removeprefix(ENCODER)
+    return None
 
 
 def sources_of(tensor: str) -> tuple[str, ...] | None:

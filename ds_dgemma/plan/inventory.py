@@ -6,17 +6,17 @@ parallel 1, and a rank of EP n holds 1/n of each of their tensors.
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any
 
-import torch
-from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
+from transformers import DiffusionGemmaConfig
 
 from ds_dgemma.config import RunConfig
 from ds_dgemma.engine.adapters import adapt_experts, choose_adapters
 from ds_dgemma.engine.expert_parallel import place_experts
 from ds_dgemma.engine.sharding import is_expert_parameter
 from ds_dgemma.engine.trainable import freeze
-from ds_dgemma.model.build import build_stack
+from ds_dgemma.model.build import build_stack, shapes_outside
 from ds_dgemma.model.lora import adapt_linears
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
@@ -78,7 +78,7 @@ def build_stack_for(config: RunConfig, spec: DiffusionGemmaConfig) -> DiffusionG
     """
     stack = build_stack(spec, train_router=config.model.train_router, activation_checkpointing=False)
     place_experts(stack, size=1, rank=0, grouped=False)
-    freeze(stack, config.model.freeze, list(_outside(spec)))
+    freeze(stack, config.model.freeze, list(shapes_outside(spec)))
     if config.lora is not None:
         adapters = choose_adapters(stack, config.lora, grouped_matmul=config.parallel.grouped_matmul != "off")
         adapt_linears(stack, adapters.targets, config.lora)
@@ -105,7 +105,7 @@ def take_inventory(stack: DiffusionGemmaStack) -> Inventory:
         ),
         text=text_spec(spec),
         canvas_length=canvas_length,
-        untrained_copy=sum(_outside(spec).values()),
+        untrained_copy=sum(map(prod, shapes_outside(spec).values())),
     )
 
 
@@ -113,11 +113,3 @@ def _unit(name: str) -> str:
     """`layers.3.mlp.up_proj.weight` -> `layers.3`, as `engine.deepspeed_engine.gather_as_units` marks them."""
     parts = name.split(".")
     return ".".join(parts[:2]) if name.startswith(LAYERS) else parts[0]
-
-
-def _outside(spec: DiffusionGemmaConfig) -> dict[str, int]:
-    """Parameters of the checkpoint that are no part of the language model, and their elements."""
-    with torch.device("meta"):
-        whole = DiffusionGemmaForBlockDiffusion(spec)
-    language = ("model.decoder.", "model.encoder.language_model.", "lm_head.")
-    return {name: p.numel() for name, p in whole.named_parameters() if not name.startswith(language)}

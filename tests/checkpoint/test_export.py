@@ -68,6 +68,23 @@ def test_what_was_trained_is_exported_and_all_else_is_carried_over_bit_for_bit(l
     assert not any(loaded[1].values())
 
 
+def test_copies_of_tied_weights_do_not_outlive_training(model, tmp_path):
+    source = tmp_path / "tied"
+    shutil.copytree(model, source, ignore=shutil.ignore_patterns("*.safetensors*"))
+    tensors = tensors_of(model)
+    copies = {"lm_head.weight": tensors["model.decoder.embed_tokens.weight"].clone()}
+    for name in filter(was_trained, tensors):
+        if "self_conditioning" not in name:  # the decoder's alone
+            copies[name.replace("model.decoder.", "model.encoder.language_model.")] = tensors[name].clone()
+    save_file({**tensors, **copies}, source / "model.safetensors")
+    out = export_run(write_run(tmp_path / "run", model, "bf16"), tmp_path / "plain")
+    run = write_run(tmp_path / "run-tied", source, "bf16")
+    tied = export_run(run, tmp_path / "out", layout=SMALL)
+    assert tensors_of(tied).keys() == tensors_of(out).keys() == tensors.keys()
+    loaded: Any = DiffusionGemmaForBlockDiffusion.from_pretrained(tied)
+    assert torch.equal(loaded.lm_head.weight, tensors_of(out)["model.decoder.embed_tokens.weight"])
+
+
 def test_no_shard_is_larger_than_asked_but_one_with_a_single_tensor(run, tmp_path):
     out = export_run(run, tmp_path / "out", layout=SMALL)
     index = json.loads((out / "model.safetensors.index.json").read_text())

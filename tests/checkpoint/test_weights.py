@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ds_dgemma.checkpoint.export import merge_adapter
 from ds_dgemma.checkpoint.load import find_places, materialise, plain
 from ds_dgemma.checkpoint.names import Place
 from ds_dgemma.checkpoint.weights import INDEX, SINGLE, WeightReader
@@ -214,18 +215,59 @@ def test_every_missing_tensor_and_wrong_shape_is_named_at_once(single: Path, tmp
 
 def test_tensors_of_another_model_and_quantized_ones_are_named(single: Path, tmp_path: Path):
     shutil.copytree(single, tmp_path, dirs_exist_ok=True)
+    vision = "model.encoder.vision_tower.patch_embedder.input_proj.weight"
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.decoder.layers.2.input_layernorm.weight"] = torch.ones(48)  # a third layer
         name = "model.decoder.layers.0.experts.gate_up_proj"
         tensors[name] = tensors[name].to(torch.float8_e4m3fn)
         tensors["lm_head.weight"] = tensors["model.decoder.embed_tokens.weight"].clone()  # tied: of no account
+        tensors[vision] = tensors[vision].to(torch.int8)  # never read by training, but by the export
+
+    rewrite(tmp_path / SINGLE, change)
+    message = told(tmp_path)
+    assert "3 problems" in message
+    assert "model.decoder.layers.2.input_layernorm.weight, shape (48,), has no place" in message
+    assert "model.decoder.layers.0.experts.gate_up_proj of shape (4, 48, 48) is F8_E4M3; BF16" in message
+    assert f"{vision} of shape (16, 48) is I8; BF16" in message
+
+
+def test_copies_of_tied_weights_must_be_copies(single: Path, tmp_path: Path):
+    shutil.copytree(single, tmp_path, dirs_exist_ok=True)
+    embedding, norm = "model.decoder.embed_tokens.weight", "model.encoder.language_model.norm.weight"
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors[embedding][:-1].clone()
+        tensors[norm] = tensors["model.decoder.norm.weight"].clone()
+        tensors[norm][-1] += 1
+        name = "layers.0.experts.down_proj"  # a true copy
+        tensors["model.encoder.language_model." + name] = tensors["model.decoder." + name].clone()
+        tensors["model.encoder.language_model.layers.2.input_layernorm.weight"] = torch.ones(48)
+
+    rewrite(tmp_path / SINGLE, change)
+    message = told(tmp_path)
+    assert "3 problems" in message
+    assert f"lm_head.weight has shape (95, 48), (96, 48) was expected: it is tied to {embedding}" in message
+    assert f"{norm} has other values than model.decoder.norm.weight" in message
+    assert "model.encoder.language_model.layers.2.input_layernorm.weight, shape (48,), has no place" in message
+
+
+def test_a_vision_tower_that_is_not_whole_is_refused_before_training_and_merging(single: Path, tmp_path: Path):
+    shutil.copytree(single, tmp_path, dirs_exist_ok=True)
+    layer = "model.encoder.vision_tower.encoder.layers.0"
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors[f"{layer}.input_layernorm.weight"]
+        tensors[f"{layer}.self_attn.q_norm.weight"] = torch.ones(9)
 
     rewrite(tmp_path / SINGLE, change)
     message = told(tmp_path)
     assert "2 problems" in message
-    assert "model.decoder.layers.2.input_layernorm.weight, shape (48,), has no place" in message
-    assert "model.decoder.layers.0.experts.gate_up_proj of shape (4, 48, 48) is F8_E4M3; BF16" in message
+    assert f"{layer}.input_layernorm.weight is missing, shape (16,) was expected" in message
+    assert f"{layer}.self_attn.q_norm.weight has shape (9,), (8,) was expected" in message
+    with pytest.raises(UserError) as merging:
+        merge_adapter(str(tmp_path), tmp_path / "no-adapter", tmp_path / "out")
+    assert str(merging.value) == message
 
 
 def test_missing_encoder_scalars_are_refused_or_copied_from_the_decoder(single: Path, tmp_path: Path):
