@@ -30,19 +30,30 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PEFT = "base_model.model."
 
-# What a PEFT configuration may not ask for: it would change what the factors mean.
-_UNSUPPORTED = (
-    "alora_invocation_tokens",
-    "alpha_pattern",
-    "fan_in_fan_out",
-    "layer_replication",
-    "lora_bias",
-    "modules_to_save",
-    "rank_pattern",
-    "trainable_token_indices",
-    "use_dora",
-    "use_qalora",
-)
+# What a PEFT configuration may set: anything else could change what the factors mean.
+_SUPPORTED = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",  # looked at below
+    "ensure_weight_tying",
+    "exclude_modules",
+    "inference_mode",
+    "init_lora_weights",  # looked at below
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",  # has a default; use_qalora is what counts
+    "r",
+    "revision",
+    "target_modules",
+    "target_parameters",
+    "task_type",
+    "use_rslora",
+}
 
 # Elements [start, stop) of a flattened factor, all experts in front, by its name below `model.decoder.`
 AdapterValues = Callable[[str, int, int], Tensor]
@@ -184,11 +195,17 @@ def _read_settings(directory: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         raise UserError(f"adapter {directory / CONFIG} is not of PEFT's type LORA.")
-    used = [key for key in _UNSUPPORTED if settings.get(key)]
+    used = sorted(key for key, value in settings.items() if value and key not in _SUPPORTED)
     if settings.get("bias", "none") != "none":
         used.append("bias")
     if used:
         raise UserError(f"adapter {directory} uses {', '.join(used)}: not supported here.")
+    if (init := settings.get("init_lora_weights")) not in (True, False, None, "gaussian"):
+        raise UserError(
+            f"adapter {directory / CONFIG}: init_lora_weights = {init!r}, true, false or 'gaussian' was expected. "
+            "Such an adapter may belong to a base that its start has changed. Let PEFT write it as plain LoRA: "
+            "save_pretrained with path_initial_model_for_weight_conversion."
+        )
     return settings
 
 

@@ -146,6 +146,8 @@ SPOILT = {
     "cut": (lambda adapter: (adapter / TENSORS).write_bytes(b"cut"), "cannot be read"),
     "another method": (change_settings(peft_type="IA3"), "not of PEFT's type LORA"),
     "DoRA": (change_settings(use_dora=True), "uses use_dora"),
+    "an option of a later PEFT": (change_settings(use_new={"x": 1}), "uses use_new: not supported"),
+    "PiSSA": (change_settings(init_lora_weights="pissa"), "init_lora_weights = 'pissa', true, false or 'gaussian'"),
     "another rank": (change_settings(r=5), r"has shape \(4, 48\), \(5, 48\) was expected of this model and rank 5"),
     "a missing copy": (change_tensors(lambda t: t.pop(QUERY)), f"{QUERY} is missing"),
     "unequal copies": (
