@@ -160,7 +160,12 @@ class AdapterReader:
             for key, found in shapes.items()
             if found not in (None, shape)
         )
-        if list(shapes.values()) == [shape] * 2 and not torch.equal(*map(self._file.get_tensor, keys)):
+        if set(shapes.values()) != {shape}:
+            return
+        factors = {key: self._file.get_tensor(key) for key in keys}
+        broken = [key for key, factor in factors.items() if not factor.double().isfinite().all()]
+        yield from (f"{key} holds NaN or infinity, numbers were expected. Take an earlier one." for key in broken)
+        if not broken and len(keys) == 2 and not torch.equal(*factors.values()):
             yield (
                 f"{keys[0]} and {keys[1]} differ. Encoder and decoder share their weights: one adapter, "
                 "written under both names, was expected."

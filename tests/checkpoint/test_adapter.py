@@ -140,6 +140,7 @@ def change_settings(**changes) -> Callable[[Path], None]:
 
 
 QUERY = "base_model.model.model.decoder.layers.0.self_attn.q_proj.lora_A.weight"
+ENCODERS_QUERY = QUERY.replace("decoder", "encoder.language_model")
 SPOILT = {
     "absent": (shutil.rmtree, "cannot be read: .*A PEFT directory has"),
     "no tensors": (lambda adapter: (adapter / TENSORS).unlink(), "cannot be read"),
@@ -153,6 +154,10 @@ SPOILT = {
     "unequal copies": (
         change_tensors(lambda t: t[QUERY].add_(1e-6)),
         "differ. Encoder and decoder share",
+    ),
+    "diverged": (
+        change_tensors(lambda t: [t[key].fill_(torch.nan) for key in (QUERY, ENCODERS_QUERY)]),
+        f"2 problems.*\n  {QUERY} holds NaN or infinity.*\n  {ENCODERS_QUERY} holds NaN or infinity",
     ),
     "another model": (
         change_tensors(lambda t: t.update({QUERY: torch.zeros(4, 50)})),
