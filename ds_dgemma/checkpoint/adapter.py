@@ -11,6 +11,7 @@ Source: peft 0.21.2 `tuners/lora/layer.py` (`ParamWrapper`), `tuners_utils.py` (
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,8 @@ class AdapterReader:
             self._shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in self._file.keys()}  # noqa: SIM118
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"adapter {directory} cannot be read: {first_line(error)}.") from error
+        if any(re.search(r"\.experts\.\d+\.", key) for key in self._shapes):
+            raise UserError(f"adapter {directory} is in vLLM's form. Export it again with --format peft.")
         self._wrappers = dict(self._find(possible))
         self.targets = tuple(target for name, target in possible.items() if name in self._wrappers)
         self._check()

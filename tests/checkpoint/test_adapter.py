@@ -107,6 +107,8 @@ def test_vllm_s_form_has_a_pair_for_every_expert_and_projection(base: Path, tmp_
             parts = ("gate_proj", "up_proj") if tensor == "gate_up_proj" else ("down_proj",)
             torch.testing.assert_close(torch.cat([delta(f"{module}.{e}.{part}") for part in parts]), whole[e])
     assert not stored
+    with pytest.raises(UserError, match=r"^adapter \S+ is in vLLM's form. Export it again with --format peft.$"):
+        AdapterReader(tmp_path / "adapter", possible())
 
 
 @pytest.mark.parametrize("name", SETTINGS)
