@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ds_dgemma.checkpoint.load import MakeReal
 from ds_dgemma.checkpoint.names import DECODER, checkpoint_name, is_adapter, is_expert
 from ds_dgemma.config import LoraSection
-from ds_dgemma.errors import UserError, first_line, one_line_each
+from ds_dgemma.errors import UserError, first_fault, first_line, one_line_each
 from ds_dgemma.model.lora import FACTORS, PREFIXES, Factor, Target
 from ds_dgemma.model.stack import DiffusionGemmaStack
 
@@ -92,6 +93,9 @@ class AdapterReader:
             self.lora = LoraSection.model_validate(
                 {key: self.settings[key] for key in ("r", "lora_alpha", "use_rslora") if key in self.settings}
             )
+        except ValidationError as error:
+            raise UserError(f"adapter {directory / CONFIG}: {first_fault(error)}.") from error
+        try:
             self._file = safe_open(directory / TENSORS, "pt")
             self._shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in self._file.keys()}  # noqa: SIM118
         except (OSError, ValueError, SafetensorError) as error:

@@ -31,7 +31,7 @@ from ds_dgemma.checkpoint.run_state import StateReader, newest, open_checkpoint,
 from ds_dgemma.checkpoint.weights import INDEX, WeightReader, local_directory, pieces
 from ds_dgemma.config import LoraSection, RunConfig
 from ds_dgemma.config_file import read_yaml
-from ds_dgemma.errors import UserError, first_line
+from ds_dgemma.errors import UserError, first_fault, first_line
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.lora import Factor, Target, possible_targets, scaling
 from ds_dgemma.model.spec import read_spec
@@ -130,7 +130,7 @@ def _settings(run_dir: Path) -> RunConfig:
     try:
         return RunConfig.model_validate(read_yaml(path))
     except ValidationError as error:
-        raise UserError(f"{path} is not what a run of this version writes: {first_line(error)}.") from error
+        raise UserError(f"{path} is not what a run of this version writes: {first_fault(error)}.") from error
 
 
 def _outline(model: str, revision: str | None = None):

@@ -152,6 +152,11 @@ SPOILT = {
     "an option of a later PEFT": (change_settings(use_new={"x": 1}), "uses use_new: not supported"),
     "PiSSA": (change_settings(init_lora_weights="pissa"), "init_lora_weights = 'pissa', true, false or 'gaussian'"),
     "another rank": (change_settings(r=5), r"has shape \(4, 48\), \(5, 48\) was expected of this model and rank 5"),
+    "no rank": (change_settings(r=0), "adapter_config.json: r = 0: Input should be greater than"),
+    "no number": (
+        change_settings(lora_alpha="x"),
+        "adapter_config.json: lora_alpha = 'x': Input should be a valid num",
+    ),
     "a missing copy": (change_tensors(lambda t: t.pop(QUERY)), f"{QUERY} is missing"),
     "unequal copies": (
         change_tensors(lambda t: t[QUERY].add_(1e-6)),
