@@ -1,9 +1,11 @@
 """Scores are right, easy puzzles cannot hide hard ones, and answers belong to their prompts."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from ds_dgemma.checkpoint.export import merge_adapter
@@ -128,10 +130,18 @@ def test_peft_adds_an_adapter_and_answers_as_the_merged_model_does(tmp_path: Pat
     ]
     assert answers[0] == answers[1] != answers[2]
 
-    weights = tmp_path / "adapter" / "adapter_model.safetensors"
-    factors = load_file(weights)
-    save_file({name: value for name, value in factors.items() if "layers.2.experts.lora_B" not in name}, weights)
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**settings, "target_parameters": None}))
     with pytest.raises(UserError, match="does not fit this model"):
         load_generator(model, tmp_path / "adapter")
-    with pytest.raises(UserError, match="could not be loaded"):
-        load_generator(model, tmp_path / "absent")
+
+
+def test_an_adapter_that_cannot_be_used_is_refused_before_the_model_is_read(tmp_path: Path, model: str) -> None:
+    unreadable = Path(shutil.copytree(model, tmp_path / "unreadable"))
+    (unreadable / "model.safetensors").write_bytes(b"not weights")
+    write_random_adapter(tmp_path / "adapter", Path(model))
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: torch.full_like(factor, torch.nan) for name, factor in load_file(weights).items()}, weights)
+    for adapter, said in (("adapter", "holds NaN"), ("absent", "absent cannot be read")):
+        with pytest.raises(UserError, match=said):
+            load_generator(str(unreadable), tmp_path / adapter)
