@@ -106,6 +106,13 @@ class AdapterReader:
         self.targets = tuple(target for name, target in possible.items() if name in self._wrappers)
         self._check()
 
+    def base_warning(self, model: str) -> str | None:
+        """A word on an adapter that was made for a model of another name, which may still be the same model."""
+        made_for = self.settings.get("base_model_name_or_path")
+        if made_for in (None, "", model):
+            return None
+        return f"The adapter {self.directory} was made for {made_for}, here it is put on {model}."
+
     def read(self, target: Target, factor: Factor) -> Tensor:
         """A whole factor, experts in front."""
         stored = self._file.get_tensor(self._keys(target, factor)[0])

@@ -9,6 +9,7 @@ model that the run started from. A directory appears whole or not at all.
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -99,6 +100,8 @@ def merge_adapter(
     possible = possible_targets(_outline(model, revision))
     directory = local_directory(model, revision)
     reader = AdapterReader(adapter, possible)
+    if warning := reader.base_warning(model):
+        print(warning, file=sys.stderr)
     change = Merged(reader.targets, reader.read, scaling(reader.lora)).change
     return _write_model(directory, out, change, replace(layout or Layout(), dtype=DTYPES.get(dtype)))
 

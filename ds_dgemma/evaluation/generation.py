@@ -20,6 +20,7 @@ in transformers 5.23:
   default one is not.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,8 @@ def load_generator(path: str, adapter: Path | None = None) -> Generator:
     tokenizer = load_tokenizer(directory, text_spec(spec).vocab_size)
     if adapter is not None:  # looked at before the model is read
         outline = build_stack(spec, train_router=False, activation_checkpointing=False)
-        AdapterReader(adapter, possible_targets(outline))
+        if warning := AdapterReader(adapter, possible_targets(outline)).base_warning(path):
+            print(warning, file=sys.stderr)
     on_gpu = torch.cuda.is_available()
     try:
         loaded: Any = DiffusionGemmaForBlockDiffusion.from_pretrained(
