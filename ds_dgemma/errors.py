@@ -8,6 +8,8 @@ its trace.
 import difflib
 from collections.abc import Iterable
 
+from pydantic import ValidationError
+
 EXIT_USER_ERROR = 2
 
 
@@ -41,3 +43,11 @@ def told(error: Exception) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error's text: what a person needs of a library's long message."""
     return str(error).strip().split("\n")[0]
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first setting that pydantic refuses, with its value where it has one, and what was expected of it."""
+    found = error.errors(include_url=False)[0]
+    setting = ".".join(map(str, found["loc"]))
+    value = "" if isinstance(found["input"], dict | list) else f" = {found['input']!r}"
+    return f"{setting}{value}: {found['msg']}" if setting else found["msg"]

@@ -11,18 +11,20 @@ Source: peft 0.21.2 `tuners/lora/layer.py` (`ParamWrapper`), `tuners_utils.py` (
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ds_dgemma.checkpoint.load import MakeReal
 from ds_dgemma.checkpoint.names import DECODER, checkpoint_name, is_adapter, is_expert
 from ds_dgemma.config import LoraSection
-from ds_dgemma.errors import UserError, first_line, one_line_each
+from ds_dgemma.errors import UserError, first_fault, first_line, one_line_each
 from ds_dgemma.model.lora import FACTORS, PREFIXES, Factor, Target
 from ds_dgemma.model.stack import DiffusionGemmaStack
 
@@ -30,19 +32,30 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PEFT = "base_model.model."
 
-# What a PEFT configuration may not ask for: it would change what the factors mean.
-_UNSUPPORTED = (
-    "alora_invocation_tokens",
-    "alpha_pattern",
-    "fan_in_fan_out",
-    "layer_replication",
-    "lora_bias",
-    "modules_to_save",
-    "rank_pattern",
-    "trainable_token_indices",
-    "use_dora",
-    "use_qalora",
-)
+# What a PEFT configuration may set: anything else could change what the factors mean.
+_SUPPORTED = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",  # looked at below
+    "ensure_weight_tying",
+    "exclude_modules",
+    "inference_mode",
+    "init_lora_weights",  # looked at below
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",  # has a default; use_qalora is what counts
+    "r",
+    "revision",
+    "target_modules",
+    "target_parameters",
+    "task_type",
+    "use_rslora",
+}
 
 # Elements [start, stop) of a flattened factor, all experts in front, by its name below `model.decoder.`
 AdapterValues = Callable[[str, int, int], Tensor]
@@ -80,13 +93,25 @@ class AdapterReader:
             self.lora = LoraSection.model_validate(
                 {key: self.settings[key] for key in ("r", "lora_alpha", "use_rslora") if key in self.settings}
             )
+        except ValidationError as error:
+            raise UserError(f"adapter {directory / CONFIG}: {first_fault(error)}.") from error
+        try:
             self._file = safe_open(directory / TENSORS, "pt")
             self._shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in self._file.keys()}  # noqa: SIM118
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"adapter {directory} cannot be read: {first_line(error)}.") from error
+        if any(re.search(r"\.experts\.\d+\.", key) for key in self._shapes):
+            raise UserError(f"adapter {directory} is in vLLM's form. Export it again with --format peft.")
         self._wrappers = dict(self._find(possible))
         self.targets = tuple(target for name, target in possible.items() if name in self._wrappers)
         self._check()
+
+    def base_warning(self, model: str) -> str | None:
+        """A word on an adapter that was made for a model of another name, which may still be the same model."""
+        made_for = self.settings.get("base_model_name_or_path")
+        if made_for in (None, "", model):
+            return None
+        return f"The adapter {self.directory} was made for {made_for}, here it is put on {model}."
 
     def read(self, target: Target, factor: Factor) -> Tensor:
         """A whole factor, experts in front."""
@@ -149,7 +174,12 @@ class AdapterReader:
             for key, found in shapes.items()
             if found not in (None, shape)
         )
-        if list(shapes.values()) == [shape] * 2 and not torch.equal(*map(self._file.get_tensor, keys)):
+        if set(shapes.values()) != {shape}:
+            return
+        factors = {key: self._file.get_tensor(key) for key in keys}
+        broken = [key for key, factor in factors.items() if not factor.double().isfinite().all()]
+        yield from (f"{key} holds NaN or infinity, numbers were expected. Take an earlier one." for key in broken)
+        if not broken and len(keys) == 2 and not torch.equal(*factors.values()):
             yield (
                 f"{keys[0]} and {keys[1]} differ. Encoder and decoder share their weights: one adapter, "
                 "written under both names, was expected."
@@ -184,11 +214,17 @@ def _read_settings(directory: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         raise UserError(f"adapter {directory / CONFIG} is not of PEFT's type LORA.")
-    used = [key for key in _UNSUPPORTED if settings.get(key)]
+    used = sorted(key for key, value in settings.items() if value and key not in _SUPPORTED)
     if settings.get("bias", "none") != "none":
         used.append("bias")
     if used:
         raise UserError(f"adapter {directory} uses {', '.join(used)}: not supported here.")
+    if (init := settings.get("init_lora_weights")) not in (True, False, None, "gaussian"):
+        raise UserError(
+            f"adapter {directory / CONFIG}: init_lora_weights = {init!r}, true, false or 'gaussian' was expected. "
+            "Such an adapter may belong to a base that its start has changed. Let PEFT write it as plain LoRA: "
+            "save_pretrained with path_initial_model_for_weight_conversion."
+        )
     return settings
 
 

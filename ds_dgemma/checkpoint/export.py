@@ -8,6 +8,7 @@ model that the run started from. A directory appears whole or not at all.
 
 import json
 import shutil
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from ds_dgemma.checkpoint.weights import INDEX, WeightReader, local_directory, p
 from ds_dgemma.checkpoint.whole_directory import whole_directory
 from ds_dgemma.config import LoraSection, RunConfig
 from ds_dgemma.config_file import read_yaml
-from ds_dgemma.errors import UserError, first_line
+from ds_dgemma.errors import UserError, first_fault, first_line
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.lora import Factor, Target, possible_targets, scaling
 from ds_dgemma.model.spec import read_spec
@@ -100,6 +101,8 @@ def merge_adapter(
     directory = local_directory(model, revision)
     find_places(stack, WeightReader(directory), copy_decoder_scalars=True)
     reader = AdapterReader(adapter, possible)
+    if warning := reader.base_warning(model):
+        print(warning, file=sys.stderr)
     change = Merged(reader.targets, reader.read, scaling(reader.lora)).change
     return _write_model(directory, out, change, replace(layout or Layout(), dtype=DTYPES.get(dtype)))
 
@@ -131,7 +134,7 @@ def _settings(run_dir: Path) -> RunConfig:
     try:
         return RunConfig.model_validate(read_yaml(path))
     except ValidationError as error:
-        raise UserError(f"{path} is not what a run of this version writes: {first_line(error)}.") from error
+        raise UserError(f"{path} is not what a run of this version writes: {first_fault(error)}.") from error
 
 
 def _outline(model: str, revision: str | None = None):

@@ -49,11 +49,8 @@ class Adapters:
     continued: AdapterReader | None
 
     def base_warning(self, model: str) -> str | None:
-        """A word on an adapter that was made for a model of another name, which may still be the same model."""
-        made_for = self.continued.settings.get("base_model_name_or_path") if self.continued else None
-        if made_for in (None, "", model):
-            return None
-        return f"lora.path: {self.lora.path} was made for {made_for}, this run starts from {model}."
+        """A word on a `lora.path` that was made for a model of another name."""
+        return self.continued.base_warning(model) if self.continued else None
 
     def names(self) -> list[str]:
         """The names of the factors, beside the checkpoint's."""

@@ -20,6 +20,7 @@ in transformers 5.23:
   default one is not.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from rich.progress import track
 from safetensors import SafetensorError
 from transformers import DiffusionGemmaForBlockDiffusion, PreTrainedTokenizerFast
 
+from ds_dgemma.checkpoint.adapter import AdapterReader
 from ds_dgemma.checkpoint.weights import local_directory
 from ds_dgemma.config import DataSection
 from ds_dgemma.data.chat import split_last_turn, tokenize_turns
@@ -39,6 +41,8 @@ from ds_dgemma.data.sources import Conversations, load_conversations
 from ds_dgemma.data.tokenizer import load_tokenizer
 from ds_dgemma.errors import UserError, did_you_mean, first_line
 from ds_dgemma.evaluation.scorers import SCORERS, Score, summarise
+from ds_dgemma.model.build import build_stack
+from ds_dgemma.model.lora import possible_targets
 from ds_dgemma.model.spec import read_spec, text_spec
 
 ONE_THREAD_BELOW = 50_000_000  # parameters: a smaller model's CPU threads mostly wait for each other
@@ -60,7 +64,12 @@ def load_generator(path: str, adapter: Path | None = None) -> Generator:
         UserError: no DiffusionGemma checkpoint, weights missing, no tokenizer, or no adapter of this model.
     """
     directory = local_directory(path)
-    tokenizer = load_tokenizer(directory, text_spec(read_spec(str(directory))).vocab_size)
+    spec = read_spec(str(directory))
+    tokenizer = load_tokenizer(directory, text_spec(spec).vocab_size)
+    if adapter is not None:  # looked at before the model is read
+        outline = build_stack(spec, train_router=False, activation_checkpointing=False)
+        if warning := AdapterReader(adapter, possible_targets(outline)).base_warning(path):
+            print(warning, file=sys.stderr)
     on_gpu = torch.cuda.is_available()
     try:
         loaded: Any = DiffusionGemmaForBlockDiffusion.from_pretrained(

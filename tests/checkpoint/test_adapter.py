@@ -107,6 +107,8 @@ def test_vllm_s_form_has_a_pair_for_every_expert_and_projection(base: Path, tmp_
             parts = ("gate_proj", "up_proj") if tensor == "gate_up_proj" else ("down_proj",)
             torch.testing.assert_close(torch.cat([delta(f"{module}.{e}.{part}") for part in parts]), whole[e])
     assert not stored
+    with pytest.raises(UserError, match=r"^adapter \S+ is in vLLM's form. Export it again with --format peft.$"):
+        AdapterReader(tmp_path / "adapter", possible())
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -140,17 +142,29 @@ def change_settings(**changes) -> Callable[[Path], None]:
 
 
 QUERY = "base_model.model.model.decoder.layers.0.self_attn.q_proj.lora_A.weight"
+ENCODERS_QUERY = QUERY.replace("decoder", "encoder.language_model")
 SPOILT = {
     "absent": (shutil.rmtree, "cannot be read: .*A PEFT directory has"),
     "no tensors": (lambda adapter: (adapter / TENSORS).unlink(), "cannot be read"),
     "cut": (lambda adapter: (adapter / TENSORS).write_bytes(b"cut"), "cannot be read"),
     "another method": (change_settings(peft_type="IA3"), "not of PEFT's type LORA"),
     "DoRA": (change_settings(use_dora=True), "uses use_dora"),
+    "an option of a later PEFT": (change_settings(use_new={"x": 1}), "uses use_new: not supported"),
+    "PiSSA": (change_settings(init_lora_weights="pissa"), "init_lora_weights = 'pissa', true, false or 'gaussian'"),
     "another rank": (change_settings(r=5), r"has shape \(4, 48\), \(5, 48\) was expected of this model and rank 5"),
+    "no rank": (change_settings(r=0), "adapter_config.json: r = 0: Input should be greater than"),
+    "no number": (
+        change_settings(lora_alpha="x"),
+        "adapter_config.json: lora_alpha = 'x': Input should be a valid num",
+    ),
     "a missing copy": (change_tensors(lambda t: t.pop(QUERY)), f"{QUERY} is missing"),
     "unequal copies": (
         change_tensors(lambda t: t[QUERY].add_(1e-6)),
         "differ. Encoder and decoder share",
+    ),
+    "diverged": (
+        change_tensors(lambda t: [t[key].fill_(torch.nan) for key in (QUERY, ENCODERS_QUERY)]),
+        f"2 problems.*\n  {QUERY} holds NaN or infinity.*\n  {ENCODERS_QUERY} holds NaN or infinity",
     ),
     "another model": (
         change_tensors(lambda t: t.update({QUERY: torch.zeros(4, 50)})),

@@ -19,6 +19,7 @@ from ds_dgemma.checkpoint.export import export_run
 from ds_dgemma.checkpoint.hf_weights import Layout
 from ds_dgemma.checkpoint.weights import WeightReader
 from ds_dgemma.checkpoint.whole_directory import whole_directory
+from ds_dgemma.config_file import read_yaml
 from ds_dgemma.errors import UserError
 from tests.benchmarks.real_checkpoint import make_checkpoint
 from tests.gpu import shapes
@@ -190,9 +191,11 @@ def test_a_run_whose_model_or_settings_are_gone_is_told(model, tmp_path):
     shutil.rmtree(tmp_path / "model")
     with pytest.raises(UserError, match="started from a model that is gone"):
         export_run(run, tmp_path / "out")
-    (run / "config.yaml").write_text("- broken")
-    with pytest.raises(UserError, match=r"config\.yaml"):
-        export_run(run, tmp_path / "out")
+    settings = read_yaml(run / "config.yaml")
+    for broken, said in (([], "holds no settings"), ({**settings, "seed": "x"}, ".*: seed = 'x': Input should be")):
+        (run / "config.yaml").write_text(json.dumps(broken))
+        with pytest.raises(UserError, match=rf"config\.yaml {said}"):
+            export_run(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -1,9 +1,11 @@
 """Scores are right, easy puzzles cannot hide hard ones, and answers belong to their prompts."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from ds_dgemma.checkpoint.export import merge_adapter
@@ -117,7 +119,7 @@ def test_a_checkpoint_without_the_encoders_scalars_is_refused(tmp_path: Path) ->
         load_generator(str(tmp_path / "model"))
 
 
-def test_peft_adds_an_adapter_and_answers_as_the_merged_model_does(tmp_path: Path, model: str) -> None:
+def test_peft_adds_an_adapter_and_answers_as_the_merged_model_does(tmp_path: Path, model: str, capsys) -> None:
     experts = ("experts.gate_up_proj", "experts.down_proj")
     write_random_adapter(tmp_path / "adapter", Path(model), target_parameters=experts)
     merge_adapter(model, tmp_path / "adapter", tmp_path / "merged")
@@ -127,11 +129,25 @@ def test_peft_adds_an_adapter_and_answers_as_the_merged_model_does(tmp_path: Pat
         for path, adapter in ((model, tmp_path / "adapter"), (str(tmp_path / "merged"), None), (model, None))
     ]
     assert answers[0] == answers[1] != answers[2]
+    assert "was made for" not in capsys.readouterr().err
 
-    weights = tmp_path / "adapter" / "adapter_model.safetensors"
-    factors = load_file(weights)
-    save_file({name: value for name, value in factors.items() if "layers.2.experts.lora_B" not in name}, weights)
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    strange = {"target_parameters": None, "base_model_name_or_path": "another/model"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**settings, **strange}))
+    warning = f"The adapter {tmp_path / 'adapter'} was made for another/model, here it is put on {model}.\n"
+    merge_adapter(model, tmp_path / "adapter", tmp_path / "merged")
+    assert warning in capsys.readouterr().err
     with pytest.raises(UserError, match="does not fit this model"):
         load_generator(model, tmp_path / "adapter")
-    with pytest.raises(UserError, match="could not be loaded"):
-        load_generator(model, tmp_path / "absent")
+    assert warning in capsys.readouterr().err
+
+
+def test_an_adapter_that_cannot_be_used_is_refused_before_the_model_is_read(tmp_path: Path, model: str) -> None:
+    unreadable = Path(shutil.copytree(model, tmp_path / "unreadable"))
+    (unreadable / "model.safetensors").write_bytes(b"not weights")
+    write_random_adapter(tmp_path / "adapter", Path(model))
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: torch.full_like(factor, torch.nan) for name, factor in load_file(weights).items()}, weights)
+    for adapter, said in (("adapter", "holds NaN"), ("absent", "absent cannot be read")):
+        with pytest.raises(UserError, match=said):
+            load_generator(str(unreadable), tmp_path / adapter)
