@@ -96,6 +96,24 @@ def test_a_verdict_holds_for_the_setup_that_it_names(tmp_path):
     assert plan(tmp_path, *large, gpu_memory=10, host=1).nearest is None  # nothing can be done
 
 
+@pytest.mark.parametrize(("offload", "gpu_memory"), [({}, 70), ({"offload_optimizer": {"device": "cpu"}}, 14)])
+def test_a_proposal_of_zero3_needs_what_that_json_needs(offload, gpu_memory, tmp_path):
+    buckets = {"reduce_bucket_size": 10**6, "allgather_bucket_size": 10**6}
+    (tmp_path / "zero2.json").write_text(json.dumps({"zero_optimization": {"stage": 2, **buckets, **offload}}))
+    found = plan(tmp_path, f"deepspeed={tmp_path / 'zero2.json'}", gpu_memory=gpu_memory)
+    assert found.nearest is not None
+    changes, setup, memory = found.nearest
+    assert "deepspeed: ds_configs/zero3.json" in changes
+    ready = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    for name in ("offload_optimizer", "offload_param"):
+        if any(name in change for change in changes):
+            ready["zero_optimization"][name] = {"device": "cpu"}
+    (tmp_path / "advised.json").write_text(json.dumps(ready))
+    settings = [change.replace(": ", "=") for change in changes if re.match(r"(train|parallel)\.", change)]
+    advised = plan(tmp_path, f"deepspeed={tmp_path / 'advised.json'}", *settings, gpus=setup.gpus)
+    assert (advised.setup, advised.memory) == (setup, memory)
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_offload_moves_the_optimizer_to_host_memory(stage, tmp_path):
     zero = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
