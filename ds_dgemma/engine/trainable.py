@@ -30,6 +30,11 @@ def freeze(stack: nn.Module, patterns: Sequence[str], tensors: Sequence[str]) ->
         raise one_line_each("the run config", problems)
 
 
+def trained_names(module: nn.Module) -> list[str]:
+    """The names, as in the checkpoint, of what is not frozen."""
+    return sorted({checkpoint_name(name) for name, p in module.named_parameters() if p.requires_grad})
+
+
 def check_stage(stage: int, trained: Sequence[str]) -> None:
     """Raise `UserError` where DeepSpeed's ZeRO stages 1 and 2 would stop: they want a group of expert parameters."""
     if stage < 3 and not any(".experts." in name for name in trained):

@@ -5,7 +5,7 @@ import pytest
 from ds_dgemma.checkpoint.names import checkpoint_name
 from ds_dgemma.config import OptimizerSection, ParameterGroupSection
 from ds_dgemma.engine.expert_parallel import place_experts
-from ds_dgemma.engine.trainable import check_groups, check_stage, freeze, parameter_groups
+from ds_dgemma.engine.trainable import check_groups, check_stage, freeze, parameter_groups, trained_names
 from ds_dgemma.errors import UserError
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.stack import DiffusionGemmaStack
@@ -23,7 +23,7 @@ def stack() -> DiffusionGemmaStack:
 
 
 def trained(stack: DiffusionGemmaStack) -> set[str]:
-    return {checkpoint_name(name) for name, parameter in stack.named_parameters() if parameter.requires_grad}
+    return set(trained_names(stack))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from transformers import AutoConfig, DiffusionGemmaForBlockDiffusion
 from ds_dgemma.cli import main
 from ds_dgemma.config_file import load_config
 from ds_dgemma.data.batch import FirstPass
+from ds_dgemma.errors import UserError
 from ds_dgemma.model.masks import attention_masks, clean_and_canvases
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.plan.activations import trace
@@ -94,6 +95,14 @@ def test_a_verdict_holds_for_the_setup_that_it_names(tmp_path):
     assert settings
     assert not plan(tmp_path, *large, *settings).problems
     assert plan(tmp_path, *large, gpu_memory=10, host=1).nearest is None  # nothing can be done
+
+
+def test_a_group_that_training_would_refuse_is_refused(tmp_path):
+    lora = "lora={r: 8, target_parameters: [experts.down_proj]}"
+    for match in ("*.lora_B", "*.experts.down_proj.lora_A"):
+        plan(tmp_path, lora, f"optimizer.groups=[{{match: '{match}', lr: 1e-4}}]", gpus=1)
+    with pytest.raises(UserError, match=r"optimizer.groups.0.match  '\*.lora_C'"):
+        plan(tmp_path, lora, "optimizer.groups=[{match: '*.lora_C', lr: 1e-4}]", gpus=1)
 
 
 @pytest.mark.parametrize(("offload", "gpu_memory"), [({}, 70), ({"offload_optimizer": {"device": "cpu"}}, 14)])
