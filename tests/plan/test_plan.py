@@ -20,6 +20,7 @@ from ds_dgemma.plan.activations import trace
 from ds_dgemma.plan.cost import Machine, visible_pairs
 from ds_dgemma.plan.inventory import build_stack_for
 from ds_dgemma.plan.plan import RELEASED_SHAPES, Limits, Plan, make_plan, read_shapes
+from ds_dgemma.plan.report import verdict
 from ds_dgemma.plan.setup import Shape
 from tests.benchmarks.step import make_batch
 from tests.gpu import shapes
@@ -95,6 +96,11 @@ def test_a_verdict_holds_for_the_setup_that_it_names(tmp_path):
     assert settings
     assert not plan(tmp_path, *large, *settings).problems
     assert plan(tmp_path, *large, gpu_memory=10, host=1).nearest is None  # nothing can be done
+    offloaded = plan(tmp_path, gpu_memory=20, host=1000)
+    assert offloaded.nearest is not None
+    _, setup, memory = offloaded.nearest
+    assert memory.host
+    assert f"{sum(memory.host.values()) * setup.gpus / GIB:.0f} GiB of a node's host memory)" in verdict(offloaded)
 
 
 def test_a_group_that_training_would_refuse_is_refused(tmp_path):
@@ -192,8 +198,10 @@ def test_the_command_prints_a_table_or_json(tmp_path, capsys):
     assert found["gpu"]["peak_bytes"] < found["gpu"]["needed_bytes"] < 80 * GIB
     assert main([*common, "--gpus", "4"]) == 2  # EP 8 on 4 ranks
     assert "does not divide 4 ranks" in capsys.readouterr().err
-    assert main([*common[:3], "--gpu-memory", "24"]) == 0
+    assert main([*common[:3], "--gpu-memory", "24"]) == 1
     assert re.search(r"Does not fit on 8 GPUs of 24 GiB", capsys.readouterr().out)
+    assert main([*common[:3], "--length", "512", "--gpu-memory", "3"]) == 1
+    assert "set data.max_length below 512" in " ".join(capsys.readouterr().out.split())
 
 
 READY = sorted(path for path in (ROOT / "ds_configs" / "runs").glob("*.yaml") if "ds-dgemma plan" in path.read_text())
