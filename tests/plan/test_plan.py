@@ -109,6 +109,9 @@ def test_a_group_that_training_would_refuse_is_refused(tmp_path):
         plan(tmp_path, lora, f"optimizer.groups=[{{match: '{match}', lr: 1e-4}}]", gpus=1)
     with pytest.raises(UserError, match=r"optimizer.groups.0.match  '\*.lora_C'"):
         plan(tmp_path, lora, "optimizer.groups=[{match: '*.lora_C', lr: 1e-4}]", gpus=1)
+    for match in ("*.mlp.down_proj.weight", "*.vision_tower.*"):
+        with pytest.raises(UserError, match=r"not trained: frozen by model.freeze or lora"):
+            plan(tmp_path, lora, f"optimizer.groups=[{{match: '{match}', lr: 1e-4}}]", gpus=1)
 
 
 @pytest.mark.parametrize(("offload", "gpu_memory"), [({}, 70), ({"offload_optimizer": {"device": "cpu"}}, 14)])
