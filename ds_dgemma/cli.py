@@ -18,6 +18,7 @@ from ds_dgemma.errors import EXIT_USER_ERROR, UserError
 if TYPE_CHECKING:
     from ds_dgemma.checkpoint.hf_weights import Layout
 
+EXIT_DOES_NOT_FIT = 1
 EXIT_INTERRUPTED = 130
 
 
@@ -37,8 +38,8 @@ def make_sudoku(args: argparse.Namespace) -> None:
     print(f"{args.out}: {args.count} puzzles of {args.split}, {args.size}x{args.size}")
 
 
-def plan(args: argparse.Namespace) -> None:
-    """Tell the memory, time and traffic of a run before it is started, and whether it fits."""
+def plan(args: argparse.Namespace) -> int:
+    """Tell the memory, time and traffic of a run before it is started, and whether it fits (else exit code 1)."""
     from rich.console import Console
 
     from ds_dgemma.config_file import load_config
@@ -54,6 +55,7 @@ def plan(args: argparse.Namespace) -> None:
         print(json.dumps(as_dict(planned), indent=2))
     else:
         Console().print(tables(planned))
+    return EXIT_DOES_NOT_FIT if planned.problems else 0
 
 
 def export(args: argparse.Namespace) -> None:
@@ -114,13 +116,12 @@ def main(argv: list[str] | None = None) -> int:
     # transformers loads DeepSpeed where it is installed; its accelerator warning would land in our stdout
     logging.getLogger("DeepSpeed").addFilter(lambda log: log.levelno >= logging.ERROR)
     try:
-        args.command(args)
+        return args.command(args) or 0
     except UserError as error:
         print(error, file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    return 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -192,7 +193,9 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     plan_.add_argument("--config", type=Path, required=True, metavar="YAML", help="the run's config")
     plan_.add_argument("--set", action="append", default=[], metavar="a.b=value", help="override a setting")
     plan_.add_argument("--gpus", type=_above_zero(int), default=8, metavar="N", help="in all (8)")
-    plan_.add_argument("--gpu-memory", type=_above_zero(float), default=80.0, metavar="GIB", help="of one GPU (80)")
+    plan_.add_argument(
+        "--gpu-memory", type=_above_zero(float), default=79.0, metavar="GIB", help="of one GPU (79, H100)"
+    )
     plan_.add_argument(
         "--host-memory", type=_above_zero(float), metavar="GIB", help="of one node; not judged when absent"
     )
@@ -240,7 +243,7 @@ def _above_zero(kind: type, most: float = float("inf")) -> Callable[[str], Any]:
 def _add(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
     name: str,
-    command: Callable[[argparse.Namespace], None],
+    command: Callable[[argparse.Namespace], int | None],
 ) -> argparse.ArgumentParser:
     """Add a command; its docstring is its help."""
     parser = commands.add_parser(name, help=command.__doc__, description=command.__doc__)

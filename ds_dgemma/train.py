@@ -100,7 +100,7 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
         lora=config.lora.model_copy(update={"path": None}) if config.lora and resumed else config.lora,
     )
     check_stage(settings["zero_optimization"]["stage"], model.trained_names())
-    check_groups(config.optimizer, model.trained_names())
+    check_groups(config.optimizer, model.trained_names(), model.reader.files)
     if model.adapters and (warning := model.adapters.base_warning(config.model.path)):
         warnings.append(warning)
 

@@ -13,7 +13,7 @@ import torch
 from transformers import DiffusionGemmaConfig
 
 from ds_dgemma.checkpoint.load import find_places, materialise, plain
-from ds_dgemma.checkpoint.names import Place, checkpoint_name
+from ds_dgemma.checkpoint.names import Place
 from ds_dgemma.checkpoint.progress import ReadProgress
 from ds_dgemma.checkpoint.run_state import StateReader
 from ds_dgemma.checkpoint.weights import WeightReader
@@ -22,7 +22,7 @@ from ds_dgemma.engine.adapters import Adapters, attach_adapters, choose_adapters
 from ds_dgemma.engine.expert_parallel import place_experts
 from ds_dgemma.engine.ranks import RankLayout, agreed
 from ds_dgemma.engine.sharding import zero3
-from ds_dgemma.engine.trainable import freeze
+from ds_dgemma.engine.trainable import freeze, trained_names
 from ds_dgemma.errors import UserError
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.spec import text_spec
@@ -42,8 +42,7 @@ class OutlinedModel:
 
     def trained_names(self) -> list[str]:
         """The names, as in the checkpoint, of all that will be trained."""
-        names = {checkpoint_name(name) for name, p in self.stack.named_parameters() if p.requires_grad}
-        return sorted(names) + (self.adapters.names() if self.adapters else [])
+        return trained_names(self.stack) + (self.adapters.names() if self.adapters else [])
 
 
 def outline_model(

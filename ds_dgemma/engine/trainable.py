@@ -1,6 +1,6 @@
 """Which parameters are trained, and in which of AdamW's groups; people name them as in the checkpoint."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -30,6 +30,16 @@ def freeze(stack: nn.Module, patterns: Sequence[str], tensors: Sequence[str]) ->
         raise one_line_each("the run config", problems)
 
 
+def all_names(module: nn.Module) -> list[str]:
+    """The names, as in the checkpoint, of every parameter."""
+    return sorted({checkpoint_name(name) for name, _ in module.named_parameters()})
+
+
+def trained_names(module: nn.Module) -> list[str]:
+    """The names, as in the checkpoint, of what is not frozen."""
+    return sorted({checkpoint_name(name) for name, p in module.named_parameters() if p.requires_grad})
+
+
 def check_stage(stage: int, trained: Sequence[str]) -> None:
     """Raise `UserError` where DeepSpeed's ZeRO stages 1 and 2 would stop: they want a group of expert parameters."""
     if stage < 3 and not any(".experts." in name for name in trained):
@@ -39,8 +49,8 @@ def check_stage(stage: int, trained: Sequence[str]) -> None:
         )
 
 
-def check_groups(optimizer: OptimizerSection, trained: Sequence[str]) -> None:
-    """Raise `UserError` for a group that gets none of the parameters `trained`."""
+def check_groups(optimizer: OptimizerSection, trained: Sequence[str], tensors: Iterable[str]) -> None:
+    """Raise `UserError` for a group that gets none of the parameters `trained`; `tensors` are all of the checkpoint."""
     problems, left = [], list(trained)
     for number, group in enumerate(optimizer.groups):
         picked = matching(group.match, left)
@@ -50,6 +60,12 @@ def check_groups(optimizer: OptimizerSection, trained: Sequence[str]) -> None:
                 problem = (
                     f"optimizer.groups.{number}.match  {group.match!r} matches only what groups before it took. "
                     "The first match wins: put the special ones first."
+                )
+            elif matching(group.match, tensors):
+                problem = (
+                    f"optimizer.groups.{number}.match  {group.match!r} matches only what is not trained: frozen by "
+                    "model.freeze or lora, routers without model.train_router, the vision tower. Train it, or remove "
+                    "the group."
                 )
             problems.append(problem)
         left = [name for name in left if name not in picked]

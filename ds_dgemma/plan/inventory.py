@@ -44,7 +44,7 @@ class Inventory:
     parameters: tuple[Parameter, ...]
     text: Any  # transformers' text config
     canvas_length: int
-    untrained_copy: int  # parameters that a run never loads and an export carries over: the vision tower
+    outside: dict[str, int]  # elements of what a run never loads and an export carries over: the vision tower
 
     @cached_property
     def units(self) -> dict[str, tuple[Parameter, ...]]:
@@ -63,6 +63,11 @@ class Inventory:
     def trained(self) -> int:
         """Parameters that get gradients."""
         return sum(parameter.numel for parameter in self.parameters if parameter.is_trained)
+
+    @cached_property
+    def untrained_copy(self) -> int:
+        """Parameters that an export carries over."""
+        return sum(self.outside.values())
 
     @cached_property
     def vocabulary(self) -> Parameter:
@@ -105,7 +110,7 @@ def take_inventory(stack: DiffusionGemmaStack) -> Inventory:
         ),
         text=text_spec(spec),
         canvas_length=canvas_length,
-        untrained_copy=sum(map(prod, shapes_outside(spec).values())),
+        outside={name: prod(shape) for name, shape in shapes_outside(spec).items()},
     )
 
 

@@ -13,18 +13,19 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, DiffusionGemmaConfig
 
 from ds_dgemma.config import RunConfig
-from ds_dgemma.engine.ds_config import deepspeed_config
-from ds_dgemma.engine.trainable import check_stage
+from ds_dgemma.engine.ds_config import deepspeed_config, read_json
+from ds_dgemma.engine.trainable import all_names, check_groups, check_stage, trained_names
 from ds_dgemma.errors import UserError
 from ds_dgemma.model.spec import read_spec, text_spec
 from ds_dgemma.plan.activations import StackActivations, trace
 from ds_dgemma.plan.cost import Cost, Machine, bytes_on_disk, cost
 from ds_dgemma.plan.inventory import Inventory, build_stack_for, take_inventory
 from ds_dgemma.plan.memory import GIB, Memory, memory
-from ds_dgemma.plan.setup import Setup, Shape, read_setup, read_shape
+from ds_dgemma.plan.setup import Setup, Shape, Zero, read_setup, read_shape, read_zero
 
 RELEASED = "google/diffusiongemma-26B-A4B-it"
 RELEASED_SHAPES = Path(__file__).with_name("released_26b.json")
+ZERO3 = Path(__file__).parents[2] / "ds_configs" / "zero3.json"  # what a change of stage is advised as
 MOST_GPUS = 64
 
 
@@ -78,7 +79,8 @@ def make_plan(config: RunConfig, gpus: int, limits: Limits, machine: Machine, le
     _check_experts(config, spec)
     stack = build_stack_for(config, spec)
     inventory, setup = take_inventory(stack), read_setup(config, settings, gpus)
-    check_stage(setup.zero.stage, [p.name for p in inventory.parameters if p.is_trained])
+    check_stage(setup.zero.stage, trained_names(stack))
+    check_groups(config.optimizer, trained_names(stack), [*all_names(stack), *inventory.outside])
     shape = read_shape(config, inventory, length)
     activations = trace(stack, shape.tokens, setup.dtype)
     subject = _Subject(inventory, activations, shape, limits, config.objective.logits_chunk_mib)
@@ -147,16 +149,16 @@ def _nearest(subject: _Subject, setup: Setup) -> tuple[tuple[str, ...], Setup, M
 def _variants(subject: _Subject, setup: Setup) -> Iterator[tuple[tuple[str, ...], float, Setup]]:
     """Every other way to run the same science, what it changes, and how much one would mind."""
     zero, experts, rows = setup.zero, subject.inventory.text.num_experts, setup.global_batch_size
-    for gpus, ep, stage, optimizer, parameters, checkpointing, micro in product(
+    for gpus, ep, base, optimizer, parameters, checkpointing, micro in product(
         [setup.gpus * 2**n for n in range(7) if setup.gpus * 2**n <= max(MOST_GPUS, setup.gpus)],
         _divisors(experts),
-        sorted({zero.stage, 3}),
+        _jsons(setup),
         sorted({zero.offload_optimizer, True}),
         sorted({zero.offload_parameters, True}),
         sorted({setup.activation_checkpointing, True}),
         range(1, setup.micro_batch_size + 1),
     ):
-        if gpus % ep or rows % (gpus * micro) or (parameters and stage < 3):
+        if gpus % ep or rows % (gpus * micro) or (parameters and base.stage < 3):
             continue
         candidate = replace(
             setup,
@@ -164,10 +166,17 @@ def _variants(subject: _Subject, setup: Setup) -> Iterator[tuple[tuple[str, ...]
             expert_parallel_size=ep,
             micro_batch_size=micro,
             activation_checkpointing=checkpointing,
-            zero=replace(zero, stage=stage, offload_optimizer=optimizer, offload_parameters=parameters),
+            zero=replace(base, offload_optimizer=optimizer, offload_parameters=parameters),
         )
         changes = _changes(setup, candidate)
         yield tuple(text for text, _ in changes), sum(effort for _, effort in changes), candidate
+
+
+def _jsons(setup: Setup) -> list[Zero]:
+    """The run's own DeepSpeed JSON, and where it is of a lower stage, the ready one of stage 3 with its own buckets."""
+    if setup.zero.stage == 3 or not ZERO3.is_file():  # a package installed without the repository has no JSON
+        return [setup.zero]
+    return [setup.zero, read_zero(read_json(ZERO3), setup.dtype)]
 
 
 def _divisors(number: int) -> list[int]:
@@ -177,6 +186,7 @@ def _divisors(number: int) -> list[int]:
 def _changes(before: Setup, after: Setup) -> list[tuple[str, float]]:
     """What differs, in the user's own settings, and how much one would mind: speed lost, machines to be had."""
     old, new = before.zero, after.zero
+    restaged = old.stage != new.stage  # by another JSON, which offloads nothing yet
     on_cpu = '"{}": {{"device": "cpu"}} in the JSON\'s zero_optimization'
     possible = [
         (
@@ -194,8 +204,12 @@ def _changes(before: Setup, after: Setup) -> list[tuple[str, float]]:
             before.expert_parallel_size != after.expert_parallel_size,
             1 + after.expert_parallel_size / 1000,
         ),
-        ("deepspeed: ds_configs/zero3.json", old.stage != new.stage, 2),
-        (on_cpu.format("offload_optimizer"), old.offload_optimizer != new.offload_optimizer, 20),
+        ("deepspeed: ds_configs/zero3.json", restaged, 2),
+        (
+            on_cpu.format("offload_optimizer"),
+            new.offload_optimizer and (restaged or not old.offload_optimizer),
+            0 if old.offload_optimizer else 20,
+        ),
         (on_cpu.format("offload_param"), old.offload_parameters != new.offload_parameters, 40),
         (f"{after.gpus} GPUs", before.gpus != after.gpus, 100 * after.gpus / before.gpus),
     ]

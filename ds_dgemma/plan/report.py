@@ -6,8 +6,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ds_dgemma.plan.memory import FRAGMENTATION, GIB, IMBALANCE, RUNTIME
-from ds_dgemma.plan.plan import MOST_GPUS, Plan, host_bytes
+from ds_dgemma.plan.memory import FRAGMENTATION, GIB, IMBALANCE, RUNTIME, Memory
+from ds_dgemma.plan.plan import MOST_GPUS, Limits, Plan, host_bytes
+from ds_dgemma.plan.setup import Setup
 
 GB = 1e9
 
@@ -52,19 +53,22 @@ def verdict(plan: Plan) -> str:
     """Whether it fits, and if not, what would."""
     on = f"{plan.setup.gpus} GPU{'s' if plan.setup.gpus > 1 else ''} of {plan.limits.gpu_memory:g} GiB"
     if not plan.problems:
-        host = host_bytes(plan.memory, plan.setup, plan.limits)
-        and_host = f", {host / GIB:.0f} GiB of a node's host memory" if host else ""
-        return f"Fits on {on}: {plan.memory.needed / GIB:.1f} GiB of a GPU{and_host}."
+        return f"Fits on {on}: {_needs(plan.memory, plan.setup, plan.limits)}."
     text = f"Does not fit on {on}: {'; '.join(plan.problems)}."
     if plan.nearest is None:
         return (
-            f"{text} Nothing near it does, on up to {MOST_GPUS} GPUs of this size: shorten data.max_length, or train "
-            "less of it."
+            f"{text} Nothing near it does, on up to {MOST_GPUS} GPUs of this size: set data.max_length below "
+            f"{plan.shape.clean}, or train less of it."
         )
-    changes, _, memory = plan.nearest
-    host = f" and {sum(memory.host.values()) / GIB:.0f} GiB of host memory" if memory.host else ""
+    changes, setup, memory = plan.nearest
     lines = "".join(f"\n  {change}" for change in changes)
-    return f"{text}\nThe nearest that does ({memory.needed / GIB:.1f} GiB of a GPU{host} per rank):{lines}"
+    return f"{text}\nThe nearest that does ({_needs(memory, setup, plan.limits)}):{lines}"
+
+
+def _needs(needed: Memory, setup: Setup, limits: Limits) -> str:
+    host = host_bytes(needed, setup, limits)
+    and_host = f", {host / GIB:.0f} GiB of a node's host memory" if host else ""
+    return f"{needed.needed / GIB:.1f} GiB of a GPU{and_host}"
 
 
 def tables(plan: Plan) -> Group:

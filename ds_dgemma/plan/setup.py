@@ -89,10 +89,7 @@ def read_setup(config: RunConfig, deepspeed: dict[str, Any], gpus: int) -> Setup
         UserError: the batch or the expert groups do not divide over `gpus`.
     """
     check_topology(config, gpus)
-    zero, dtype = zero_config(deepspeed), DTYPES[config.train.precision]
-    communication = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}.get(
-        str(deepspeed.get("communication_data_type")), dtype.itemsize
-    )
+    dtype = DTYPES[config.train.precision]
     return Setup(
         gpus=gpus,
         expert_parallel_size=config.parallel.expert_parallel_size,
@@ -100,18 +97,27 @@ def read_setup(config: RunConfig, deepspeed: dict[str, Any], gpus: int) -> Setup
         micro_batch_size=config.train.micro_batch_size,
         activation_checkpointing=config.train.activation_checkpointing,
         dtype=dtype,
-        zero=Zero(
-            stage=int(zero.stage),
-            reduce_bucket=zero.reduce_bucket_size,
-            prefetch_bucket=zero.prefetch_bucket_size,
-            persistence_threshold=zero.param_persistence_threshold,
-            sub_group=zero.sub_group_size,
-            overlap=bool(zero.overlap_comm),
-            contiguous=zero.contiguous_gradients,
-            communication_bytes=communication,
-            offload_optimizer=_on_cpu(zero.offload_optimizer),
-            offload_parameters=_on_cpu(zero.offload_param),
-        ),
+        zero=read_zero(deepspeed, dtype),
+    )
+
+
+def read_zero(deepspeed: dict[str, Any], dtype: torch.dtype) -> Zero:
+    """What DeepSpeed's settings say of memory, for weights of `dtype`."""
+    zero = zero_config(deepspeed)
+    communication = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}.get(
+        str(deepspeed.get("communication_data_type")), dtype.itemsize
+    )
+    return Zero(
+        stage=int(zero.stage),
+        reduce_bucket=zero.reduce_bucket_size,
+        prefetch_bucket=zero.prefetch_bucket_size,
+        persistence_threshold=zero.param_persistence_threshold,
+        sub_group=zero.sub_group_size,
+        overlap=bool(zero.overlap_comm),
+        contiguous=zero.contiguous_gradients,
+        communication_bytes=communication,
+        offload_optimizer=_on_cpu(zero.offload_optimizer),
+        offload_parameters=_on_cpu(zero.offload_param),
     )
 
 

@@ -5,7 +5,7 @@ import pytest
 from ds_dgemma.checkpoint.names import checkpoint_name
 from ds_dgemma.config import OptimizerSection, ParameterGroupSection
 from ds_dgemma.engine.expert_parallel import place_experts
-from ds_dgemma.engine.trainable import check_groups, check_stage, freeze, parameter_groups
+from ds_dgemma.engine.trainable import all_names, check_groups, check_stage, freeze, parameter_groups, trained_names
 from ds_dgemma.errors import UserError
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.stack import DiffusionGemmaStack
@@ -23,7 +23,7 @@ def stack() -> DiffusionGemmaStack:
 
 
 def trained(stack: DiffusionGemmaStack) -> set[str]:
-    return {checkpoint_name(name) for name, parameter in stack.named_parameters() if parameter.requires_grad}
+    return set(trained_names(stack))
 
 
 @pytest.mark.parametrize(
@@ -78,11 +78,15 @@ def test_the_first_group_that_matches_has_a_parameter_and_the_rest_is_one_group(
     [
         ("*.expert.*", r"optimizer.groups.1.match  '\*.expert.\*' matches no name"),
         ("*.layers.1.experts.down_proj", r"optimizer.groups.1.match .*only what groups before it took"),
+        ("*.layers.0.mlp.*", r"optimizer.groups.1.match .*matches only what is not trained"),
+        ("*.vision_tower.*", r"optimizer.groups.1.match .*matches only what is not trained"),
     ],
 )
 def test_a_group_that_gets_nothing_is_told(stack, match, said):
+    names = [*all_names(stack), *VISION]
+    freeze(stack, ["*.layers.0.mlp.*"], [])
     with pytest.raises(UserError, match=said):
-        check_groups(optimizer(("*.experts.*", 1e-4, None), (match, 1e-4, None)), sorted(trained(stack)))
+        check_groups(optimizer(("*.experts.*", 1e-4, None), (match, 1e-4, None)), trained_names(stack), names)
 
 
 def test_frozen_experts_need_stage_3(stack):

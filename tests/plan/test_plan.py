@@ -13,12 +13,14 @@ from transformers import AutoConfig, DiffusionGemmaForBlockDiffusion
 from ds_dgemma.cli import main
 from ds_dgemma.config_file import load_config
 from ds_dgemma.data.batch import FirstPass
+from ds_dgemma.errors import UserError
 from ds_dgemma.model.masks import attention_masks, clean_and_canvases
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.plan.activations import trace
 from ds_dgemma.plan.cost import Machine, visible_pairs
 from ds_dgemma.plan.inventory import build_stack_for
 from ds_dgemma.plan.plan import RELEASED_SHAPES, Limits, Plan, make_plan, read_shapes
+from ds_dgemma.plan.report import verdict
 from ds_dgemma.plan.setup import Shape
 from tests.benchmarks.step import make_batch
 from tests.gpu import shapes
@@ -94,6 +96,40 @@ def test_a_verdict_holds_for_the_setup_that_it_names(tmp_path):
     assert settings
     assert not plan(tmp_path, *large, *settings).problems
     assert plan(tmp_path, *large, gpu_memory=10, host=1).nearest is None  # nothing can be done
+    offloaded = plan(tmp_path, gpu_memory=20, host=1000)
+    assert offloaded.nearest is not None
+    _, setup, memory = offloaded.nearest
+    assert memory.host
+    assert f"{sum(memory.host.values()) * setup.gpus / GIB:.0f} GiB of a node's host memory)" in verdict(offloaded)
+
+
+def test_a_group_that_training_would_refuse_is_refused(tmp_path):
+    lora = "lora={r: 8, target_parameters: [experts.down_proj]}"
+    for match in ("*.lora_B", "*.experts.down_proj.lora_A"):
+        plan(tmp_path, lora, f"optimizer.groups=[{{match: '{match}', lr: 1e-4}}]", gpus=1)
+    with pytest.raises(UserError, match=r"optimizer.groups.0.match  '\*.lora_C'"):
+        plan(tmp_path, lora, "optimizer.groups=[{match: '*.lora_C', lr: 1e-4}]", gpus=1)
+    for match in ("*.mlp.down_proj.weight", "*.vision_tower.*"):
+        with pytest.raises(UserError, match=r"not trained: frozen by model.freeze or lora"):
+            plan(tmp_path, lora, f"optimizer.groups=[{{match: '{match}', lr: 1e-4}}]", gpus=1)
+
+
+@pytest.mark.parametrize(("offload", "gpu_memory"), [({}, 70), ({"offload_optimizer": {"device": "cpu"}}, 14)])
+def test_a_proposal_of_zero3_needs_what_that_json_needs(offload, gpu_memory, tmp_path):
+    buckets = {"reduce_bucket_size": 10**6, "allgather_bucket_size": 10**6}
+    (tmp_path / "zero2.json").write_text(json.dumps({"zero_optimization": {"stage": 2, **buckets, **offload}}))
+    found = plan(tmp_path, f"deepspeed={tmp_path / 'zero2.json'}", gpu_memory=gpu_memory)
+    assert found.nearest is not None
+    changes, setup, memory = found.nearest
+    assert "deepspeed: ds_configs/zero3.json" in changes
+    ready = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    for name in ("offload_optimizer", "offload_param"):
+        if any(name in change for change in changes):
+            ready["zero_optimization"][name] = {"device": "cpu"}
+    (tmp_path / "advised.json").write_text(json.dumps(ready))
+    settings = [change.replace(": ", "=") for change in changes if re.match(r"(train|parallel)\.", change)]
+    advised = plan(tmp_path, f"deepspeed={tmp_path / 'advised.json'}", *settings, gpus=setup.gpus)
+    assert (advised.setup, advised.memory) == (setup, memory)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -165,8 +201,10 @@ def test_the_command_prints_a_table_or_json(tmp_path, capsys):
     assert found["gpu"]["peak_bytes"] < found["gpu"]["needed_bytes"] < 80 * GIB
     assert main([*common, "--gpus", "4"]) == 2  # EP 8 on 4 ranks
     assert "does not divide 4 ranks" in capsys.readouterr().err
-    assert main([*common[:3], "--gpu-memory", "24"]) == 0
+    assert main([*common[:3], "--gpu-memory", "24"]) == 1
     assert re.search(r"Does not fit on 8 GPUs of 24 GiB", capsys.readouterr().out)
+    assert main([*common[:3], "--length", "512", "--gpu-memory", "3"]) == 1
+    assert "set data.max_length below 512" in " ".join(capsys.readouterr().out.split())
 
 
 READY = sorted(path for path in (ROOT / "ds_configs" / "runs").glob("*.yaml") if "ds-dgemma plan" in path.read_text())
