@@ -20,8 +20,8 @@ from transformers import DiffusionGemmaConfig, PreTrainedTokenizerFast
 
 from ds_dgemma.checkpoint.adapter import AdapterReader
 from ds_dgemma.checkpoint.names import DECODER, checkpoint_name
-from ds_dgemma.checkpoint.run_state import StateReader, prune, save
-from ds_dgemma.checkpoint.weights import local_directory
+from ds_dgemma.checkpoint.run_state import StateReader, check_same_model, prune, save
+from ds_dgemma.checkpoint.weights import local_directory, model_digest
 from ds_dgemma.config import RunConfig
 from ds_dgemma.config_file import load_config
 from ds_dgemma.data.batch import Batch, Example
@@ -65,7 +65,7 @@ class Prepared:
     examples: ExampleSet
     held_out: list[Example]  # empty when nothing is validated
     resumed: StateReader | None
-    facts: dict[str, Any]  # of the data, kept in every checkpoint
+    facts: dict[str, Any]  # of the model and the data, kept in every checkpoint
 
     @property
     def start(self) -> int:
@@ -99,6 +99,9 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
         frozen=config.model.freeze,
         lora=config.lora.model_copy(update={"path": None}) if config.lora and resumed else config.lora,
     )
+    weights = model_digest(directory)
+    if resumed:
+        check_same_model(config.model.path, weights, resumed)
     check_stage(settings["zero_optimization"]["stage"], model.trained_names())
     check_groups(config.optimizer, model.trained_names(), model.reader.files)
     if model.adapters and (warning := model.adapters.base_warning(config.model.path)):
@@ -118,7 +121,12 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
     if ranks.is_main:
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
-    facts = {"model": config.model.path, "data_digest": examples.digest, "examples": len(examples)}
+    facts = {
+        "model": config.model.path,
+        "model_digest": weights,
+        "data_digest": examples.digest,
+        "examples": len(examples),
+    }
     if resumed:
         check_same_data(config.data.train, resumed, examples.digest, len(examples))
     reader = StateReader(resumed) if resumed else None

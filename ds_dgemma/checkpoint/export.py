@@ -25,8 +25,8 @@ from ds_dgemma.checkpoint.hf_weights import Change, Layout, write_weights
 from ds_dgemma.checkpoint.load import find_places
 from ds_dgemma.checkpoint.merge import Merged
 from ds_dgemma.checkpoint.names import adapter_state_name, sources_of
-from ds_dgemma.checkpoint.run_state import StateReader, newest, open_checkpoint, step_directory
-from ds_dgemma.checkpoint.weights import INDEX, WeightReader, local_directory, pieces
+from ds_dgemma.checkpoint.run_state import StateReader, check_same_model, newest, open_checkpoint, step_directory
+from ds_dgemma.checkpoint.weights import INDEX, WeightReader, local_directory, model_digest, pieces
 from ds_dgemma.checkpoint.whole_directory import whole_directory
 from ds_dgemma.config import LoraSection, RunConfig
 from ds_dgemma.config_file import read_yaml
@@ -65,8 +65,8 @@ def export_run(
     from; an adapter's are the fp32 that was trained.
 
     Raises:
-        UserError: no such run or checkpoint, no adapter to write, an `out` that holds something else, or a disk that
-        refuses.
+        UserError: no such run or checkpoint, a model that has changed since, no adapter to write, an `out` that holds
+        something else, or a disk that refuses.
     """
     run = _open(run_dir, step)
     form = form or ("peft" if run.lora else "merged")
@@ -123,6 +123,7 @@ def _open(run_dir: Path, step: int | None) -> Run:
         model = local_directory(config.model.path, config.model.revision)
     except UserError as error:
         raise UserError(f"{run_dir} started from a model that is gone. {error}") from error
+    check_same_model(config.model.path, model_digest(model), checkpoint)
     return Run(config.model.path, model, config.train.precision == "bf16", config.lora, StateReader(checkpoint))
 
 

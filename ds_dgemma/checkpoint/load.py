@@ -6,7 +6,6 @@ checkpoint to start from, or, for what a resumed run has trained, from its train
 """
 
 from collections.abc import Callable
-from math import prod
 from typing import Any
 
 import torch
@@ -19,8 +18,6 @@ from ds_dgemma.errors import one_line_each
 from ds_dgemma.model.build import shapes_outside
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
-
-SAMPLE = 4096  # elements at the start, in the middle and at the end by which two copies of a tensor are compared
 
 # (name, meta parameter) -> (the real parameter, its storage to fill, first and last flat element that it holds)
 MakeReal = Callable[[str, nn.Parameter], tuple[nn.Parameter, torch.Tensor, int, int]]
@@ -163,18 +160,8 @@ def _tied_problems(reader: WeightReader) -> list[str]:
         stored, expected = reader.shape(copy), reader.shape(original)
         if stored != expected:
             problems.append(f"{copy} has shape {stored}, {expected} was expected: it is tied to {original}.")
-        elif not torch.equal(_sample(reader, copy), _sample(reader, original)):
+        elif not torch.equal(reader.sample(copy), reader.sample(original)):
             problems.append(
                 f"{copy} has other values than {original}, which it is tied to. Only tied ones are trained."
             )
     return problems
-
-
-def _sample(reader: WeightReader, tensor: str) -> torch.Tensor:
-    """The start, the middle and the end of a tensor, as bits: equal NaN are equal."""
-    size = prod(reader.shape(tensor))
-    starts = [0, max(size // 2 - SAMPLE // 2, 0), max(size - SAMPLE, 0)]
-    samples = torch.empty(len(starts), min(size, SAMPLE))
-    for sample, start in zip(samples, starts, strict=True):
-        reader.read_into(sample, Place(tensor), start, start + len(sample))
-    return samples.view(torch.int32)

@@ -17,7 +17,8 @@ from transformers import DiffusionGemmaForBlockDiffusion
 
 from ds_dgemma.checkpoint.export import export_run
 from ds_dgemma.checkpoint.hf_weights import Layout
-from ds_dgemma.checkpoint.weights import WeightReader
+from ds_dgemma.checkpoint.run_state import check_same_model, open_checkpoint
+from ds_dgemma.checkpoint.weights import WeightReader, model_digest
 from ds_dgemma.checkpoint.whole_directory import whole_directory
 from ds_dgemma.config_file import read_yaml
 from ds_dgemma.errors import UserError
@@ -84,6 +85,30 @@ def test_copies_of_tied_weights_do_not_outlive_training(model, tmp_path):
     assert tensors_of(tied).keys() == tensors_of(out).keys() == tensors.keys()
     loaded: Any = DiffusionGemmaForBlockDiffusion.from_pretrained(tied)
     assert torch.equal(loaded.lm_head.weight, tensors_of(out)["model.decoder.embed_tokens.weight"])
+
+
+def test_a_model_that_changed_since_a_checkpoint_is_neither_exported_nor_resumed(model, tmp_path):
+    source = tmp_path / "base"
+    shutil.copytree(model, source, ignore=shutil.ignore_patterns("*.safetensors*"))
+    tensors = tensors_of(model)
+    save_file(tensors, source / "model.safetensors")
+    assert model_digest(source) == model_digest(model)  # other files, the same weights
+    run = write_run(tmp_path / "run", source, "bf16")
+    step = run / "checkpoints/step-000003"
+    state = json.loads((step / "state.json").read_text())
+    (step / "state.json").write_text(json.dumps({**state, "model_digest": model_digest(model)}))
+    export_run(run, tmp_path / "out")
+
+    for name in ("model.encoder.vision_tower.patch_embedder.input_proj.weight", "model.decoder.norm.weight"):
+        changed = {**tensors, name: tensors[name].clone()}
+        changed[name].view(-1)[-1] += 1
+        save_file(changed, source / "model.safetensors")
+        with pytest.raises(UserError, match=f"{source} has changed since {step}"):
+            export_run(run, tmp_path / "out")
+        with pytest.raises(UserError, match=f"{source} has changed since {step}"):
+            check_same_model(str(source), model_digest(source), open_checkpoint(step))
+    (step / "state.json").write_text(json.dumps(state))  # of a version that did not look
+    export_run(run, tmp_path / "out")
 
 
 def test_no_shard_is_larger_than_asked_but_one_with_a_single_tensor(run, tmp_path):
