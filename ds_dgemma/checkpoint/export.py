@@ -46,6 +46,7 @@ class Run:
     """What there is to export."""
 
     base: str  # the model that it started from, as its config says it
+    revision: str | None  # of a model on the hub
     model: Path  # where that lies
     bf16: bool  # computed in bf16
     lora: LoraSection | None
@@ -80,7 +81,8 @@ def export_run(
         raise UserError(f"--format {form}: {run_dir} trained the model itself, there is no adapter. Leave it out.")
     with _whole_directory(out, ADAPTER_CONFIG, set()) as beside:
         read = partial(_read_factor, run.trained, run.lora)
-        write_adapter(beside, _targets(run), run.lora, read, run.base, form, DTYPES.get(dtype, torch.float32))
+        stored = DTYPES.get(dtype, torch.float32)
+        write_adapter(beside, _targets(run), run.lora, read, run.base, run.revision, form, stored)
     return out
 
 
@@ -122,7 +124,8 @@ def _open(run_dir: Path, step: int | None) -> Run:
         model = local_directory(config.model.path, config.model.revision)
     except UserError as error:
         raise UserError(f"{run_dir} started from a model that is gone. {error}") from error
-    return Run(config.model.path, model, config.train.precision == "bf16", config.lora, StateReader(checkpoint))
+    source, bf16 = config.model, config.train.precision == "bf16"
+    return Run(source.path, source.revision, model, bf16, config.lora, StateReader(checkpoint))
 
 
 def _settings(run_dir: Path) -> RunConfig:
