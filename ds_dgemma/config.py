@@ -30,11 +30,11 @@ def checked_pattern(pattern: str) -> str:
     return pattern
 
 
-def _check_expression(expression: str) -> None:
+def _check_expression(expression: str, setting: str = "") -> None:
     try:
         re.compile(expression)
     except re.error as error:
-        raise ValueError(f"{expression!r} is no regular expression: {error}") from None
+        raise ValueError(f"{setting}{expression!r} is no regular expression: {error}") from None
 
 
 Pattern = Annotated[str, AfterValidator(checked_pattern)]
@@ -121,9 +121,9 @@ class LoraSection(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> "LoraSection":
-        for pattern in (self.target_modules, self.exclude_modules):
-            if isinstance(pattern, str):
-                _check_expression(pattern)
+        for key in ("target_modules", "exclude_modules"):
+            if isinstance(pattern := getattr(self, key), str):
+                _check_expression(pattern, f"{key} ")
         if not self.target_modules and not self.target_parameters:
             raise ValueError("nothing would get an adapter: give target_modules, target_parameters or both")
         if self.lora_dropout and self.target_parameters:

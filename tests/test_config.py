@@ -100,7 +100,7 @@ def test_set_reads_a_value_as_yaml_and_wins_over_the_file(override, read, value)
         ("lora: {r: 0}", [], r"sft.yaml:10 +lora.r = 0 +expected a whole number ≥ 1"),
         ("lora: {r: true}", [], r"sft.yaml:10 +lora.r = true +expected a whole number ≥ 1"),
         ("lora: {init_lora_weights: eva}", [], r"lora.init_lora_weights = \"eva\" +expected true or false or gaussian"),
-        ("lora: {target_modules: '(a'}", [], r"sft.yaml:10 +lora +'\(a' is no regular expression"),
+        ("lora: {target_modules: '(a'}", [], r"sft.yaml:10 +lora +target_modules '\(a' is no regular expression"),
         ("lora: {target_modules: null}", [], r"sft.yaml:10 +lora +nothing would get an adapter"),
         (
             "lora: {lora_dropout: 0.1, target_parameters: [experts.down_proj]}",

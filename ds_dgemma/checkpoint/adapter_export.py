@@ -31,14 +31,17 @@ def write_adapter(
     lora: LoraSection,
     read: ReadFactor,
     base: str,
+    revision: str | None,
     form: AdapterFormat,
     dtype: torch.dtype,
 ) -> None:
-    """Write the two files of an adapter into the directory `out`; `base` is the path or id of its model."""
+    """Write the two files of an adapter into the directory `out`; `base` and `revision` say which model it is for."""
     tensors = _peft_tensors(targets, read) if form == "peft" else _vllm_tensors(targets, read)
     content = {key: value.to(dtype).contiguous() for key, value in tensors}
     save_file(content, out / TENSORS, metadata=OURS)
-    (out / CONFIG).write_text(json.dumps(_settings(targets, lora, base, form), indent=2, sort_keys=True) + "\n")
+    (out / CONFIG).write_text(
+        json.dumps(_settings(targets, lora, base, revision, form), indent=2, sort_keys=True) + "\n"
+    )
 
 
 def _peft_tensors(targets: tuple[Target, ...], read: ReadFactor) -> Iterator[tuple[str, Tensor]]:
@@ -78,13 +81,16 @@ def _pair(name: str, A: Tensor, B: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield f"{name}.lora_B.weight", B.clone()
 
 
-def _settings(targets: tuple[Target, ...], lora: LoraSection, base: str, form: AdapterFormat) -> dict[str, Any]:
+def _settings(
+    targets: tuple[Target, ...], lora: LoraSection, base: str, revision: str | None, form: AdapterFormat
+) -> dict[str, Any]:
     """adapter_config.json; the targets are the weights that have factors, spelt out."""
     alpha = int(lora.lora_alpha) if lora.lora_alpha == int(lora.lora_alpha) else lora.lora_alpha
     linears = [target.name for target in targets if not target.experts]
     experts = [target.name for target in targets if target.experts]
     config = LoraConfig(
         base_model_name_or_path=base,
+        revision=revision,
         inference_mode=True,
         r=lora.r,
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides by r, whatever it is

@@ -44,6 +44,7 @@ class Run:
     """What there is to export."""
 
     base: str  # the model that it started from, as its config says it
+    revision: str | None  # of a model on the hub
     model: Path  # where that lies
     bf16: bool  # computed in bf16
     lora: LoraSection | None
@@ -78,7 +79,8 @@ def export_run(
         raise UserError(f"--format {form}: {run_dir} trained the model itself, there is no adapter. Leave it out.")
     with whole_directory(out, ADAPTER_CONFIG, set()) as beside:
         read = partial(_read_factor, run.trained, run.lora)
-        write_adapter(beside, _targets(run), run.lora, read, run.base, form, DTYPES.get(dtype, torch.float32))
+        stored = DTYPES.get(dtype, torch.float32)
+        write_adapter(beside, _targets(run), run.lora, read, run.base, run.revision, form, stored)
     return out
 
 
@@ -123,8 +125,9 @@ def _open(run_dir: Path, step: int | None) -> Run:
         model = local_directory(config.model.path, config.model.revision)
     except UserError as error:
         raise UserError(f"{run_dir} started from a model that is gone. {error}") from error
-    check_same_model(config.model.path, model_digest(model), checkpoint)
-    return Run(config.model.path, model, config.train.precision == "bf16", config.lora, StateReader(checkpoint))
+    source, bf16 = config.model, config.train.precision == "bf16"
+    check_same_model(source.path, model_digest(model), checkpoint)
+    return Run(source.path, source.revision, model, bf16, config.lora, StateReader(checkpoint))
 
 
 def _settings(run_dir: Path) -> RunConfig:

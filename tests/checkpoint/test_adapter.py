@@ -20,7 +20,7 @@ from ds_dgemma.config import LoraSection
 from ds_dgemma.errors import UserError
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.lora import Target, choose_targets, possible_targets, scaling
-from tests.reference.adapters import write_random_adapter
+from tests.reference.adapters import REVISION, write_random_adapter
 from tests.reference.fixtures import Case, make_config, make_model
 from tests.reference.float64 import DoublePrecision
 
@@ -115,6 +115,7 @@ def test_vllm_s_form_has_a_pair_for_every_expert_and_projection(base: Path, tmp_
 def test_what_is_written_is_read_back_the_same(name: str, base: Path, tmp_path: Path):
     targets, lora, read = write_random_adapter(tmp_path / "adapter", base, **SETTINGS[name])
     reader = AdapterReader(tmp_path / "adapter", possible())
+    assert (reader.settings["base_model_name_or_path"], reader.settings["revision"]) == (str(base), REVISION)
     check_continues(reader, targets, lora)
     assert scaling(reader.lora) == scaling(lora)
     for target in targets:

@@ -13,6 +13,8 @@ from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.lora import Factor, FreshAdapters, Target, choose_targets
 from ds_dgemma.model.spec import read_spec
 
+REVISION = "refs/pr/3"
+
 
 def write_random_adapter(
     folder: Path, model: Path, form: AdapterFormat = "peft", **settings
@@ -28,5 +30,5 @@ def write_random_adapter(
         return fresh.values(f"{target.name}.{factor}", 0, prod(shape)).view(shape)
 
     folder.mkdir(exist_ok=True)
-    write_adapter(folder, targets, lora, read, str(model), form, torch.float32)
+    write_adapter(folder, targets, lora, read, str(model), REVISION, form, torch.float32)
     return targets, lora, read
