@@ -30,7 +30,7 @@ from ds_dgemma.checkpoint.weights import INDEX, WeightReader, local_directory, m
 from ds_dgemma.checkpoint.whole_directory import whole_directory
 from ds_dgemma.config import LoraSection, RunConfig
 from ds_dgemma.config_file import read_yaml
-from ds_dgemma.errors import UserError, first_fault, first_line
+from ds_dgemma.errors import UserError, first_fault
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.lora import Factor, Target, possible_targets, scaling
 from ds_dgemma.model.spec import read_spec
