@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ds_dgemma.checkpoint.adapter import CONFIG, PEFT, TENSORS, prefixes, to_peft
 from ds_dgemma.checkpoint.merge import ReadFactor
-from ds_dgemma.checkpoint.whole_directory import OURS
 from ds_dgemma.config import LoraSection
 from ds_dgemma.model.lora import FACTORS, PREFIXES, Target
 
@@ -38,7 +37,7 @@ def write_adapter(
     """Write the two files of an adapter into the directory `out`; `base` and `revision` say which model it is for."""
     tensors = _peft_tensors(targets, read) if form == "peft" else _vllm_tensors(targets, read)
     content = {key: value.to(dtype).contiguous() for key, value in tensors}
-    save_file(content, out / TENSORS, metadata=OURS)
+    save_file(content, out / TENSORS, metadata={"format": "pt"})
     (out / CONFIG).write_text(
         json.dumps(_settings(targets, lora, base, revision, form), indent=2, sort_keys=True) + "\n"
     )

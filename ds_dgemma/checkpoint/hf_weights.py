@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ds_dgemma.checkpoint.names import DECODER_LAYERS, ENCODER_LAYERS, tied_to
 from ds_dgemma.checkpoint.weights import INDEX, WeightReader
-from ds_dgemma.checkpoint.whole_directory import OURS, flush
+from ds_dgemma.checkpoint.whole_directory import flush
 
 # (name, the model that was started from, type to return) -> what the tensor became; None: it stayed
 Change = Callable[[str, WeightReader, torch.dtype], Tensor | None]
@@ -54,7 +54,7 @@ def write_weights(model: Path, change: Change, out: Path, layout: Layout) -> Non
     def write(file: str) -> int:
         reader = WeightReader(model)  # one a thread: it keeps a file open
         content = {name: _value(stored[name], reader, change, layout) for name in plan.filename_to_tensors[file]}
-        save_file(content, out / file, metadata=OURS)
+        save_file(content, out / file, metadata={"format": "pt"})
         flush(out / file)
         return sum(tensor.nbytes for tensor in content.values())
 

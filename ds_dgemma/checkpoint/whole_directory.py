@@ -1,22 +1,23 @@
 """A directory of weights that appears whole or not at all, and takes the place of nothing but an older one of its kind.
 
 It is filled beside its place, flushed, and renamed last; a killed writer leaves the older one as it was. Only what this
-project wrote is replaced: its weight files say so in their safetensors metadata.
+project wrote is replaced: a hidden file in it says so. (Not safetensors' metadata: its order is random, and an
+export would not be the same twice.)
 """
 
 import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from ds_dgemma.checkpoint.weights import INDEX
 from ds_dgemma.errors import UserError, told
 
-OURS = {"format": "pt", "written_by": "ds_dgemma"}  # metadata of every weight file that we write
+MARK = ".ds_dgemma"
 
 
 @contextmanager
@@ -34,11 +35,12 @@ def whole_directory(out: Path, marker: str, companions: set[str]) -> Iterator[Pa
         with _alone(out):
             if old.exists() and not out.exists():  # killed between the two renames below
                 old.rename(out)
-            _check_replaceable(out, {marker, INDEX, *companions}, marker)
+            _check_replaceable(out, {marker, INDEX, MARK, *companions}, marker)
             try:
                 shutil.rmtree(beside, ignore_errors=True)
                 beside.mkdir()
                 yield beside
+                (beside / MARK).write_text("written by ds-dgemma, and replaced by its next export to this place\n")
                 for file in beside.iterdir():
                     flush(file)
                 sync_directory(beside)
@@ -79,11 +81,8 @@ def _check_replaceable(out: Path, known: set[str], marker: str) -> None:
     entries = {entry.name for entry in out.iterdir() if entry.is_dir() or entry.suffix != ".safetensors"}
     if strangers := sorted(entries - known):
         raise UserError(f"--out {out} holds {strangers[0]}, which would be lost. Move it away, or choose another.")
-    for file in sorted(out.glob("*.safetensors")):
-        with suppress(OSError, SafetensorError), safe_open(file, "pt") as weights:
-            if (weights.metadata() or {}).get("written_by") == OURS["written_by"]:
-                continue
-        raise UserError(f"--out {out} holds {file.name}, which ds-dgemma did not write. Choose another directory.")
+    if not (out / MARK).is_file():
+        raise UserError(f"--out {out} is a checkpoint that ds-dgemma did not write. Choose another directory.")
 
 
 def flush(file: Path) -> None:
