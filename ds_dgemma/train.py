@@ -161,7 +161,7 @@ def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tra
     stack = fill_model(prepared.model, ranks, prepared.deepspeed, config.train.precision, prepared.resumed, config.seed)
     objective = DenoisingObjective(stack, config.objective.logits_chunk_mib).train()
     engine = start_engine(objective, prepared.deepspeed, config.optimizer)
-    create_moments(engine, prepared.resumed.checkpoint.state["adam_step"] if prepared.resumed else 0)
+    create_moments(engine, 0)  # before the first step, or a checkpoint after skipped ones would find none
     if prepared.resumed:
         restore(engine, ranks, prepared.resumed)
         count_steps_done(engine, prepared.start)
@@ -243,6 +243,7 @@ def update(engine: Any, batches: Iterator[list[Batch]], step: int, config: RunCo
 
 def restore(engine: Any, ranks: RankLayout, trained: StateReader) -> None:
     """Put fp32 weights and moments back, whatever topology they were written by."""
+    create_moments(engine, trained.checkpoint.state["adam_step"])
     for shard in owned_shards(engine, ranks):
         for kind in KINDS:
             shard.set(kind, trained.read(shard.name, kind, shard.start, shard.stop).to(ranks.device))
