@@ -41,7 +41,7 @@ from ds_dgemma.engine.optimizer_state import KINDS, adam_step, create_moments, o
 from ds_dgemma.engine.ranks import RankLayout, agreed, connect, disconnect, gather, sum_over_ranks
 from ds_dgemma.engine.router_balance import router_balance
 from ds_dgemma.engine.schedule import learning_rate
-from ds_dgemma.engine.trainable import check_groups, check_stage
+from ds_dgemma.engine.trainable import check_groups, check_router_balance, check_stage
 from ds_dgemma.errors import EXIT_USER_ERROR, UserError
 from ds_dgemma.evaluation.validation import validate
 from ds_dgemma.model.lora import seed_dropout
@@ -104,6 +104,7 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
         check_same_model(config.model.path, weights, resumed)
     check_stage(settings["zero_optimization"]["stage"], model.trained_names())
     check_groups(config.optimizer, model.trained_names(), model.reader.files)
+    check_router_balance(config.objective.router_balance_weight, model.trained_names())
     if model.adapters and (warning := model.adapters.base_warning(config.model.path)):
         warnings.append(warning)
 

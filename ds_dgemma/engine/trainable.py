@@ -73,6 +73,16 @@ def check_groups(optimizer: OptimizerSection, trained: Sequence[str], tensors: I
         raise one_line_each("the run config", problems)
 
 
+def check_router_balance(weight: float, trained: Sequence[str]) -> None:
+    """Raise `UserError` where the load-balance loss has no router to train."""
+    if weight and not any(".router." in name for name in trained):
+        raise UserError(
+            f"objective.router_balance_weight = {weight:g}: every router is frozen. Set it to 0, or train some: with "
+            "lora, by router.proj in lora.target_modules; else by model.train_router, and no pattern of model.freeze "
+            "that covers them."
+        )
+
+
 def parameter_groups(module: nn.Module, optimizer: OptimizerSection | None) -> list[dict[str, Any]]:
     """AdamW's groups over the trainable parameters; `lr_scale` is a group's share of the scheduled learning rate."""
     left = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}

@@ -14,7 +14,7 @@ from transformers import AutoConfig, DiffusionGemmaConfig
 
 from ds_dgemma.config import RunConfig
 from ds_dgemma.engine.ds_config import deepspeed_config, read_json
-from ds_dgemma.engine.trainable import all_names, check_groups, check_stage, trained_names
+from ds_dgemma.engine.trainable import all_names, check_groups, check_router_balance, check_stage, trained_names
 from ds_dgemma.errors import UserError
 from ds_dgemma.model.spec import read_spec, text_spec
 from ds_dgemma.plan.activations import StackActivations, trace
@@ -81,6 +81,7 @@ def make_plan(config: RunConfig, gpus: int, limits: Limits, machine: Machine, le
     inventory, setup = take_inventory(stack), read_setup(config, settings, gpus)
     check_stage(setup.zero.stage, trained_names(stack))
     check_groups(config.optimizer, trained_names(stack), [*all_names(stack), *inventory.outside])
+    check_router_balance(config.objective.router_balance_weight, trained_names(stack))
     shape = read_shape(config, inventory, length)
     activations = trace(stack, shape.tokens, setup.dtype)
     subject = _Subject(inventory, activations, shape, limits, config.objective.logits_chunk_mib)

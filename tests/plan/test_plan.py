@@ -114,6 +114,15 @@ def test_a_group_that_training_would_refuse_is_refused(tmp_path):
             plan(tmp_path, lora, f"optimizer.groups=[{{match: '{match}', lr: 1e-4}}]", gpus=1)
 
 
+def test_a_balance_loss_without_a_router_to_train_is_refused(tmp_path):
+    weight = "objective.router_balance_weight=0.01"
+    plan(tmp_path, weight, "model.train_router=true")
+    plan(tmp_path, weight, "lora={r: 8, target_modules: [q_proj, router.proj]}")
+    for frozen in (["lora={r: 8}"], ["model.train_router=true", "model.freeze=['*.router.*']"]):
+        with pytest.raises(UserError, match=r"objective.router_balance_weight = 0.01: every router is frozen"):
+            plan(tmp_path, weight, *frozen)
+
+
 @pytest.mark.parametrize(("offload", "gpu_memory"), [({}, 70), ({"offload_optimizer": {"device": "cpu"}}, 14)])
 def test_a_proposal_of_zero3_needs_what_that_json_needs(offload, gpu_memory, tmp_path):
     buckets = {"reduce_bucket_size": 10**6, "allgather_bucket_size": 10**6}
