@@ -7,8 +7,10 @@ its trace.
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
+if TYPE_CHECKING:
+    from pydantic import ValidationError  # `--help` need not wait for it
 
 EXIT_USER_ERROR = 2
 
@@ -45,7 +47,7 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def first_fault(error: ValidationError) -> str:
+def first_fault(error: "ValidationError") -> str:
     """The first setting that pydantic refuses, with its value where it has one, and what was expected of it."""
     found = error.errors(include_url=False)[0]
     setting = ".".join(map(str, found["loc"]))
