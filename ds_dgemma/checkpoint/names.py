@@ -62,11 +62,21 @@ def adapter_state_name(factor: str) -> str:
 
 
 def matching(pattern: str, names: Iterable[str]) -> list[str]:
-    """The names that a pattern covers from end to end: a glob, or a regular expression after `re:`."""
+    """The names that a pattern covers from end to end: a glob, or a regular expression after `re:`. A weight that
+    encoder and decoder share is covered by either's name for it.
+    """
     expression = re.compile(
         pattern.removeprefix("re:") if pattern.startswith("re:") else fnmatch.translate(pattern), re.DOTALL
     )
-    return [name for name in names if expression.fullmatch(name)]
+    return [name for name in names if any(map(expression.fullmatch, (name, *_shared_as(name))))]
+
+
+def _shared_as(name: str) -> tuple[str, ...]:
+    """The names under which transformers has the same weight once more."""
+    if not re.match(r"model\.decoder\.(layers|embed_tokens|norm)\.", name) or name.endswith(".layer_scalar"):
+        return ()
+    output = ("lm_head.weight",) if name == DECODER + "embed_tokens.weight" else ()
+    return (ENCODER + name.removeprefix(DECODER), *output)
 
 
 def place_of(name: str, shape: tuple[int, ...], expert_rank: int = 0) -> Place:

@@ -33,6 +33,7 @@ def trained(stack: DiffusionGemmaStack) -> set[str]:
         (["model.decoder.layers.0.*", "*embed_tokens*"], lambda n: ".layers.0." in n or "embed_tokens" in n),
         ([r"re:.*\.(mlp|self_attn)\..*"], lambda n: ".mlp." in n or ".self_attn." in n),
         (["model.encoder.vision_tower.*"], lambda n: False),
+        (["model.encoder.language_model.layers.1.*", "lm_head.*"], lambda n: ".layers.1." in n or "embed_tokens" in n),
     ],
 )
 def test_a_pattern_freezes_what_it_covers_and_nothing_else(stack, patterns, frozen):
