@@ -66,6 +66,12 @@ def no_canvas(folder: Path) -> list[str]:
     return []
 
 
+def untied_weights(folder: Path) -> list[str]:
+    config = json.loads((folder / "model/config.json").read_text())
+    (folder / "model/config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    return []
+
+
 def foreign_metrics(folder: Path) -> list[str]:
     (folder / "run").mkdir()
     (folder / "run/metrics.jsonl").write_text('{"step": 1}\n')
@@ -119,6 +125,7 @@ MISTAKES = {
     "no tokenizer": (no_tokenizer, ["no tokenizer", "tokenizer.json"]),
     "model config of a wrong type": (wrong_type_in_model_config, ["model.path", "could not be read"]),
     "model without canvas": (no_canvas, ["canvas_length None"]),
+    "model with weights that are not shared": (untied_weights, ["config.json has tie_word_embeddings false"]),
     "somebody's metrics": (foreign_metrics, ["run.dir", "not a run of ours"]),
     "empty path": (lambda folder: ["run.dir="], ["run.dir"]),
     "number of many digits": (lambda folder: ["seed=" + "9" * 5000], ["seed", "a whole number"]),

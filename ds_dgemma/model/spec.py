@@ -14,7 +14,7 @@ def read_spec(path: str, revision: str | None = None) -> DiffusionGemmaConfig:
     """Read the transformers config of a local directory or a hub id.
 
     Raises:
-        UserError: nothing there, unreadable, another architecture, or no canvas length.
+        UserError: nothing there, unreadable, another architecture, no canvas length, or weights that are not shared.
     """
     if looks_local(path) and not (Path(path) / "config.json").is_file():
         found = "has no config.json" if Path(path).is_dir() else "does not exist"
@@ -28,6 +28,11 @@ def read_spec(path: str, revision: str | None = None) -> DiffusionGemmaConfig:
     if not isinstance(config.canvas_length, int) or config.canvas_length < 1:
         raise UserError(
             f"model.path: {path}/config.json has canvas_length {config.canvas_length}, at least 1 is expected."
+        )
+    if not config.tie_word_embeddings:
+        raise UserError(
+            f"model.path: {path}/config.json has tie_word_embeddings false: encoder and decoder would have weights of "
+            f"their own. {ARCHITECTURE} is trained with shared ones, true is expected."
         )
     return config
 
