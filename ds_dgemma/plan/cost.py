@@ -9,6 +9,7 @@ layer's visible pairs of query and key, V H the vocabulary's matrix:
     backward            = 2 tokens W for the activations + 2 tokens W_trained + twice the attention, from the
                           first trained weight on
 
+A load-balance loss over several micro-batches runs both passes once more, without what scores, to count.
 With a trained model that is the usual 6 W per token. "Useful" FLOPs leave out what activation checkpointing and the
 chunked vocabulary compute again; time is computed with all of them. Bytes on links are what one GPU sends, in rings
 (all-gather and reduce-scatter of n ranks: (n - 1)/n of the tensor).
@@ -128,6 +129,7 @@ def _flops(inventory: Inventory, setup: Setup, shape: Shape, examples: float, gu
     useful = guessing * (forward + 4 * matrix * shape.canvas) + examples * (forward + backward)
     useful += examples * (6 if trained else 4) * matrix * scored
     again = examples * forward_again if setup.activation_checkpointing else 0.0
+    again += setup.counting_passes * (guessing * (forward + 4 * matrix * shape.canvas) + examples * forward)
     if trained:
         useful += guessing * 2 * matrix * shape.canvas
         again += guessing * 2 * matrix * shape.canvas  # the guess's logits, for the soft embedding's gradient
@@ -143,11 +145,12 @@ def goes_back(inventory: Inventory) -> dict[str, bool]:
     return found
 
 
-def gathers(inventory: Inventory) -> dict[str, int]:
+def gathers(inventory: Inventory, counting_passes: int) -> dict[str, int]:
     """How often a micro-step needs each unit whole: in both passes, and in the backward pass, which computes it again.
     The vocabulary is looked up in both passes and scores in the second, with a backward pass of its own.
     """
-    return {unit: 2 + back + (2 if unit == VOCABULARY else 0) for unit, back in goes_back(inventory).items()}
+    forwards = 2 * (1 + counting_passes)
+    return {unit: forwards + back + (2 if unit == VOCABULARY else 0) for unit, back in goes_back(inventory).items()}
 
 
 def _sent(inventory: Inventory, setup: Setup, shape: Shape, examples: float, guessing: float) -> dict[str, int]:
@@ -161,7 +164,7 @@ def _sent(inventory: Inventory, setup: Setup, shape: Shape, examples: float, gue
     reduced = sum(ring(p, setup.zero.communication_bytes) for p in trained)
     if stage == 3:
         small = setup.zero.persistence_threshold
-        times = gathers(inventory)
+        times = gathers(inventory, setup.counting_passes)
         gathered = sum(ring(p, setup.element) * times[p.unit] for p in inventory.parameters if setup.local(p) > small)
         kept_whole = sum(ring(p, setup.element) for p in trained if setup.local(p) <= small)  # after the update
         sent = {"all-gather": gathered * setup.accumulation + kept_whole, "reduce": reduced * setup.accumulation}
@@ -173,7 +176,9 @@ def _sent(inventory: Inventory, setup: Setup, shape: Shape, examples: float, gue
         away = (setup.expert_parallel_size - 1) / setup.expert_parallel_size
         row = inventory.text.top_k_experts * inventory.text.hidden_size * setup.element * away
         passes = sum(  # forward, again, and the gradients
-            examples * (1 + back * (2 if setup.activation_checkpointing else 1)) + guessing
+            examples * (1 + back * (2 if setup.activation_checkpointing else 1))
+            + guessing
+            + setup.counting_passes * (examples + guessing)
             for unit, back in goes_back(inventory).items()
             if unit.startswith(LAYERS)
         )
@@ -190,7 +195,7 @@ def _host(inventory: Inventory, setup: Setup) -> tuple[int, int]:
         moved += trained * (FP32 * (2 * setup.accumulation) + setup.element)
         touched += trained * (2 * 3 * FP32 + FP32)
     if zero.offload_parameters:
-        times = gathers(inventory)
+        times = gathers(inventory, setup.counting_passes)
         moved += setup.accumulation * sum(
             setup.element * setup.share(p) * times[p.unit]
             for p in inventory.parameters

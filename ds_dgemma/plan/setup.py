@@ -37,6 +37,7 @@ class Setup:
     global_batch_size: int
     micro_batch_size: int
     activation_checkpointing: bool
+    balances_routers: bool
     dtype: torch.dtype
     zero: Zero
 
@@ -49,6 +50,11 @@ class Setup:
     def accumulation(self) -> int:
         """Micro-batches of one optimizer step."""
         return self.global_batch_size // (self.micro_batch_size * self.gpus)
+
+    @property
+    def counting_passes(self) -> int:
+        """Forwards of every micro-batch before the first backward: what all routers chose is counted first."""
+        return 1 if self.balances_routers and self.accumulation > 1 else 0
 
     def local(self, parameter: Parameter) -> int:
         """Elements of a parameter that one rank computes with."""
@@ -96,6 +102,7 @@ def read_setup(config: RunConfig, deepspeed: dict[str, Any], gpus: int) -> Setup
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
         activation_checkpointing=config.train.activation_checkpointing,
+        balances_routers=config.objective.router_balance_weight > 0,
         dtype=dtype,
         zero=read_zero(deepspeed, dtype),
     )

@@ -123,6 +123,18 @@ def test_a_balance_loss_without_a_router_to_train_is_refused(tmp_path):
             plan(tmp_path, weight, *frozen)
 
 
+def test_a_balance_loss_over_micro_batches_costs_a_forward_of_both_passes(tmp_path):
+    trained = ["model.train_router=true", "parallel.expert_parallel_size=8"]
+    weight = "objective.router_balance_weight=0.01"
+    without, counted = plan(tmp_path, *trained).cost, plan(tmp_path, *trained, weight).cost
+    # Layers: 2 passes and a backward pass that gathers again, then 2 more. Rows: the same, and 0.5 guessed ones, or 1.
+    assert counted.sent["all-to-all"] / without.sent["all-to-all"] == pytest.approx(6 / 4)
+    assert counted.useful_flops == without.useful_flops
+    assert counted.flops > without.flops
+    one_micro_batch = [*trained, "train.micro_batch_size=8"]
+    assert plan(tmp_path, *one_micro_batch, weight).cost == plan(tmp_path, *one_micro_batch).cost
+
+
 @pytest.mark.parametrize(("offload", "gpu_memory"), [({}, 70), ({"offload_optimizer": {"device": "cpu"}}, 14)])
 def test_a_proposal_of_zero3_needs_what_that_json_needs(offload, gpu_memory, tmp_path):
     buckets = {"reduce_bucket_size": 10**6, "allgather_bucket_size": 10**6}
