@@ -18,7 +18,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,6 +27,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from torch import Tensor
+
+from tests.benchmarks.anonymous import PeakAnonymous, anonymous_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPARED = ("weights", "fp32 master", "moments", "gradients")
@@ -110,36 +111,11 @@ class Traffic:
         setattr(torch.distributed, function, counting)
 
 
-class Peak:
-    """The largest anonymous memory of this process, sampled; or what CUDA's allocator says."""
-
-    def __init__(self) -> None:
-        self.before = self.largest = self._anonymous()
-        self._stop = threading.Event()
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    @staticmethod
-    def _anonymous() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.005):
-            self.largest = max(self.largest, self._anonymous())
-
-    def take(self) -> int:
-        """Stop and return the peak, bytes."""
-        self._stop.set()
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated()
-        return self.largest - self.before
-
-
 def measure(arguments: list[str], out: Path) -> None:
     """Be one rank: train, count just before the second update, write what was seen."""
     from ds_dgemma import train
 
-    update, peak, traffic, seen = train.update, Peak(), Traffic(), {}
+    update, traffic, seen = train.update, Traffic(), {}
 
     def measured_update(engine: Any, batches: Any, step: int, *rest: Any) -> Any:
         really_step = engine.step
@@ -158,8 +134,11 @@ def measure(arguments: list[str], out: Path) -> None:
             seen.update({f"sent: {kind}": round(size) for kind, size in traffic.sent.items()})
 
     train.update = measured_update
-    code = train.main(arguments)
-    seen["peak"] = peak.take()
+    before = anonymous_bytes()
+    with PeakAnonymous() as memory:
+        code = train.main(arguments)
+    on_gpu = torch.cuda.is_available()
+    seen["peak"] = torch.cuda.max_memory_allocated() if on_gpu else memory.peak - before
     out.write_text(json.dumps(seen))
     sys.stdout.flush()
     os._exit(code)
