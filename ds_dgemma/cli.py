@@ -70,7 +70,7 @@ def merge(args: argparse.Namespace) -> None:
     """Add a PEFT adapter to the weights of its model, once, and write the result as a transformers directory."""
     from ds_dgemma.checkpoint.export import merge_adapter
 
-    merge_adapter(args.model, args.adapter, args.out, args.dtype, layout=_layout(args))
+    merge_adapter(args.model, args.adapter, args.out, args.dtype, args.revision, _layout(args))
     print(f"{args.out}: {args.model} with {args.adapter}")
 
 
@@ -78,12 +78,13 @@ def evaluate(args: argparse.Namespace) -> None:
     """Answer held-out conversations with transformers' generate() and score the answers."""
     from rich.console import Console
 
-    from ds_dgemma.evaluation.generation import evaluate
+    from ds_dgemma.evaluation.generation import Source, evaluate
     from ds_dgemma.evaluation.scorers import report_table
 
     if args.out is not None and args.out.is_dir():
         raise UserError(f"--out {args.out} is a directory. Name a file.")
-    report = evaluate(args.model, args.data, args.scorer, args.batch_size, args.limit, args.seed, args.adapter)
+    source = Source(args.model, args.revision, args.adapter)
+    report = evaluate(source, args.data, args.scorer, args.batch_size, args.limit, args.seed)
     Console().print(report_table(report))
     if args.out is not None:
         _write_json(args.out, report)
@@ -91,9 +92,9 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """Answer one prompt."""
-    from ds_dgemma.evaluation.generation import answer_text
+    from ds_dgemma.evaluation.generation import Source, answer_text
 
-    print(answer_text(args.model, args.prompt, args.seed, args.adapter))
+    print(answer_text(Source(args.model, args.revision, args.adapter), args.prompt, args.seed))
 
 
 def plot(args: argparse.Namespace) -> None:
@@ -159,13 +160,13 @@ def parser() -> argparse.ArgumentParser:
     )
 
     merge_ = _add(commands, "merge", merge)
-    merge_.add_argument("--model", required=True, metavar="DIR", help="transformers checkpoint or hub id")
+    _add_model(merge_)
     merge_.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="PEFT adapter directory")
     merge_.add_argument("--out", type=Path, required=True, metavar="DIR")
     _add_layout(merge_)
 
     evaluate_ = _add(commands, "evaluate", evaluate)
-    evaluate_.add_argument("--model", required=True, metavar="DIR", help="transformers checkpoint or hub id")
+    _add_model(evaluate_)
     evaluate_.add_argument("--adapter", type=Path, metavar="DIR", help="PEFT adapter of the model")
     evaluate_.add_argument("--data", required=True, metavar="F.jsonl")
     evaluate_.add_argument("--scorer", required=True, metavar="NAME", help="sudoku")
@@ -175,7 +176,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate_.add_argument("--out", type=Path, metavar="JSON", help="write the report too")
 
     generate_ = _add(commands, "generate", generate)
-    generate_.add_argument("--model", required=True, metavar="DIR", help="transformers checkpoint or hub id")
+    _add_model(generate_)
     generate_.add_argument("--adapter", type=Path, metavar="DIR", help="PEFT adapter of the model")
     generate_.add_argument("--prompt", required=True, metavar="TEXT")
     generate_.add_argument("--seed", type=_seed, default=0)
@@ -249,6 +250,12 @@ def _add(
     parser = commands.add_parser(name, help=command.__doc__, description=command.__doc__)
     parser.set_defaults(command=command)
     return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    """The model that a command starts from."""
+    parser.add_argument("--model", required=True, metavar="DIR", help="transformers checkpoint or hub id")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of the hub id")
 
 
 def _add_layout(parser: argparse.ArgumentParser) -> None:

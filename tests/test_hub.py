@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,7 +12,7 @@ from threading import Thread
 
 import pytest
 
-from tests.training import start_ranks
+from tests.training import REPOSITORY, start_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +24,7 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self, directory: Path) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
-        self.directory, self.downloads = directory, Counter()
+        self.directory, self.downloads, self.revisions = directory, Counter(), []
         self.broken: str | None = None
 
 
@@ -44,6 +46,8 @@ class Answer(BaseHTTPRequestHandler):
         hub, path = self.server, self.path.partition("?")[0]
         files = {file.name: file for file in hub.directory.iterdir()}
         headers = {"X-Repo-Commit": COMMIT}
+        if path.startswith(f"/api/models/{NAME}/revision/"):
+            hub.revisions.append(path.rpartition("/")[2])
         if path == f"/api/models/{NAME}/revision/main":
             content = json.dumps({"id": NAME, "sha": COMMIT, "siblings": []}).encode()
         elif path == f"/api/models/{NAME}/tree/{COMMIT}":
@@ -111,3 +115,12 @@ def test_a_download_that_fails_is_told_once_and_ends_every_rank(hub, sudoku_run,
     assert codes == [2, 2], log
     assert "Traceback" not in log
     assert log.count(f"model.path: {NAME} is no directory and could not be fetched") == 1, log
+
+
+@pytest.mark.parametrize("command", ["generate --prompt 1", "merge --adapter . --out {out}"])
+def test_a_command_asks_for_the_revision_that_it_is_told(command, hub, tmp_path):
+    arguments = command.format(out=tmp_path / "out").split()
+    program = [sys.executable, "-m", "ds_dgemma", *arguments, "--model", NAME, "--revision", "v2"]
+    ended = subprocess.run(program, capture_output=True, text=True, timeout=120, cwd=REPOSITORY)
+    assert (ended.returncode, set(hub.revisions)) == (2, {"v2"}), ended.stderr
+    assert f"{NAME} at revision v2" in ended.stderr

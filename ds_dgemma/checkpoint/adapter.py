@@ -109,7 +109,7 @@ class AdapterReader:
     def base_warning(self, model: str) -> str | None:
         """A word on an adapter that was made for a model of another name, which may still be the same model."""
         made_for = self.settings.get("base_model_name_or_path")
-        if made_for in (None, "", model):
+        if not made_for or Path(made_for).resolve() == Path(model).resolve():
             return None
         return f"The adapter {self.directory} was made for {made_for}, here it is put on {model}."
 

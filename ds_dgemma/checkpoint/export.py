@@ -98,9 +98,9 @@ def merge_adapter(
         UserError: a checkpoint that is not whole, an adapter of another model or kind, an `out` that holds something
         else, or a disk that refuses.
     """
-    stack = _outline(model, revision)
-    possible = possible_targets(stack)
     directory = local_directory(model, revision)
+    stack = _outline(directory)
+    possible = possible_targets(stack)
     find_places(stack, WeightReader(directory), copy_decoder_scalars=True)
     reader = AdapterReader(adapter, possible)
     if warning := reader.base_warning(model):
@@ -141,13 +141,13 @@ def _settings(run_dir: Path) -> RunConfig:
         raise UserError(f"{path} is not what a run of this version writes: {first_fault(error)}.") from error
 
 
-def _outline(model: str, revision: str | None = None):
-    return build_stack(read_spec(model, revision), train_router=False, activation_checkpointing=False)
+def _outline(directory: Path):
+    return build_stack(read_spec(str(directory)), train_router=False, activation_checkpointing=False)
 
 
 def _targets(run: Run) -> tuple[Target, ...]:
     """What the run adapted."""
-    possible = possible_targets(_outline(str(run.model))).values()
+    possible = possible_targets(_outline(run.model)).values()
     return tuple(target for target in possible if adapter_state_name(f"{target.name}.lora_A") in run.trained)
 
 

@@ -41,7 +41,10 @@ def local_directory(path: str, revision: str | None = None, *, download: bool = 
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=FILES, local_files_only=not download))
     except Exception as error:  # huggingface_hub raises many kinds; each means that the checkpoint is not to be had
-        raise UserError(f"model.path: {path} is no directory and could not be fetched: {first_line(error)}") from error
+        at = f" at revision {revision}" if revision else ""
+        raise UserError(
+            f"model.path: {path}{at} is no directory and could not be fetched: {first_line(error)}"
+        ) from error
 
 
 class WeightReader:

@@ -49,6 +49,15 @@ ONE_THREAD_BELOW = 50_000_000  # parameters: a smaller model's CPU threads mostl
 
 
 @dataclass(frozen=True)
+class Source:
+    """A transformers checkpoint or a hub id, and a PEFT adapter to put onto it."""
+
+    model: str
+    revision: str | None = None  # of a hub id
+    adapter: Path | None = None
+
+
+@dataclass(frozen=True)
 class Generator:
     """A model that answers, its tokenizer, and the ids that end an answer."""
 
@@ -57,13 +66,14 @@ class Generator:
     stop_ids: frozenset[int]
 
 
-def load_generator(path: str, adapter: Path | None = None) -> Generator:
-    """Load a transformers checkpoint onto the GPU in its own dtype, or onto the CPU in float32; PEFT adds `adapter`.
+def load_generator(source: Source) -> Generator:
+    """Load a model onto the GPU in its own dtype, or onto the CPU in float32; PEFT adds the adapter.
 
     Raises:
         UserError: no DiffusionGemma checkpoint, weights missing, no tokenizer, or no adapter of this model.
     """
-    directory = local_directory(path)
+    path, adapter = source.model, source.adapter
+    directory = local_directory(path, source.revision)
     spec = read_spec(str(directory))
     tokenizer = load_tokenizer(directory, text_spec(spec).vocab_size)
     if adapter is not None:  # looked at before the model is read
@@ -125,9 +135,7 @@ def answer_prompts(generator: Generator, prompts: list[list[int]], batch_size: i
     return answers
 
 
-def evaluate(
-    model: str, data: str, scorer: str, batch_size: int, limit: int | None, seed: int, adapter: Path | None = None
-) -> dict[str, Any]:
+def evaluate(source: Source, data: str, scorer: str, batch_size: int, limit: int | None, seed: int) -> dict[str, Any]:
     """Answer the conversations of a JSONL file; return the report of `summarise` and what was evaluated."""
     if scorer not in SCORERS:
         raise UserError(f"--scorer {scorer}: known are {', '.join(SCORERS)}.{did_you_mean(scorer, SCORERS)}")
@@ -137,17 +145,18 @@ def evaluate(
     rows = range(min(limit or len(conversations), len(conversations)))
     for row in rows:  # a record of another task is refused before minutes are spent on answers
         _score(scorer, conversations, row, answer="")
-    generator = load_generator(model, adapter)
+    generator = load_generator(source)
     turns = tokenize_turns(conversations, rows, generator.tokenizer, "last")
     answers = answer_prompts(generator, [turn.prompt_ids for turn in turns], batch_size, seed)
     scores = [_score(scorer, conversations, row, answer) for row, answer in zip(rows, answers, strict=True)]
-    evaluated = {"model": model} if adapter is None else {"model": model, "adapter": str(adapter)}
+    named = {"model": source.model, "revision": source.revision, "adapter": source.adapter and str(source.adapter)}
+    evaluated = {key: value for key, value in named.items() if value is not None}
     return {**evaluated, "data": data, "scorer": scorer, "seed": seed, **summarise(scores)}
 
 
-def answer_text(model: str, prompt: str, seed: int, adapter: Path | None = None) -> str:
+def answer_text(source: Source, prompt: str, seed: int) -> str:
     """Answer one user's message."""
-    generator = load_generator(model, adapter)
+    generator = load_generator(source)
     conversation = [{"role": "user", "content": prompt}, {"role": "assistant", "content": "?"}]
     text, _ = split_last_turn(conversation, generator.tokenizer)
     ids = generator.tokenizer(text, add_special_tokens=False)["input_ids"]

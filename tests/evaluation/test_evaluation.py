@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from ds_dgemma.checkpoint.export import merge_adapter
 from ds_dgemma.data.sudoku import write_sudoku
 from ds_dgemma.errors import UserError
-from ds_dgemma.evaluation.generation import answer_prompts, answer_text, evaluate, load_generator
+from ds_dgemma.evaluation.generation import Source, answer_prompts, answer_text, evaluate, load_generator
 from ds_dgemma.evaluation.scorers import score_sudoku, summarise
 from ds_dgemma.tools.tiny import make_tiny
 from tests.reference.adapters import write_random_adapter
@@ -72,7 +72,7 @@ def test_shares_are_of_all_examples_and_of_each_number_of_blanks() -> None:
 
 
 def test_answers_come_in_the_order_of_their_prompts_and_end_at_the_stop(model: str) -> None:
-    generator = load_generator(model)
+    generator = load_generator(Source(model))
     short, long, other_long = [2, 3, 9], [2, 3, 10, 11, 12], [2, 3, 12, 11, 10]
     a, b, c = answer_prompts(generator, [long, short, other_long], batch_size=8, seed=0)
     assert answer_prompts(generator, [short, long, other_long], batch_size=8, seed=0) == [b, a, c]
@@ -84,10 +84,11 @@ def test_answers_come_in_the_order_of_their_prompts_and_end_at_the_stop(model: s
 
 def test_a_report_is_repeatable_and_counts_every_puzzle_once(tmp_path: Path, model: str) -> None:
     write_sudoku(4, "test", 12, 0, tmp_path / "test.jsonl")
-    reports = [evaluate(model, str(tmp_path / "test.jsonl"), "sudoku", 5, 10, seed=3) for _ in range(2)]
+    reports = [evaluate(Source(model), str(tmp_path / "test.jsonl"), "sudoku", 5, 10, seed=3) for _ in range(2)]
     assert reports[0] == reports[1]
     assert reports[0]["examples"] == sum(group["examples"] for group in reports[0]["groups"]) == 10
-    assert answer_text(model, PUZZLE, seed=0) == answer_text(model, PUZZLE, seed=0) != answer_text(model, PUZZLE, 1)
+    first, again, other = (answer_text(Source(model), PUZZLE, seed) for seed in (0, 0, 1))
+    assert first == again != other
 
 
 def test_what_cannot_be_evaluated_is_refused_by_name(tmp_path: Path, model: str) -> None:
@@ -104,7 +105,7 @@ def test_what_cannot_be_evaluated_is_refused_by_name(tmp_path: Path, model: str)
     ]
     for path, file, scorer, batch_size, message in refused:
         with pytest.raises(UserError, match=message):
-            evaluate(path, file, scorer, batch_size, None, seed=0)
+            evaluate(Source(path), file, scorer, batch_size, None, seed=0)
 
 
 def test_a_checkpoint_without_the_encoders_scalars_is_refused(tmp_path: Path) -> None:
@@ -113,10 +114,10 @@ def test_a_checkpoint_without_the_encoders_scalars_is_refused(tmp_path: Path) ->
     kept = {name: value for name, value in load_file(weights).items() if "language_model" not in name}
     save_file(kept, weights, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"lacks 4 weights.*layer_scalar"):
-        load_generator(str(tmp_path / "model"))
+        load_generator(Source(str(tmp_path / "model")))
     weights.write_bytes(b"not weights")
     with pytest.raises(UserError, match="could not be loaded"):
-        load_generator(str(tmp_path / "model"))
+        load_generator(Source(str(tmp_path / "model")))
 
 
 def test_peft_adds_an_adapter_and_answers_as_the_merged_model_does(tmp_path: Path, model: str, capsys) -> None:
@@ -125,7 +126,7 @@ def test_peft_adds_an_adapter_and_answers_as_the_merged_model_does(tmp_path: Pat
     merge_adapter(model, tmp_path / "adapter", tmp_path / "merged")
     prompts = [[2, 3, 9 + number] for number in range(16)]
     answers = [
-        answer_prompts(load_generator(path, adapter), prompts, batch_size=16, seed=0)
+        answer_prompts(load_generator(Source(path, adapter=adapter)), prompts, batch_size=16, seed=0)
         for path, adapter in ((model, tmp_path / "adapter"), (str(tmp_path / "merged"), None), (model, None))
     ]
     assert answers[0] == answers[1] != answers[2]
@@ -138,7 +139,7 @@ def test_peft_adds_an_adapter_and_answers_as_the_merged_model_does(tmp_path: Pat
     merge_adapter(model, tmp_path / "adapter", tmp_path / "merged")
     assert warning in capsys.readouterr().err
     with pytest.raises(UserError, match="does not fit this model"):
-        load_generator(model, tmp_path / "adapter")
+        load_generator(Source(model, adapter=tmp_path / "adapter"))
     assert warning in capsys.readouterr().err
 
 
@@ -150,4 +151,4 @@ def test_an_adapter_that_cannot_be_used_is_refused_before_the_model_is_read(tmp_
     save_file({name: torch.full_like(factor, torch.nan) for name, factor in load_file(weights).items()}, weights)
     for adapter, said in (("adapter", "holds NaN"), ("absent", "absent cannot be read")):
         with pytest.raises(UserError, match=said):
-            load_generator(str(unreadable), tmp_path / adapter)
+            load_generator(Source(str(unreadable), adapter=tmp_path / adapter))
