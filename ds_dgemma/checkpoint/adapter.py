@@ -100,7 +100,7 @@ class AdapterReader:
             self._shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in self._file.keys()}  # noqa: SIM118
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"adapter {directory} cannot be read: {first_line(error)}.") from error
-        if any(re.search(r"\.experts\.\d+\.", key) for key in self._shapes):
+        if _is_for_vllm(self._shapes):
             raise UserError(f"adapter {directory} is in vLLM's form. Export it again with --format peft.")
         self._wrappers = dict(self._find(possible))
         self.targets = tuple(target for name, target in possible.items() if name in self._wrappers)
@@ -184,6 +184,12 @@ class AdapterReader:
                 f"{keys[0]} and {keys[1]} differ. Encoder and decoder share their weights: one adapter, "
                 "written under both names, was expected."
             )
+
+
+def _is_for_vllm(keys: Iterable[str]) -> bool:
+    """Whether experts are apart, or the layers are there once and not for encoder and decoder."""
+    layers = [any(key.startswith(f"{PEFT}{prefix}layers.") for key in keys) for prefix in PREFIXES]
+    return layers == [True, False] or any(re.search(r"\.experts\.\d+\.", key) for key in keys)
 
 
 def check_continues(reader: AdapterReader, targets: Iterable[Target], lora: LoraSection) -> None:

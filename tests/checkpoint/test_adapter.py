@@ -107,6 +107,11 @@ def test_vllm_s_form_has_a_pair_for_every_expert_and_projection(base: Path, tmp_
             parts = ("gate_proj", "up_proj") if tensor == "gate_up_proj" else ("down_proj",)
             torch.testing.assert_close(torch.cat([delta(f"{module}.{e}.{part}") for part in parts]), whole[e])
     assert not stored
+
+
+@pytest.mark.parametrize("settings", [{"target_parameters": EXPERTS}, {"target_modules": ["q_proj"]}])
+def test_vllm_s_form_cannot_be_continued(settings: dict, base: Path, tmp_path: Path):
+    write_random_adapter(tmp_path / "adapter", base, "vllm", **settings)
     with pytest.raises(UserError, match=r"^adapter \S+ is in vLLM's form. Export it again with --format peft.$"):
         AdapterReader(tmp_path / "adapter", possible())
 
