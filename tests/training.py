@@ -6,9 +6,31 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ds_dgemma.data.sudoku import write_sudoku
 from ds_dgemma.engine.ranks import free_port
+from ds_dgemma.tools.tiny import make_tiny
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+RUN = """
+run: {{dir: {folder}/run}}
+model: {{path: {folder}/model}}
+data: {{train: {folder}/train.jsonl, workers: 0}}
+train: {{max_steps: 20, global_batch_size: 8, micro_batch_size: 8, precision: fp32}}
+optimizer: {{lr: 1.5e-4, min_lr: 1.5e-5, warmup_steps: 25}}
+checkpoint: {{every: 0}}
+deepspeed: {repository}/ds_configs/zero3.json
+"""
+
+
+def make_run(folder: Path, top_k: int) -> Path:
+    """A run config (fp32, ZeRO-3, one rank) with a tiny model, `top_k` of 8 experts for a token, and 64 puzzles."""
+    make_tiny("sudoku4", folder / "model")
+    config = json.loads((folder / "model/config.json").read_text())
+    config["text_config"]["top_k_experts"] = top_k
+    (folder / "model/config.json").write_text(json.dumps(config))
+    write_sudoku(4, "train", 64, 1, folder / "train.jsonl")
+    (folder / "run.yaml").write_text(RUN.format(folder=folder, repository=REPOSITORY))
+    return folder / "run.yaml"
 
 
 def start_ranks(
