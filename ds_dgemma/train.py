@@ -35,6 +35,7 @@ from ds_dgemma.engine.deepspeed_engine import (
     start_engine,
 )
 from ds_dgemma.engine.ds_config import build_cpu_adam, deepspeed_config
+from ds_dgemma.engine.environment import check_environment
 from ds_dgemma.engine.launcher_watch import watch_launcher
 from ds_dgemma.engine.open_model import OutlinedModel, fill_model, outline_model
 from ds_dgemma.engine.optimizer_state import KINDS, adam_step, create_moments, owned_shards
@@ -122,6 +123,8 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
     if ranks.is_main:
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
+        if resumed:
+            print(f"continuing from {resumed.path}", flush=True)
     facts = {
         "model": config.model.path,
         "model_digest": weights,
@@ -286,15 +289,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     try:
+        check_environment()
         config = load_config(args.config, args.set)
     except UserError as error:
-        # All ranks of a host read the same file: one of them tells.
+        # All ranks of a host see the same: one of them tells.
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(error, file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     ranks = RankLayout.from_environment(config.parallel.expert_parallel_size)
     watch_launcher()
-    connect(ranks, config.parallel.collective_timeout_minutes)
+    try:
+        connect(ranks, config.parallel.collective_timeout_minutes)
+    except UserError as error:
+        print(error, file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
     with agreed(ranks, hours=DOWNLOAD_HOURS):
         if ranks.local_rank == 0:  # the node's other ranks find it in the cache
             local_directory(config.model.path, config.model.revision)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ds_dgemma.errors import EXIT_USER_ERROR, UserError
+from ds_dgemma.errors import EXIT_USER_ERROR, UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class RankLayout:
             return int(os.environ.get(name, default))
 
         world = get("WORLD_SIZE", 1)
-        return cls(get("RANK", 0), world, get("LOCAL_RANK", 0), get("LOCAL_WORLD_SIZE", world), expert_parallel_size)
+        local_world = get("LOCAL_WORLD_SIZE", get("LOCAL_SIZE", world))  # torchrun's name, DeepSpeed's name
+        return cls(get("RANK", 0), world, get("LOCAL_RANK", 0), local_world, expert_parallel_size)
 
     @property
     def expert_rank(self) -> int:
@@ -64,7 +65,11 @@ class RankLayout:
 
 
 def connect(ranks: RankLayout, timeout_minutes: float) -> None:
-    """Join the process group through DeepSpeed; a process started without a launcher is a group of one."""
+    """Join the process group through DeepSpeed; a process started without a launcher is a group of one.
+
+    Raises:
+        UserError: the ranks do not find each other.
+    """
     if ranks.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if "OMP_NUM_THREADS" not in os.environ:
@@ -82,7 +87,14 @@ def connect(ranks: RankLayout, timeout_minutes: float) -> None:
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timedelta(minutes=timeout_minutes))
+    try:
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timedelta(minutes=timeout_minutes))
+    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+        where = f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"the ranks cannot meet ({where}): {first_line(error)}. Another run may use the port: choose one with "
+            "--master_port. Or rank 0's machine cannot be reached."
+        ) from error
 
 
 def quiet_libraries() -> None:
