@@ -1,8 +1,9 @@
 """Conversations from a JSONL file or a hub dataset, every row checked before training starts.
 
 A row is `{"messages": [{"role": ..., "content": ...}, ...]}` with roles system, user, assistant and an
-assistant's turn last; or any record of which `data.columns` names the user's and the assistant's column. A
-file stays on disk: what is held is its byte offsets (16 bytes a row), so millions of rows cost megabytes.
+assistant's turn last; or any record of which `data.columns` names the user's and the assistant's column. An `id` is
+not needed, but two rows of a file may not share one. A file stays on disk: what is held is its byte offsets (16 bytes
+a row), so millions of rows cost megabytes.
 Lines end at a newline byte only: U+2028 inside a string is text.
 """
 
@@ -82,7 +83,11 @@ class Conversations:
         return len(self.rows)
 
     def __getitem__(self, row: int) -> list[Message]:
-        messages = _messages(self.rows[row], self.columns)
+        return self.read(self.rows[row])
+
+    def read(self, record: dict[str, Any]) -> list[Message]:
+        """The conversation of a row."""
+        messages = _messages(record, self.columns)
         for turn, message in enumerate(messages):
             for token in self.image_tokens:
                 if token in message["content"]:
@@ -176,10 +181,16 @@ def _load_hub(source: str, config: str | None, hub_split: str, split: str) -> "D
 
 def _check_all(conversations: Conversations, split: str) -> None:
     """Read every row once; raise the first problems and their number."""
-    problems, count = [], 0
+    problems, count, named = [], 0, {}
     for row in range(len(conversations)):
         try:
-            conversations[row]
+            record = conversations.rows[row]
+            conversations.read(record)
+            if (name := record.get("id")) is not None and named.setdefault(str(name), row) != row:
+                raise _BadRow(
+                    f"id {name!r} is that of {conversations.where(named[str(name)])} too. Leave one of the rows out; if "
+                    "both are meant, give them ids of their own, or none."
+                )
         except _BadRow as problem:
             count += 1
             if count <= SHOWN_PROBLEMS:

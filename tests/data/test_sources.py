@@ -68,6 +68,12 @@ def test_a_broken_row_is_named_with_its_line(tmp_path, line, found):
     assert found in str(error.value)
 
 
+def test_two_rows_of_one_id_are_named(tmp_path):
+    rows = [GOOD[:-1] + b', "id": %s}' % name for name in (b'"a"', b"1", b"null", b"null", b'"a"')]
+    with pytest.raises(UserError, match=r"chats\.jsonl:5: id 'a' is that of \S*chats\.jsonl:1 too"):
+        load(write(tmp_path, *rows))
+
+
 def test_many_broken_rows_are_counted_and_the_first_ten_shown(tmp_path):
     with pytest.raises(UserError) as error:
         load(write(tmp_path, GOOD, *[b"{"] * 25))
