@@ -188,7 +188,7 @@ def _check_all(conversations: Conversations, split: str) -> None:
             conversations.read(record)
             if (name := record.get("id")) is not None and named.setdefault(str(name), row) != row:
                 raise _BadRow(
-                    f"id {name!r} is that of {conversations.where(named[str(name)])} too. Leave one of the rows out; if "
+                    f"id {name!r} is that of {conversations.where(named[str(name)])} too. Leave one of them out; if "
                     "both are meant, give them ids of their own, or none."
                 )
         except _BadRow as problem:
