@@ -124,9 +124,11 @@ def plain(value: Any) -> Any:
 
 
 def show(value: Any) -> str:
-    """A value for one line of a message."""
+    """A value for one line of a message; of a long path or word, both ends."""
     text = json.dumps(plain(value), ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
+    if len(text) <= 60:
+        return text
+    return f"{text[:25]}...{text[-32:]}" if isinstance(value, str | Path) else text[:57] + "..."
 
 
 def reference_markdown() -> str:

@@ -47,7 +47,11 @@ def tokenize_turns(
     tokenizer: PreTrainedTokenizerFast,
     assistant_turns: Literal["last", "all"],
 ) -> list[Turn]:
-    """Tokenize the learned turns of some rows in one call of the tokenizer, which has threads of its own."""
+    """Tokenize the learned turns of some rows in one call of the tokenizer, which has threads of its own.
+
+    Raises:
+        UserError: a row that the template cannot render, or that has text without a token.
+    """
     sample_ids, prompts, responses = [], [], []
     for row in rows:
         try:
@@ -62,7 +66,16 @@ def tokenize_turns(
                 responses.append(response)
         except UserError as error:
             raise UserError(f"{conversations.where(row)}: {error}") from error
-    return [Turn(*turn) for turn in zip(sample_ids, *_tokenize(prompts, responses, tokenizer), strict=True)]
+    turns = [Turn(*turn) for turn in zip(sample_ids, *_tokenize(prompts, responses, tokenizer), strict=True)]
+    unknown = tokenizer.unk_token_id
+    for turn in turns:
+        if unknown is not None and (unknown in turn.prompt_ids or unknown in turn.response_ids):
+            row = row_of(turn.sample_id, assistant_turns)
+            raise UserError(
+                f"{conversations.where(row)}: the tokenizer has no token for a part of this conversation, which would "
+                f"become {tokenizer.unk_token}. Change the text, the chat template or the tokenizer."
+            )
+    return turns
 
 
 def split_last_turn(messages: list[Message], tokenizer: PreTrainedTokenizerFast) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 import torch
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
+from ds_dgemma.errors import UserError, first_line
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
 
@@ -12,11 +13,19 @@ def build_stack(
 ) -> DiffusionGemmaStack:
     """Return the stack with meta parameters; what is computed rather than stored (rotary frequencies) is real and
     fp32.
+
+    Raises:
+        UserError: the config does not describe a model that transformers can build.
     """
     config._attn_implementation = "sdpa"  # any mask, any head size; with a mask transformers expands the keys itself
     config._experts_implementation = "eager"
     with torch.device("meta"):
-        source = DiffusionGemmaForBlockDiffusion(config)
+        try:
+            source = DiffusionGemmaForBlockDiffusion(config)
+        except Exception as error:  # a config's numbers that do not fit each other surface as any kind
+            raise UserError(
+                f"model.path: no model can be built from config.json: {type(error).__name__}: {first_line(error)}"
+            ) from error
         stack = DiffusionGemmaStack(source, activation_checkpointing)
     stack.rotary_emb = type(stack.rotary_emb)(text_spec(config))
     for layer in stack.sweep_layers():
