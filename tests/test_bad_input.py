@@ -13,7 +13,7 @@ import yaml
 from ds_dgemma.config_file import load_config
 from ds_dgemma.engine.ranks import RankLayout
 from ds_dgemma.errors import UserError
-from ds_dgemma.run_directory import claim
+from ds_dgemma.run_directory import claim, find_start
 from ds_dgemma.train import prepare
 from tests.training import start_ranks
 
@@ -169,7 +169,8 @@ def test_a_mistake_is_named_before_any_weight_is_read(mistake, copied_run):
     def open_run() -> None:
         config = load_config(copied_run, overrides)
         with claim(config.run.dir):
-            prepare(config, RankLayout(0, 2, 0, 2, config.parallel.expert_parallel_size))
+            start = find_start(config)
+            prepare(config, RankLayout(0, 2, 0, 2, config.parallel.expert_parallel_size), start)
 
     with pytest.raises(UserError) as raised:
         open_run()
