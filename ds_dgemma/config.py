@@ -6,6 +6,7 @@ YAML owns the science (batch, learning rate, steps, clipping, canvases, expert r
 """
 
 import re
+from math import lcm
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -264,7 +265,28 @@ class CheckpointSection(Section):
     """When the training state is written and how much of it is kept."""
 
     every: int = Field(default=500, ge=0, description="steps between checkpoints; 0: only the last step")
-    keep_last: int = Field(default=2, ge=1, description="complete checkpoints kept")
+    keep_last: int = Field(default=2, ge=1, description="newest complete checkpoints kept")
+    keep_every: int = Field(
+        default=0, ge=0, description="checkpoints at multiples of this many steps are kept for ever; 0: none"
+    )
+    keep_best: int = Field(
+        default=0, ge=0, description="checkpoints of the lowest validation loss that are kept too; 0: none"
+    )
+    on_error: Literal["stop", "continue"] = Field(
+        default="stop",
+        description="a checkpoint that cannot be written (full disk, quota, rights) ends the run; or is told and "
+        "tried again when the next is due, the last step's always ending it",
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> "CheckpointSection":
+        if self.keep_every and (not self.every or self.keep_every % self.every):
+            written = f"every {self.every} steps" if self.every else "at the last step only"
+            raise ValueError(
+                f"keep_every {self.keep_every} cannot be met: checkpoints are written {written}. Set a multiple of "
+                "checkpoint.every, or 0"
+            )
+        return self
 
 
 class WandbSection(Section):
@@ -302,3 +324,13 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     tracking: TrackingSection = TrackingSection()
     deepspeed: Path = Field(description="DeepSpeed's JSON, passed to DeepSpeed whole")
+
+    def keep_best_fault(self) -> str | None:
+        """Why no checkpoint would have a validation loss to be the best by."""
+        saved, validated, last = self.checkpoint.every, self.validation.every, self.train.max_steps
+        if not self.checkpoint.keep_best or (saved and validated and lcm(saved, validated) <= last):
+            return None
+        return (
+            f"no step up to {last} has both a checkpoint (every {saved}) and a validation (every {validated}), by "
+            "whose loss the best is known. Set checkpoint.every to a multiple of validation.every, or 0 here."
+        )

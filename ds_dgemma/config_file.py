@@ -331,6 +331,8 @@ def _cross_section_problems(config: RunConfig, source: _Source) -> Iterator[Prob
         yield problem("objective.router_balance_weight", "trains frozen routers. Set model.train_router: true, or 0.")
     if config.validation.every and config.data.validation is None:
         yield problem("validation.every", "needs held-out data. Set data.validation, or validation.every: 0.")
+    if fault := config.keep_best_fault():
+        yield problem("checkpoint.keep_best", fault)
     if not config.deepspeed.is_file():
         yield problem("deepspeed", _missing_json(config.deepspeed, source.path))
 

@@ -9,10 +9,13 @@ import fcntl
 import json
 import os
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from ds_dgemma.checkpoint.run_state import Checkpoint, newest, open_checkpoint
+from ds_dgemma.checkpoint.run_state import Checkpoint, StateReader, newest, open_state, step_directories, step_directory
+from ds_dgemma.checkpoint.save import settle
 from ds_dgemma.config import RunConfig
 from ds_dgemma.config_file import read_yaml, resolved_yaml, same_run_problems
 from ds_dgemma.errors import UserError, one_line_each, told
@@ -25,9 +28,41 @@ LOCK = "run.lock"
 LOCK_SECONDS = 20  # the ranks of a launcher that was killed need a moment to notice
 
 
-def find_start(config: RunConfig) -> tuple[Checkpoint | None, list[str]]:
-    """Which checkpoint to continue from (None: from the model), and warnings; changes nothing. Call it when the
-    directory is claimed: what another job still writes would be missed.
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins."""
+
+    resumed: StateReader | None  # None: with the model
+    warnings: Sequence[str] = ()
+
+    @property
+    def step(self) -> int:
+        """Steps that are done."""
+        return self.resumed.checkpoint.step if self.resumed else 0
+
+
+def contents(directory: Path) -> list[str]:
+    """What a rank sees of a run's state."""
+    steps = [path.name for _, path in step_directories(directory / CHECKPOINTS)]
+    return steps + [name for name in (CONFIG, METRICS) if (directory / name).is_file()]
+
+
+def check_shared(directory: Path, seen: Sequence[list[str]]) -> None:
+    """Raise `UserError` unless all ranks have `seen` the same `contents`."""
+    for rank, names in enumerate(seen):
+        if names != seen[0]:
+            differ = min(set(names) ^ set(seen[0]))
+            raise UserError(
+                f"run.dir: {directory} is not the same directory for all ranks: only one of rank 0 and rank {rank} "
+                f"sees {differ}. Put it on a disk that they share."
+            )
+
+
+def find_start(config: RunConfig) -> Start:
+    """Which checkpoint to continue from, whole to its last bit; changes nothing. In a process group a collective.
+
+    Call it when the directory is claimed, or what another job still writes would be missed, and when all ranks are
+    known to see the same (`check_shared`), for they look at one checkpoint after another together.
 
     Raises:
         UserError: the directory belongs to another config, or holds nothing to continue from that is whole.
@@ -46,26 +81,29 @@ def find_start(config: RunConfig) -> tuple[Checkpoint | None, list[str]]:
             f"run.dir: {directory} has checkpoints or metrics but no {CONFIG}: it is not a run of ours. Choose another."
         )
     if config.run.resume in ("auto", "never"):
-        return newest(directory / CHECKPOINTS)
+        return Start(*newest(directory / CHECKPOINTS))
     return _named_start(Path(config.run.resume), directory / CHECKPOINTS, config.train.max_steps)
 
 
-def _named_start(path: Path, own: Path, max_steps: int) -> tuple[Checkpoint | None, list[str]]:
+def _named_start(path: Path, own: Path, max_steps: int) -> Start:
     """Start from a checkpoint that `run.resume` names; of another run it is only where this one began."""
-    named = open_checkpoint(path)
-    latest, problems = newest(own)
+    latest = Start(*newest(own))
     if path.resolve().parent != own.resolve():
-        if latest is None and named.step >= max_steps:
+        if latest.resumed:
+            return latest
+        named = Start(open_state(path), latest.warnings)
+        if named.step >= max_steps:
             raise UserError(
                 f"run.resume: {path} has done {named.step} steps, and train.max_steps is {max_steps}. Raise it."
             )
-        return latest or named, problems
-    if latest is not None and latest.step > named.step:
+        return named
+    named = Start(open_state(path), latest.warnings)
+    if latest.step > named.step:
         raise UserError(
-            f"run.resume: {path} is older than {latest.path.name} of the same run, and the next start would continue "
-            "from that. Move what is newer away, or set run.resume: auto."
+            f"run.resume: {path} is older than {step_directory(own, latest.step).name} of the same run, and the next "
+            "start would continue from that. Move what is newer away, or set run.resume: auto."
         )
-    return named, problems
+    return named
 
 
 def check_same_data(source: str, resumed: Checkpoint, digest: str, examples: int) -> None:
@@ -97,6 +135,7 @@ def claim(directory: Path) -> IO[str]:
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                settle(directory / CHECKPOINTS)
                 return lock
             except BlockingIOError:
                 if time.monotonic() > deadline:

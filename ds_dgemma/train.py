@@ -20,7 +20,9 @@ from transformers import DiffusionGemmaConfig, PreTrainedTokenizerFast
 
 from ds_dgemma.checkpoint.adapter import AdapterReader
 from ds_dgemma.checkpoint.names import DECODER, checkpoint_name
-from ds_dgemma.checkpoint.run_state import StateReader, check_same_model, prune, save
+from ds_dgemma.checkpoint.retention import Scores, prune
+from ds_dgemma.checkpoint.run_state import StateReader, check_same_model
+from ds_dgemma.checkpoint.save import NotWritten, save
 from ds_dgemma.checkpoint.weights import local_directory, model_digest
 from ds_dgemma.config import RunConfig
 from ds_dgemma.config_file import load_config
@@ -49,7 +51,17 @@ from ds_dgemma.model.lora import seed_dropout
 from ds_dgemma.model.spec import read_spec, text_spec
 from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
 from ds_dgemma.objective.noise import Corruption
-from ds_dgemma.run_directory import CHECKPOINTS, METRICS, check_same_data, claim, find_start, write_settings
+from ds_dgemma.run_directory import (
+    CHECKPOINTS,
+    METRICS,
+    Start,
+    check_same_data,
+    check_shared,
+    claim,
+    contents,
+    find_start,
+    write_settings,
+)
 from ds_dgemma.tracking.metrics import StepMetrics, memory_gib
 from ds_dgemma.tracking.sinks import ConsoleSink, JsonlSink, Sink, Tracker, WandbSink
 
@@ -65,6 +77,7 @@ class Prepared:
     collate: Callable[[list[tuple[Example, int]]], Batch]
     examples: ExampleSet
     held_out: list[Example]  # empty when nothing is validated
+    scores: Scores  # of the held-out examples
     resumed: StateReader | None
     facts: dict[str, Any]  # of the model and the data, kept in every checkpoint
 
@@ -74,14 +87,14 @@ class Prepared:
         return self.resumed.checkpoint.step if self.resumed else 0
 
 
-def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
-    """Check everything that a user can get wrong; no collective, no weights, no download of the model.
+def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
+    """Check everything else that a user can get wrong; no collective, no weights, no download of the model.
 
     Raises:
         UserError: what is wrong, and what to do about it.
     """
     settings = deepspeed_config(config, ranks.world, "cuda" if ranks.device.type == "cuda" else "cpu")
-    resumed, warnings = find_start(config)
+    resumed, warnings = start.resumed, list(start.warnings)
     if config.optimizer.warmup_steps >= config.train.max_steps:
         warnings.append("optimizer.warmup_steps is not below train.max_steps: the run ends before lr is reached.")
     directory = local_directory(config.model.path, config.model.revision, download=False)
@@ -102,14 +115,15 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
     )
     weights = model_digest(directory)
     if resumed:
-        check_same_model(config.model.path, weights, resumed)
+        check_same_model(config.model.path, weights, resumed.checkpoint)
+        resumed.check_fits(model.trained_sizes(ranks))
     check_stage(settings["zero_optimization"]["stage"], model.trained_names())
     check_groups(config.optimizer, model.trained_names(), model.reader.files)
     check_router_balance(config.objective.router_balance_weight, model.trained_names())
     if model.adapters and (warning := model.adapters.base_warning(config.model.path)):
         warnings.append(warning)
 
-    examples, held_out = read_data(config, spec, tokenizer, ranks)
+    examples, held_out, held_out_digest = read_data(config, spec, tokenizer, ranks)
     corruption = Corruption(
         seed=config.seed,
         vocab_size=text.vocab_size,
@@ -124,7 +138,7 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
         if resumed:
-            print(f"continuing from {resumed.path}", flush=True)
+            print(f"continuing from {resumed.checkpoint.path}", flush=True)
     facts = {
         "model": config.model.path,
         "model_digest": weights,
@@ -132,15 +146,17 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
         "examples": len(examples),
     }
     if resumed:
-        check_same_data(config.data.train, resumed, examples.digest, len(examples))
-    reader = StateReader(resumed) if resumed else None
-    return Prepared(settings, model, corruption.collate, examples, held_out, reader, facts)
+        check_same_data(config.data.train, resumed.checkpoint, examples.digest, len(examples))
+    scores = Scores.continued(held_out_digest, resumed.checkpoint if resumed else None)
+    return Prepared(settings, model, corruption.collate, examples, held_out, scores, resumed, facts)
 
 
 def read_data(
     config: RunConfig, spec: DiffusionGemmaConfig, tokenizer: PreTrainedTokenizerFast, ranks: RankLayout
-) -> tuple[ExampleSet, list[Example]]:
-    """The examples to train on and those to validate on, checked and tokenized; rank 0 tells how many were kept."""
+) -> tuple[ExampleSet, list[Example], str | None]:
+    """The examples to train on and those to validate on with a digest, checked and tokenized; rank 0 tells how many
+    were kept.
+    """
     canvas_length, eos_id = spec.canvas_length, tokenizer.eos_token_id
     assert isinstance(canvas_length, int)
     assert isinstance(eos_id, int)
@@ -155,9 +171,10 @@ def read_data(
 
     examples = read("train")
     if not config.validation.every:
-        return examples, []
+        return examples, [], None
     held_out = read("validation")
-    return examples, [held_out[i] for i in range(min(len(held_out), config.validation.examples))]
+    count = min(len(held_out), config.validation.examples)
+    return examples, [held_out[i] for i in range(count)], f"{held_out.digest} {count}"
 
 
 def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tracker) -> None:
@@ -196,11 +213,18 @@ def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tra
                 config.objective.encoder_loss_weight,
             )
             tracker.track({"kind": "validation", "step": step, **losses})
+            prepared.scores.add(step, losses["loss"])
         if due(step, config.checkpoint.every) or step == last:
-            facts = {**prepared.facts, "adam_step": adam_step(engine)}
-            save(checkpoints, step, owned_shards(engine, ranks), KINDS, ranks.rank, facts)
-            if ranks.is_main:
-                prune(checkpoints, config.checkpoint.keep_last)
+            facts = {**prepared.facts, **prepared.scores.facts(step), "adam_step": adam_step(engine)}
+            try:
+                save(checkpoints, step, owned_shards(engine, ranks), KINDS, ranks.rank, facts)
+            except NotWritten as error:  # on every rank
+                if config.checkpoint.on_error == "stop" or step == last:
+                    raise
+                tracker.track({"kind": "checkpoint_failed", "step": step, "error": f"{error} The run goes on."})
+            else:
+                if ranks.is_main:
+                    prune(checkpoints, step, config.checkpoint)
 
 
 def update(engine: Any, batches: Iterator[list[Batch]], step: int, config: RunConfig, ranks: RankLayout) -> StepMetrics:
@@ -308,14 +332,14 @@ def main(argv: list[str] | None = None) -> int:
             local_directory(config.model.path, config.model.revision)
     with agreed(ranks):
         lock = claim(config.run.dir) if ranks.is_main else nullcontext()
+    seen = gather(contents(config.run.dir), ranks)
     with agreed(ranks):
-        prepared = prepare(config, ranks)
-    starts = gather(prepared.start, ranks)
+        check_shared(config.run.dir, seen)
     with agreed(ranks):
-        if len(set(starts)) > 1:
-            raise UserError(
-                f"run.dir: {config.run.dir} is not the same directory for all ranks: put it on a disk that they share."
-            )
+        start = find_start(config)  # it looks together; what it finds, all find
+    with agreed(ranks):
+        prepared = prepare(config, ranks, start)
+    with agreed(ranks):
         if ranks.is_main:
             write_settings(config, prepared.deepspeed)
         tracker = open_tracker(config, ranks, prepared.start)

@@ -12,7 +12,7 @@ import pytest
 from ds_dgemma.config_file import load_config
 from ds_dgemma.engine.ranks import RankLayout
 from ds_dgemma.errors import UserError
-from ds_dgemma.run_directory import claim
+from ds_dgemma.run_directory import claim, find_start
 from ds_dgemma.train import prepare
 from tests.bad_inputs import MISTAKES
 from tests.broken_job import Job
@@ -45,7 +45,8 @@ def test_a_mistake_is_named_before_any_weight_is_read(mistake, copied_run):
     def open_run() -> None:
         config = load_config(copied_run, overrides)
         with claim(config.run.dir):
-            prepare(config, RankLayout(0, 2, 0, 2, config.parallel.expert_parallel_size))
+            start = find_start(config)
+            prepare(config, RankLayout(0, 2, 0, 2, config.parallel.expert_parallel_size), start)
 
     with pytest.raises(UserError) as raised:
         open_run()

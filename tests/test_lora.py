@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from ds_dgemma.checkpoint.adapter import TENSORS
 from ds_dgemma.checkpoint.export import export_run
-from ds_dgemma.checkpoint.run_state import StateReader, newest
+from ds_dgemma.checkpoint.run_state import newest
 from ds_dgemma.config import OptimizerSection
 from ds_dgemma.engine.schedule import learning_rate
 from ds_dgemma.errors import UserError
@@ -116,9 +116,9 @@ def test_a_bf16_run_goes_on_from_all_bits_of_an_adapter(sudoku_run, tmp_path):
 def assert_first_step_is_each_groups_own(run_dir: Path, model: Path) -> None:
     """Adam's first step moves an element by the learning rate, but for its gradient's sign."""
     rate = learning_rate(0, 1, OptimizerSection())
-    checkpoint, _ = newest(run_dir / "checkpoints")
-    assert checkpoint is not None
-    state, before = StateReader(checkpoint), load_file(model / "model.safetensors")
+    state, _ = newest(run_dir / "checkpoints")
+    assert state is not None
+    before = load_file(model / "model.safetensors")
     for ours, theirs, lr in (
         ("model.layers.1.experts.experts.w2", "model.decoder.layers.1.experts.down_proj", 2 * rate),
         ("model.layers.1.mlp.up_proj.weight", "model.decoder.layers.1.mlp.up_proj.weight", rate),

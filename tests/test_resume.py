@@ -1,13 +1,19 @@
 """A killed run goes on as if nothing had happened: same command, same losses, bit for bit."""
 
 import json
+import os
 import shutil
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from ds_dgemma.checkpoint.manifest import read_state
+from ds_dgemma.checkpoint.run_state import step_directories
+from ds_dgemma.errors import EXIT_USER_ERROR
 from tests.training import read_metrics, start_ranks, train
 
 pytestmark = pytest.mark.slow
@@ -43,7 +49,9 @@ def test_a_damaged_newest_checkpoint_is_passed_over(sudoku_run, tmp_path):
     undisturbed = train(sudoku_run, run_dir, STEPS)
     newest = run_dir / "checkpoints" / "step-000012"
     shard = next(newest.glob("*.safetensors"))
-    shard.write_bytes(shard.read_bytes()[:1000])
+    content = bytearray(shard.read_bytes())
+    content[-1000] ^= 1
+    shard.write_bytes(content)
     assert numbers(train(sudoku_run, run_dir, STEPS)) == numbers(undisturbed)
     assert "step-000012 is damaged" in run_dir.with_suffix(".log").read_text()
 
@@ -91,3 +99,46 @@ def final_state(run_dir: Path) -> dict[str, bytes]:
     last = sorted((run_dir / "checkpoints").glob("step-*"))[-1]
     files = json.loads((last / "state.json").read_text())["files"]
     return {name: (last / name).read_bytes() for name in files}
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small file system of its own; `resize` makes it larger."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() != 0 or resize(folder, "26m", "size") != 0:
+        pytest.skip("a small tmpfs needs the right to mount one")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def resize(folder: Path, size: str, option: str = "remount,size") -> int:
+    command = ["mount", "-t", "tmpfs", "-o", f"{option}={size}", "tmpfs", str(folder)]
+    return subprocess.run(command, capture_output=True).returncode
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on_from_what_was_written_before(disk, sudoku_run, tmp_path):
+    held_out = f"data.validation={sudoku_run.parent}/train.jsonl"
+    overrides = ["train.max_steps=3", "checkpoint.every=1", "checkpoint.keep_last=1", "checkpoint.keep_best=1"]
+    overrides += ["checkpoint.on_error=continue", "validation.every=1", "validation.examples=8", held_out]
+    run_dir, log = disk / "run", tmp_path / "log"
+    (rank,) = start_ranks(sudoku_run, [f"run.dir={run_dir}", *overrides], 1, log)
+    assert rank.wait(timeout=300) == EXIT_USER_ERROR, log.read_text()
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-000001"]
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    (failed,) = [record for record in records if record.get("kind") == "checkpoint_failed"]
+    assert failed["step"] == 2  # the third and last one's failure ends the run
+    assert "No space left on device" in failed["error"]
+    text = log.read_text()
+    assert "Traceback" not in text
+    assert [text.count(f"the checkpoint {run_dir}/checkpoints/step-00000{step} ") for step in (2, 3)] == [1, 1], text
+
+    assert resize(disk, "90m") == 0
+    assert [record["step"] for record in train(sudoku_run, run_dir, overrides)] == [1, 2, 3]
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    losses = {record["step"]: record["loss"] for record in records if record.get("kind") == "validation"}
+    best = min(losses, key=losses.__getitem__)
+    kept = step_directories(run_dir / "checkpoints")
+    assert [step for step, _ in kept] == sorted({best, 3})
+    state = read_state(kept[-1][1])
+    assert (state["score"]["value"], state["best"]["value"], state["best"]["step"]) == (losses[3], losses[best], best)

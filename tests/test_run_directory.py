@@ -1,11 +1,11 @@
 """Where a run starts: its own newest checkpoint, the one that it is told, and never in another job's directory."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from ds_dgemma import run_directory
+from ds_dgemma.checkpoint.manifest import write_state
 from ds_dgemma.checkpoint.run_state import open_checkpoint, step_directory
 from ds_dgemma.config_file import load_config
 from ds_dgemma.errors import UserError
@@ -16,7 +16,7 @@ def write_checkpoint(run: Path, step: int, **facts: object) -> Path:
     """A complete checkpoint without a tensor."""
     path = step_directory(run / "checkpoints", step)
     path.mkdir(parents=True)
-    (path / "state.json").write_text(json.dumps({"step": step, "files": {}, **facts}))
+    write_state(path, {"step": step, **facts}, {})
     return path
 
 
@@ -33,8 +33,8 @@ def run(sudoku_run: Path, tmp_path: Path):
 
 
 def start(config) -> int | None:
-    checkpoint, _ = find_start(config)
-    return checkpoint.step if checkpoint else None
+    found = find_start(config)
+    return found.step if found.resumed else None
 
 
 def test_a_run_starts_from_its_newest_checkpoint(run, tmp_path):

@@ -30,6 +30,7 @@ from ds_dgemma.model.stack import DiffusionGemmaStack
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
 PEFT = "base_model.model."
 
 # What a PEFT configuration may set: anything else could change what the factors mean.
@@ -95,6 +96,12 @@ class AdapterReader:
             )
         except ValidationError as error:
             raise UserError(f"adapter {directory / CONFIG}: {first_fault(error)}.") from error
+        if not (directory / TENSORS).is_file() and (pickled := directory / PICKLED).is_file():
+            raise UserError(
+                f"adapter {directory} has no {TENSORS}, and {PICKLED} is pickled, which can run code when it is read: "
+                f"refused. If you trust it, convert it: safetensors.torch.save_file(torch.load('{pickled}', "
+                f"weights_only=True), '{directory / TENSORS}')."
+            )
         try:
             self._file = safe_open(directory / TENSORS, "pt")
             self._shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in self._file.keys()}  # noqa: SIM118

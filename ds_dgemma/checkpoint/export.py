@@ -25,8 +25,8 @@ from ds_dgemma.checkpoint.hf_weights import Change, Layout, write_weights
 from ds_dgemma.checkpoint.load import find_places
 from ds_dgemma.checkpoint.merge import Merged
 from ds_dgemma.checkpoint.names import adapter_state_name, sources_of
-from ds_dgemma.checkpoint.run_state import StateReader, check_same_model, newest, open_checkpoint, step_directory
-from ds_dgemma.checkpoint.weights import INDEX, WeightReader, local_directory, model_digest, pieces
+from ds_dgemma.checkpoint.run_state import StateReader, check_same_model, newest, open_state, step_directory
+from ds_dgemma.checkpoint.weights import INDEX, PICKLED, WeightReader, local_directory, model_digest, pieces
 from ds_dgemma.checkpoint.whole_directory import whole_directory
 from ds_dgemma.config import LoraSection, RunConfig
 from ds_dgemma.config_file import read_yaml
@@ -113,21 +113,24 @@ def _open(run_dir: Path, step: int | None) -> Run:
     """Read what a run started from, and the state to export."""
     config = _settings(run_dir)
     checkpoints = run_dir / "checkpoints"
-    checkpoint = newest(checkpoints)[0] if step is None else None
-    if step is not None:
+    if step is None:
+        trained, problems = newest(checkpoints)
+        for problem in problems:
+            print(f"warning: {problem}", file=sys.stderr)
+    else:
         if not step_directory(checkpoints, step).is_dir():
             there = ", ".join(sorted(path.name for path in checkpoints.glob("step-*"))) or "none"
             raise UserError(f"--step {step}: {run_dir} has no such checkpoint. It has: {there}.")
-        checkpoint = open_checkpoint(step_directory(checkpoints, step))
-    if checkpoint is None:
+        trained = open_state(step_directory(checkpoints, step))
+    if trained is None:
         raise UserError(f"--run {run_dir} has no checkpoint yet.")
     try:
         model = local_directory(config.model.path, config.model.revision)
     except UserError as error:
         raise UserError(f"{run_dir} started from a model that is gone. {error}") from error
     source, bf16 = config.model, config.train.precision == "bf16"
-    check_same_model(source.path, model_digest(model), checkpoint)
-    return Run(source.path, source.revision, model, bf16, config.lora, StateReader(checkpoint))
+    check_same_model(source.path, model_digest(model), trained.checkpoint)
+    return Run(source.path, source.revision, model, bf16, config.lora, trained)
 
 
 def _settings(run_dir: Path) -> RunConfig:
@@ -172,9 +175,9 @@ def _write_model(model: Path, out: Path, change: Change, layout: Layout) -> Path
 
 
 def _copy_companions(model: Path, out: Path, dtype: torch.dtype | None) -> None:
-    """Config, generation config, tokenizer and chat template: everything but weights."""
+    """Config, generation config, tokenizer and chat template: everything but weights, old ones in pickles too."""
     for file in sorted(model.iterdir()):
-        if file.is_file() and file.suffix != ".safetensors" and file.name != INDEX:
+        if file.is_file() and file.suffix not in (".safetensors", *PICKLED) and file.name != INDEX:
             shutil.copyfile(file, out / file.name)
     config = json.loads((out / "config.json").read_text())
     if dtype and config.get("dtype") != (name := str(dtype).removeprefix("torch.")):

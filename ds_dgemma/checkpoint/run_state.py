@@ -1,47 +1,28 @@
 """The training state on disk: whole or not at all, free of topology, no pickle.
 
 `checkpoints/step-000100/` holds, per rank, safetensors files of flat fp32 shards (weights and Adam's moments), each
-tagged with its interval in the logical tensor, and `state.json`: step, AdamW's step, the size of every file. Any
-number of ranks, any expert split and any ZeRO stage reads the intervals that overlap its own. Order of data, noise
-and schedule need no more than the step.
+tagged with its interval in the logical tensor, and `state.json` (`manifest.py`): step, AdamW's step, size and checksum
+of every file. Any number of ranks, any expert split and any ZeRO stage reads the intervals that overlap its own. Order
+of data, noise and schedule need no more than the step.
 
-A checkpoint is written into `step-000100.partial/`, flushed, and renamed last; what has another name than
-`step-NNNNNN` is debris.
+What has another name than `step-NNNNNN` is debris of a writer (`save.py`).
 """
 
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from ds_dgemma.checkpoint.whole_directory import flush, sync_directory
+from ds_dgemma.checkpoint.manifest import check_content, check_sizes, read_state
 from ds_dgemma.errors import UserError, first_line
 
-STATE = "state.json"
-FILE_BYTES = 2 * 2**30  # of host memory for copies while writing
 _STEP = re.compile(r"step-(\d{6,})$")
-
-
-class Shard(Protocol):
-    """An interval of a logical tensor; `engine/optimizer_state.py` makes them."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def start(self) -> int: ...
-    @property
-    def stop(self) -> int: ...
-    @property
-    def get(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -71,51 +52,22 @@ def step_directory(root: Path, step: int) -> Path:
     return root / f"step-{step:06d}"
 
 
-def save(
-    root: Path, step: int, shards: Iterable[Shard], kinds: tuple[str, ...], rank: int, facts: dict[str, Any]
-) -> None:
-    """Write this rank's shards; a collective. `facts` (JSON) come back in `Checkpoint.state`.
+def step_directories(root: Path) -> list[tuple[int, Path]]:
+    """Every step's directory, whole or damaged, oldest first."""
+    found = [(int(match[1]), path) for path in root.glob("step-*") if (match := _STEP.match(path.name))]
+    return sorted(found)
+
+
+def newest(root: Path) -> tuple["StateReader | None", list[str]]:
+    """The newest checkpoint that is whole, and what is wrong with those that are newer; a collective as `open_state`.
 
     Raises:
-        UserError: on every rank, when any could not write; older checkpoints are untouched.
-    """
-    final = step_directory(root, step)
-    partial = final.with_suffix(".partial")
-    _together("make room for", final, lambda: _fresh(partial) if rank == 0 else None)
-    sizes = _together("write", final, lambda: _write_shards(partial, shards, kinds, rank))
-    files = {name: size for part in sizes for name, size in part.items()}
-
-    def publish() -> None:
-        if rank != 0:
-            return
-        _write_durably(partial / STATE, json.dumps({"step": step, **facts, "files": files}, indent=1))
-        if final.exists():  # the same step, written again after a resume
-            shutil.rmtree(final)
-        partial.rename(final)
-        sync_directory(root)
-
-    _together("publish", final, publish)
-
-
-def prune(root: Path, keep_last: int) -> None:
-    """Remove all but the newest complete checkpoints, and the debris of unfinished ones."""
-    steps = sorted(path for path in root.glob("step-*") if _STEP.match(path.name))
-    for path in [*steps[:-keep_last], *root.glob("step-*.partial")]:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest complete checkpoint, and what is wrong with those that are newer.
-
-    Raises:
-        UserError: there are checkpoints, but none is complete: starting afresh would hide the loss.
+        UserError: there are checkpoints, but none is whole: starting afresh would hide the loss.
     """
     problems: list[str] = []
-    for path in sorted((p for p in root.glob("step-*") if _STEP.match(p.name)), reverse=True):
+    for _, path in reversed(step_directories(root)):
         try:
-            checkpoint = open_checkpoint(path)
-            StateReader(checkpoint)  # its headers can be read
-            return checkpoint, problems
+            return open_state(path), problems
         except UserError as error:
             problems.append(str(error))
     if problems:
@@ -126,31 +78,49 @@ def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Check that a checkpoint is complete and read its state.json.
+    """Check that a checkpoint is complete, by names and sizes, and read its state.json.
 
     Raises:
-        UserError: missing, unreadable, or a file missing or of another size than was written.
+        UserError: missing, unreadable, or a file missing, superfluous, or of another size than was written.
     """
-    if not path.is_dir():
-        raise UserError(f"checkpoint {path} does not exist.")
+    state = read_state(path)
+    check_sizes(path, state["files"])
+    return Checkpoint(path, int(state["step"]), state)
+
+
+def open_state(path: Path) -> "StateReader":
+    """Open a checkpoint that is whole to its last bit. In a process group a collective, in which every rank looks at
+    all sizes and headers and at the content of its share of the files, and all find the same.
+
+    Raises:
+        UserError: on every rank, when any found something missing or damaged.
+    """
+    grouped = dist.is_available() and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
+    reader, problem = None, None
     try:
-        state = json.loads((path / STATE).read_text())
-        files, step = dict(state["files"]), int(state["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"checkpoint {path}: {STATE} is missing or broken: {first_line(error)}.") from error
-    for name, size in files.items():
-        file = path / name
-        if Path(name).name != name or not file.is_file():
-            raise UserError(f"checkpoint {path} is not complete: {name} is missing.")
-        if file.stat().st_size != size:
-            raise UserError(
-                f"checkpoint {path} is damaged: {name} has {file.stat().st_size} bytes, {size} were written."
-            )
-    return Checkpoint(path, step, state)
+        reader = StateReader(open_checkpoint(path))
+        files = reader.checkpoint.state["files"]
+        names = sorted(files)  # neighbours: on the same topology a rank reads what it wrote and will restore
+        check_content(path, files, names[rank * len(names) // world : (rank + 1) * len(names) // world])
+    except UserError as error:
+        problem = str(error)
+    problems: list[str | None] = [problem]
+    if grouped:
+        problems = [None] * world
+        dist.all_gather_object(problems, problem)
+    if found := next(filter(None, problems), None):
+        raise UserError(found)
+    assert reader is not None
+    return reader
 
 
 class StateReader:
-    """Reads intervals of logical tensors from a checkpoint, whatever topology wrote it."""
+    """Reads intervals of logical tensors from a checkpoint, whatever topology wrote it.
+
+    Raises:
+        UserError: a header that cannot be read, or that describes something else than flat fp32 shards.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -160,8 +130,11 @@ class StateReader:
             try:
                 file = safe_open(checkpoint.path / name, "pt")
                 intervals = json.loads(file.metadata()["intervals"])
-            except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+                fault = next(_header_faults(file, intervals), None)
+            except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"checkpoint {checkpoint.path} is damaged: {name}: {first_line(error)}.") from error
+            if fault:
+                raise UserError(f"checkpoint {checkpoint.path} is damaged: {name}: {fault}.")
             for tensor, (start, stop) in intervals.items():
                 self._pieces.setdefault(tensor, []).append((start, stop, file))
 
@@ -175,6 +148,21 @@ class StateReader:
     def numel(self, name: str) -> int:
         """Elements of a logical tensor."""
         return max(stop for _, stop, _ in self._pieces[name])
+
+    def check_fits(self, sizes: dict[str, int]) -> None:
+        """Refuse a state of other tensors than `sizes`, the elements of every logical tensor that is trained.
+
+        Raises:
+            UserError: the first tensor that differs; without a look at any content.
+        """
+        for name in sorted(sizes.keys() | self._pieces.keys()):
+            found, wanted = self.numel(name) if name in self else 0, sizes.get(name, 0)
+            if found != wanted:
+                raise UserError(
+                    f"checkpoint {self.checkpoint.path} does not fit this run: it has {found:,} elements of {name}, "
+                    f"{wanted:,} are trained. It was written by another model or config: set run.resume and the config "
+                    "to what belongs together."
+                )
 
     def read(self, name: str, kind: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Elements [start, stop) of the flattened logical tensor, fp32."""
@@ -194,62 +182,14 @@ class StateReader:
         return out
 
 
-def _write_shards(partial: Path, shards: Iterable[Shard], kinds: tuple[str, ...], rank: int) -> dict[str, int]:
-    """Write this rank's files; return their sizes."""
-    sizes = {}
-    for number, group in enumerate(_groups(shards, len(kinds))):
-        file = partial / f"rank-{rank:05d}-{number:03d}.safetensors"
-        tensors = {
-            f"{shard.name}|{kind}": shard.get(kind).detach().to("cpu", torch.float32, copy=True).contiguous()
-            for shard in group
-            for kind in kinds
-        }
-        intervals = {shard.name: (shard.start, shard.stop) for shard in group}
-        save_file(tensors, file, metadata={"intervals": json.dumps(intervals)})
-        flush(file)
-        sizes[file.name] = file.stat().st_size
-    return sizes
-
-
-def _groups(shards: Iterable[Shard], kinds: int) -> Iterator[list[Shard]]:
-    """Cut the shards into files of about FILE_BYTES."""
-    group: list[Shard] = []
-    held = 0
-    for shard in shards:
-        size = 4 * kinds * (shard.stop - shard.start)
-        if group and held + size > FILE_BYTES:
-            yield group
-            group, held = [], 0
-        group.append(shard)
-        held += size
-    if group:
-        yield group
-
-
-def _together(verb: str, path: Path, work: Any) -> list[Any]:
-    """Do `work` on every rank and return every rank's result, or raise on all when it failed on any."""
-    result, problem = None, None
-    try:
-        result = work()
-    except (OSError, SafetensorError) as error:
-        problem = first_line(error)
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, (result, problem))
-    problems = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text]
-    if problems:
-        raise UserError(
-            f"could not {verb} the checkpoint {path} ({'; '.join(problems)}). Older checkpoints are untouched."
-        )
-    return [value for value, _ in outcomes]
-
-
-def _fresh(directory: Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-
-
-def _write_durably(file: Path, text: str) -> None:
-    with file.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
+def _header_faults(file: safe_open, intervals: dict[str, tuple[int, int]]) -> Iterator[str]:
+    """What a header says that no writer of ours does."""
+    lengths = {name: int(stop) - int(start) for name, (start, stop) in intervals.items()}
+    there = set(file.keys())
+    yield from (f"{name} is missing" for name in lengths if f"{name}|fp32" not in there)
+    for key in sorted(there):
+        stored = file.get_slice(key)
+        shape, length = list(stored.get_shape()), lengths.get(key.rpartition("|")[0])
+        if stored.get_dtype() != "F32" or length is None or shape != [length]:
+            expected = "no interval names it" if length is None else f"F32 of shape [{length}] was expected"
+            yield f"{key} is {stored.get_dtype()} of shape {shape}, {expected}"

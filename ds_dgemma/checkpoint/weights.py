@@ -22,6 +22,7 @@ from ds_dgemma.model.spec import looks_local
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.model"]  # of a hub id: never what has to be unpickled
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 PIECE = 2**24  # elements
 SAMPLE = 4096  # elements at the start, in the middle and at the end of a tensor that stand for all of it
 # Quantized weights would need their scales.
@@ -162,6 +163,17 @@ def _boxes(shape: tuple[int, ...], start: int, stop: int) -> list[tuple[slice, .
     return boxes + (inner(last, 0, stop - last * row) if stop % row else [])
 
 
+def _pickled_hint(directory: Path) -> str:
+    """What to do with weights that could run code when they are loaded."""
+    pickled = sorted(file.name for file in directory.iterdir() if file.suffix in PICKLED)
+    if not pickled:
+        return ""
+    return (
+        f" {pickled[0]} is pickled, which can run code when it is read: refused. If you trust it, let transformers "
+        "write it anew: DiffusionGemmaForBlockDiffusion.from_pretrained(DIR).save_pretrained(OUT)."
+    )
+
+
 def _tensor_files(directory: Path) -> dict[str, str]:
     """Tensor name -> file name, with every named file present and inside the directory."""
     if (directory / INDEX).is_file():
@@ -181,7 +193,7 @@ def _tensor_files(directory: Path) -> dict[str, str]:
                 f"{directory / SINGLE} cannot be read: {first_line(error)}. Copy or download it again."
             ) from error
     else:
-        raise UserError(f"{directory} holds no weights: neither {SINGLE} nor {INDEX}.")
+        raise UserError(f"{directory} holds no weights: neither {SINGLE} nor {INDEX}.{_pickled_hint(directory)}")
     for name in sorted(set(files.values())):
         if Path(name).name != name:
             raise UserError(f"{directory / INDEX} names {name!r}, which is not a plain file name. Refused.")

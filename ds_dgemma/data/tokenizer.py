@@ -21,7 +21,7 @@ def load_tokenizer(directory: Path, vocab_size: int) -> PreTrainedTokenizerFast:
             f"{directory} has no tokenizer: neither {' nor '.join(VOCABULARIES)}. Copy it beside the model."
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)  # nor ask whether to
     except Exception as error:  # transformers raises many kinds; each means that there is no usable tokenizer
         raise UserError(
             f"{directory} has no usable tokenizer: {first_line(error)}. Put tokenizer.json beside the model."

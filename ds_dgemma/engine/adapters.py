@@ -12,6 +12,7 @@ Shapes: N rows sorted by expert, e experts of this rank, H hidden, F intermediat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 
 import torch
 from deepspeed.moe.ep_experts import GroupedExperts, apply_expert_activation
@@ -55,6 +56,14 @@ class Adapters:
     def names(self) -> list[str]:
         """The names of the factors, beside the checkpoint's."""
         return [f"{DECODER}{target.name}.{factor}" for target in self.targets for factor in FACTORS]
+
+    def sizes(self) -> dict[str, int]:
+        """Elements of every factor, all experts in front, by its name in the training state."""
+        return {
+            adapter_state_name(f"{target.name}.{factor}"): prod(target.shape(factor, self.lora.r))
+            for target in self.targets
+            for factor in FACTORS
+        }
 
 
 def choose_adapters(stack: DiffusionGemmaStack, lora: LoraSection, grouped_matmul: bool) -> Adapters:

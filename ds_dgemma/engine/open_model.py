@@ -13,7 +13,7 @@ import torch
 from transformers import DiffusionGemmaConfig
 
 from ds_dgemma.checkpoint.load import find_places, materialise, plain
-from ds_dgemma.checkpoint.names import Place
+from ds_dgemma.checkpoint.names import Place, is_expert
 from ds_dgemma.checkpoint.progress import ReadProgress
 from ds_dgemma.checkpoint.run_state import StateReader
 from ds_dgemma.checkpoint.weights import WeightReader
@@ -43,6 +43,15 @@ class OutlinedModel:
     def trained_names(self) -> list[str]:
         """The names, as in the checkpoint, of all that will be trained."""
         return trained_names(self.stack) + (self.adapters.names() if self.adapters else [])
+
+    def trained_sizes(self, ranks: RankLayout) -> dict[str, int]:
+        """Elements, over all ranks, of every logical tensor of the training state."""
+        sizes = self.adapters.sizes() if self.adapters else {}
+        for name, parameter in self.stack.named_parameters():
+            if parameter.requires_grad:
+                parts = ranks.expert_parallel_size if is_expert(name) else 1
+                sizes[f"model.{name}"] = parts * parameter.numel()
+        return sizes
 
 
 def outline_model(

@@ -87,6 +87,7 @@ def load_generator(source: Source) -> Generator:
             dtype="auto" if on_gpu else torch.float32,
             attn_implementation="sdpa",
             output_loading_info=True,
+            use_safetensors=True,  # never what has to be unpickled
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path} could not be loaded: {first_line(error)}") from error

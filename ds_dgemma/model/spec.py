@@ -1,9 +1,12 @@
-"""What a checkpoint says of itself, read from its config.json alone: no weights, no model."""
+"""What a checkpoint says of itself, read from its config.json alone: no weights, no model.
+
+The classes are transformers' own. An `auto_map`, which points to code beside the weights, is not followed.
+"""
 
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, DiffusionGemmaConfig
+from transformers import DiffusionGemmaConfig
 
 from ds_dgemma.errors import UserError, first_line
 
@@ -20,11 +23,13 @@ def read_spec(path: str, revision: str | None = None) -> DiffusionGemmaConfig:
         found = "has no config.json" if Path(path).is_dir() else "does not exist"
         raise UserError(f"model.path: {path} {found}. Give a transformers checkpoint directory or a hub id.")
     try:
-        config = AutoConfig.from_pretrained(path, revision=revision)
+        settings, _ = DiffusionGemmaConfig.get_config_dict(path, revision=revision)
+        kind = settings.get("model_type")
+        config = DiffusionGemmaConfig.from_dict(settings) if kind == DiffusionGemmaConfig.model_type else None
     except Exception as error:  # a wrong type in config.json surfaces as any kind
         raise UserError(f"model.path: {path} could not be read as a checkpoint: {first_line(error)}") from error
-    if not isinstance(config, DiffusionGemmaConfig):
-        raise UserError(f"model.path: {path} is a {config.model_type} checkpoint; {ARCHITECTURE} was expected.")
+    if config is None:
+        raise UserError(f"model.path: {path} is a {kind} checkpoint; {ARCHITECTURE} was expected.")
     if not isinstance(config.canvas_length, int) or config.canvas_length < 1:
         raise UserError(
             f"model.path: {path}/config.json has canvas_length {config.canvas_length}, at least 1 is expected."

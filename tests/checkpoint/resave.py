@@ -7,13 +7,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from ds_dgemma.checkpoint.run_state import save
+from ds_dgemma.checkpoint.save import save
 from ds_dgemma.config_file import load_config
 from ds_dgemma.engine.deepspeed_engine import start_engine
 from ds_dgemma.engine.open_model import fill_model
 from ds_dgemma.engine.optimizer_state import KINDS, owned_shards
 from ds_dgemma.engine.ranks import RankLayout, connect, disconnect
 from ds_dgemma.objective.denoising import DenoisingObjective
+from ds_dgemma.run_directory import find_start
 from ds_dgemma.train import prepare, restore
 
 parser = argparse.ArgumentParser()
@@ -24,7 +25,7 @@ args = parser.parse_args()
 config = load_config(args.config, args.set)
 ranks = RankLayout.from_environment(config.parallel.expert_parallel_size)
 connect(ranks, timeout_minutes=5)
-prepared = prepare(config, ranks)
+prepared = prepare(config, ranks, find_start(config))
 assert prepared.resumed is not None
 stack = fill_model(prepared.model, ranks, prepared.deepspeed, config.train.precision, prepared.resumed)
 engine = start_engine(

@@ -17,6 +17,7 @@ from transformers import DiffusionGemmaForBlockDiffusion
 
 from ds_dgemma.checkpoint.export import export_run
 from ds_dgemma.checkpoint.hf_weights import Layout
+from ds_dgemma.checkpoint.manifest import read_state, write_state
 from ds_dgemma.checkpoint.run_state import check_same_model, open_checkpoint
 from ds_dgemma.checkpoint.weights import WeightReader, model_digest
 from ds_dgemma.checkpoint.whole_directory import whole_directory
@@ -95,8 +96,9 @@ def test_a_model_that_changed_since_a_checkpoint_is_neither_exported_nor_resumed
     assert model_digest(source) == model_digest(model)  # other files, the same weights
     run = write_run(tmp_path / "run", source, "bf16")
     step = run / "checkpoints/step-000003"
-    state = json.loads((step / "state.json").read_text())
-    (step / "state.json").write_text(json.dumps({**state, "model_digest": model_digest(model)}))
+    facts = read_state(step)
+    files = facts.pop("files")
+    write_state(step, {**facts, "model_digest": model_digest(model)}, files)
     export_run(run, tmp_path / "out")
 
     for name in ("model.encoder.vision_tower.patch_embedder.input_proj.weight", "model.decoder.norm.weight"):
@@ -107,7 +109,7 @@ def test_a_model_that_changed_since_a_checkpoint_is_neither_exported_nor_resumed
             export_run(run, tmp_path / "out")
         with pytest.raises(UserError, match=f"{source} has changed since {step}"):
             check_same_model(str(source), model_digest(source), open_checkpoint(step))
-    (step / "state.json").write_text(json.dumps(state))  # of a version that did not look
+    write_state(step, facts, files)  # of a version that did not look
     export_run(run, tmp_path / "out")
 
 

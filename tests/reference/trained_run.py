@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from ds_dgemma.checkpoint.manifest import describe, write_state
 from ds_dgemma.checkpoint.weights import WeightReader
 from ds_dgemma.config import RunConfig
 from ds_dgemma.config_file import resolved_yaml
@@ -43,8 +44,7 @@ def write_run(run_dir: Path, model: Path, precision: str) -> Path:
     step.mkdir(parents=True)
     for rank in range(2):
         save_file(files[rank], step / f"{rank}.safetensors", metadata={"intervals": json.dumps(intervals[rank])})
-    sizes = {file.name: file.stat().st_size for file in step.iterdir()}
-    (step / "state.json").write_text(json.dumps({"step": 3, "adam_step": 3, "files": sizes}))
+    write_state(step, {"step": 3, "adam_step": 3}, {file.name: describe(file) for file in step.iterdir()})
     steps = {"max_steps": 3, "global_batch_size": 1, "micro_batch_size": 1, "precision": precision}
     settings = {
         "run": {"dir": run_dir},

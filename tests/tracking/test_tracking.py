@@ -151,6 +151,9 @@ def test_on_a_terminal_the_console_shows_a_bar_with_losses_speed_and_time_left(m
 
 def test_wandb_offline_keeps_the_run_id_and_survives_a_step_it_has_seen(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
+    secrets = {"WANDB_API_KEY": "0123456789abcdef" * 2 + "deadbeef", "HF_TOKEN": "hf_" + "Abc123" * 6}
+    for name, secret in secrets.items():
+        monkeypatch.setenv(name, secret)
     config = WandbSection(mode="offline", project="tests")
     for steps in (range(1, 6), range(3, 8)):  # the second one resumed from step 2
         with Tracker([WandbSink(config, tmp_path, {"seed": 1, "train": {"max_steps": 7}})]) as tracker:
@@ -161,6 +164,8 @@ def test_wandb_offline_keeps_the_run_id_and_survives_a_step_it_has_seen(tmp_path
     run_id = (tmp_path / "wandb_id").read_text().strip()
     written = [path.name for path in (tmp_path / "wandb").glob("offline-run-*/*.wandb")]
     assert written == [f"run-{run_id}.wandb"] * 2
+    for path in filter(Path.is_file, tmp_path.rglob("*")):
+        assert not [name for name, secret in secrets.items() if secret.encode() in path.read_bytes()], path
 
 
 def test_wandb_that_cannot_start_says_what_to_do(tmp_path: Path, monkeypatch) -> None:
