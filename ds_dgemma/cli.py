@@ -11,7 +11,7 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ds_dgemma.errors import EXIT_USER_ERROR, UserError
 
@@ -150,7 +150,9 @@ def parser() -> argparse.ArgumentParser:
 
     export_ = _add(commands, "export", export)
     export_.add_argument("--run", type=Path, required=True, metavar="DIR", help="run directory")
-    export_.add_argument("--step", type=int, metavar="N", help="the newest complete checkpoint when absent")
+    export_.add_argument(
+        "--step", type=_step, metavar="N", help="absent: the newest; best: of the lowest validation loss"
+    )
     export_.add_argument("--out", type=Path, required=True, metavar="DIR")
     _add_layout(export_)
     export_.add_argument(
@@ -294,6 +296,13 @@ def _layout(args: argparse.Namespace) -> "Layout":
     from ds_dgemma.checkpoint.hf_weights import Layout
 
     return Layout(shard_bytes=args.shard_size, workers=args.workers)
+
+
+def _step(text: str) -> int | Literal["best"]:
+    """Parse a checkpoint's step."""
+    if text == "best":
+        return "best"
+    return _count(text)
 
 
 def _seed(text: str) -> int:

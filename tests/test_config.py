@@ -96,6 +96,23 @@ def test_set_reads_a_value_as_yaml_and_wins_over_the_file(override, read, value)
         ("", ["train={max_steps: 1}"], r"--set +train.micro_batch_size +is required: a whole number"),
         ("", ["train.micro_batch_size=5"], r"does not divide train.global_batch_size 32. Set 1, 2, 4, 8"),
         ("validation: {every: 5}", [], r"sft.yaml:10 +validation.every = 5 +needs held-out data"),
+        ("checkpoint: {every: 100, keep_every: 250}", [], r"checkpoint +keep_every 250 cannot be met: .* every 100"),
+        (
+            "checkpoint: {every: 0, keep_every: 5}",
+            [],
+            r"sft.yaml:10 +checkpoint +keep_every 5 .* at the last step only",
+        ),
+        (
+            "checkpoint: {keep_best: 1}",
+            [],
+            r"sft.yaml:10 +checkpoint.keep_best = 1 +no step up to .* validation \(every 0",
+        ),
+        (
+            "checkpoint: {keep_best: 1, every: 3}",
+            ["validation.every=5", "data.validation=x", "train.max_steps=14"],
+            r"sft.yaml:10 +checkpoint.keep_best = 1 +no step up to 14 has both",
+        ),
+        ("checkpoint: {on_error: ignore}", [], r"checkpoint.on_error = \"ignore\" +expected stop or continue"),
         ("lora: {rank: 8}", [], r"sft.yaml:10 +lora.rank +unknown setting"),
         ("lora: {r: 0}", [], r"sft.yaml:10 +lora.r = 0 +expected a whole number ≥ 1"),
         ("lora: {r: true}", [], r"sft.yaml:10 +lora.r = true +expected a whole number ≥ 1"),

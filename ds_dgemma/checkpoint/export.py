@@ -25,6 +25,7 @@ from ds_dgemma.checkpoint.hf_weights import Change, Layout, write_weights
 from ds_dgemma.checkpoint.load import find_places
 from ds_dgemma.checkpoint.merge import Merged
 from ds_dgemma.checkpoint.names import adapter_state_name, sources_of
+from ds_dgemma.checkpoint.retention import best_step
 from ds_dgemma.checkpoint.run_state import StateReader, check_same_model, newest, open_state, step_directory
 from ds_dgemma.checkpoint.weights import INDEX, PICKLED, WeightReader, local_directory, model_digest, pieces
 from ds_dgemma.checkpoint.whole_directory import whole_directory
@@ -54,12 +55,12 @@ class Run:
 def export_run(
     run_dir: Path,
     out: Path,
-    step: int | None = None,
+    step: int | Literal["best"] | None = None,
     dtype: str = "auto",
     form: Format | None = None,
     layout: Layout | None = None,
 ) -> Path:
-    """Write a run's checkpoint (the newest, or of `step`) as `form` says; return `out`.
+    """Write a run's checkpoint (the newest, of `step`, or with the best validation loss) as `form` says; return `out`.
 
     `form` None is an adapter for PEFT after a LoRA run, else, as always with merged, a transformers directory. `dtype`
     auto writes what a bf16 run trained in bf16 and keeps every other tensor's type in the model that the run started
@@ -109,10 +110,14 @@ def merge_adapter(
     return _write_model(directory, out, change, replace(layout or Layout(), dtype=DTYPES.get(dtype)))
 
 
-def _open(run_dir: Path, step: int | None) -> Run:
+def _open(run_dir: Path, step: int | Literal["best"] | None) -> Run:
     """Read what a run started from, and the state to export."""
     config = _settings(run_dir)
     checkpoints = run_dir / "checkpoints"
+    if step == "best" and (step := best_step(checkpoints)) is None:
+        raise UserError(
+            f"--step best: no checkpoint of {run_dir} has a validation loss. Give a number, or leave it out."
+        )
     if step is None:
         trained, problems = newest(checkpoints)
         for problem in problems:

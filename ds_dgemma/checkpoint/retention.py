@@ -63,6 +63,12 @@ def prune(root: Path, step: int, policy: CheckpointSection) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def best_step(root: Path) -> int | None:
+    """The step of the lowest validation loss of which a complete checkpoint is there."""
+    best = _by_loss(_complete(root))
+    return best[0].step if best else None
+
+
 def _complete(root: Path) -> list[Checkpoint]:
     """What is complete by names and sizes, oldest first."""
     found = []
@@ -79,8 +85,11 @@ def _kept(whole: list[Checkpoint], step: int, policy: CheckpointSection) -> list
     kept = whole[-policy.keep_last :]
     if policy.keep_every:
         kept += [checkpoint for checkpoint in whole if checkpoint.step % policy.keep_every == 0]
-    if policy.keep_best:
-        scored = [checkpoint for checkpoint in whole if checkpoint.state.get("score")]
-        alike = [c for c in scored if c.state["score"]["on"] == scored[-1].state["score"]["on"]]
-        kept += sorted(alike, key=lambda checkpoint: checkpoint.state["score"]["value"])[: policy.keep_best]
-    return kept
+    return kept + _by_loss(whole)[: policy.keep_best]
+
+
+def _by_loss(whole: list[Checkpoint]) -> list[Checkpoint]:
+    """Those with a validation loss on what the newest of them was validated on, the best first."""
+    scored = [checkpoint for checkpoint in whole if checkpoint.state.get("score")]
+    alike = [checkpoint for checkpoint in scored if checkpoint.state["score"]["on"] == scored[-1].state["score"]["on"]]
+    return sorted(alike, key=lambda checkpoint: checkpoint.state["score"]["value"])

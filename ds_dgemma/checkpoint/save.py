@@ -65,6 +65,7 @@ def save(
     except NotWritten:
         if rank == 0:  # no rank writes into it any more
             shutil.rmtree(partial, ignore_errors=True)
+        dist.barrier()  # a rank that ended now would have the launcher end this one
         raise
 
 
@@ -176,5 +177,7 @@ def _together(verb: str, path: Path, work: Callable[[], Any]) -> list[Any]:
 
 
 def _fresh(directory: Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)
+    """Make an empty directory, in the room that killed writers took."""
+    for debris in directory.parent.glob(f"step-*{PARTIAL}"):
+        shutil.rmtree(debris, ignore_errors=True)
     directory.mkdir(parents=True)

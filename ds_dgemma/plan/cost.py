@@ -207,9 +207,12 @@ def _host(inventory: Inventory, setup: Setup) -> tuple[int, int]:
 def bytes_on_disk(inventory: Inventory, config: RunConfig) -> dict[str, int]:
     """A checkpoint of the training state, all that are kept at once, and the export."""
     state = 3 * FP32 * inventory.trained
+    policy, steps = config.checkpoint, config.train.max_steps
+    kept = policy.keep_last + policy.keep_best + (steps // policy.keep_every if policy.keep_every else 0)
+    written = 1 + (steps // policy.every if policy.every else 0)
     exported = inventory.trained if config.lora else inventory.total + inventory.untrained_copy
     return {
         "a checkpoint": state,
-        "kept, and one being written": state * (config.checkpoint.keep_last + 1),
+        "kept, and one being written": state * min(kept + 1, written),
         "export, bf16": 2 * exported,
     }

@@ -208,6 +208,22 @@ def test_an_export_through_a_link_replaces_what_it_names_and_keeps_the_link(run,
     assert {path.name for path in tmp_path.iterdir()} == {"run", "out", "elsewhere"}
 
 
+def test_a_damaged_checkpoint_is_not_exported_but_an_older_one_in_its_place(run, tmp_path, capsys):
+    checkpoints = run / "checkpoints"
+    shutil.copytree(checkpoints / "step-000003", checkpoints / "step-000004")
+    shard = checkpoints / "step-000004/1.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    expected = files_of(export_run(run, tmp_path / "expected", step=3))
+    assert files_of(export_run(run, tmp_path / "out")) == expected
+    assert "step-000004 is damaged: 1.safetensors is not what was written" in capsys.readouterr().err
+    for step, said in ((4, "step-000004 is damaged"), ("best", "no checkpoint of .* has a validation loss")):
+        with pytest.raises(UserError, match=said):
+            export_run(run, tmp_path / "other", step=step)
+    assert not (tmp_path / "other").exists()
+
+
 def test_two_exports_to_one_place_do_not_mix(run, tmp_path):
     with whole_directory(tmp_path / "out", "config.json", set()), pytest.raises(UserError, match="another process"):
         export_run(run, tmp_path / "out")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from ds_dgemma.checkpoint import save as saving
 from ds_dgemma.checkpoint.manifest import describe, read_state, write_state
-from ds_dgemma.checkpoint.retention import Scores, prune
+from ds_dgemma.checkpoint.retention import Scores, best_step, prune
 from ds_dgemma.checkpoint.run_state import newest, open_state, step_directories, step_directory
 from ds_dgemma.checkpoint.save import NotWritten, save, settle
 from ds_dgemma.config import CheckpointSection
@@ -206,6 +206,8 @@ def test_a_full_disk_costs_no_older_checkpoint_and_no_space(small_disk, tmp_path
     root = small_disk / "checkpoints"
     assert on_ranks(1, tmp_path, write, root, (4, 8)) == [None]
     before, free = contents(root), os.statvfs(small_disk).f_bfree
+    (root / "step-000099.partial").mkdir()  # of a killed writer, all the room that is left
+    (root / "step-000099.partial/x.safetensors").write_bytes(bytes(free * 4096))
     (error,) = on_ranks(1, tmp_path, write, root, (8, 12, 16))  # 8 once more: beside, then in its place
     assert isinstance(error, NotWritten)
     assert "No space left on device" in str(error)
@@ -246,6 +248,7 @@ def test_checkpoints_are_kept_by_number_by_interval_and_by_loss(tmp_path):
     assert kept(tmp_path / "last", losses, keep_last=2) == [6, 7]
     assert kept(tmp_path / "every", losses, keep_last=1, keep_every=3) == [3, 6, 7]
     assert kept(tmp_path / "best", losses, keep_last=1, keep_best=2) == [2, 5, 7]
+    assert best_step(tmp_path / "best") == 2
 
 
 def test_pruning_spares_the_last_whole_checkpoint_and_removes_damaged_newer_ones(tmp_path):

@@ -19,7 +19,7 @@ from importlib.metadata import distribution
 from packaging.requirements import Requirement
 
 skip = {"torch"}
-left, found = ["deepspeed", "transformers", "safetensors", "huggingface-hub", "pydantic", "pyyaml", "rich", "numpy", "psutil"], {}
+left, found = ["deepspeed", "transformers", "safetensors", "huggingface-hub", "pydantic", "pyyaml", "rich", "numpy", "psutil", "xxhash"], {}
 while left:
     name = left.pop()
     if name in found or name in skip:
