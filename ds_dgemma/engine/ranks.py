@@ -25,6 +25,8 @@ import torch.distributed as dist
 
 from ds_dgemma.errors import EXIT_USER_ERROR, UserError
 
+NCCL_MARGIN_SECONDS = 30
+
 
 @dataclass(frozen=True)
 class RankLayout:
@@ -81,8 +83,10 @@ def connect(ranks: RankLayout, timeout_minutes: float) -> None:
     quiet_libraries()
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
-    backend = "nccl" if ranks.device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timedelta(minutes=timeout_minutes))
+    # NCCL's watchdog aborts the process without a word: rank 0 names the cause before it does.
+    backend, margin = ("nccl", NCCL_MARGIN_SECONDS) if ranks.device.type == "cuda" else ("gloo", 0)
+    timeout = timedelta(minutes=timeout_minutes, seconds=margin)
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout)
 
 
 def quiet_libraries() -> None:
