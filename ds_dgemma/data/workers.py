@@ -7,8 +7,8 @@ rank, on SIGKILL too: a thread waits for that. torch's own watch does not see it
 server, and the server stays while it has workers.
 
 A signal that asks a run to stop reaches them too: the terminal and DeepSpeed's launcher send it to everything below.
-Their rank needs them to the end of its step, so server and workers have these signals blocked (the server inherits
-that, and workers are forks of it), and a worker ends by the one that its own rank sends.
+Their rank needs them to the end of its step, so server, workers and multiprocessing's resource tracker have these
+signals blocked (they inherit it), and a worker ends by the one that its own rank sends.
 """
 
 import multiprocessing
@@ -51,9 +51,10 @@ def start_server() -> None:
     """Start the server that workers are forked from; it imports in the background, so call it early."""
     needed = [name for name in sys.modules if name.startswith("ds_dgemma.data.")]
     multiprocessing.set_forkserver_preload([*needed, "ds_dgemma.objective.noise"])
-    multiprocessing.resource_tracker.ensure_running()  # it would unblock signals below
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
+        multiprocessing.resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # again: the tracker's start unblocks some
         multiprocessing.forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

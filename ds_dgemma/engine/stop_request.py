@@ -73,7 +73,7 @@ class StopRequest:
             if self.step is None:
                 self.leave(EXIT_STOPPED, f"stopped by {number.name} before the first step; the same command starts it")
             elif os.environ.get("RANK", "0") == "0":
-                note = f"{number.name}: stopping after step {self.step}, with a checkpoint; again to end now"
+                note = f"{number.name}: the run stops at the end of this step, with a checkpoint; again to end it now"
                 print(note, file=sys.stderr, flush=True)
         elif now - self._asked > ONE_WISH_SECONDS:
             self.leave(128 + number, f"ended by a second signal ({number.name}), without a checkpoint")
