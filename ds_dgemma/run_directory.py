@@ -3,6 +3,8 @@
 config.yaml     resolved settings      deepspeed.json  what DeepSpeed was told
 metrics.jsonl   one object a step      checkpoints/    step-NNNNNN/
 run.lock        held by rank 0 while the run is alive
+complete.json   {"step": N}: `train.max_steps` is reached and all is written; an exit code alone proves nothing,
+                for DeepSpeed's launcher exits with 0 when it is killed
 """
 
 import fcntl
@@ -16,6 +18,7 @@ from typing import IO, Any
 
 from ds_dgemma.checkpoint.run_state import Checkpoint, StateReader, newest, open_state, step_directories, step_directory
 from ds_dgemma.checkpoint.save import settle
+from ds_dgemma.checkpoint.whole_directory import flush, sync_directory
 from ds_dgemma.config import RunConfig
 from ds_dgemma.config_file import read_yaml, resolved_yaml, same_run_problems
 from ds_dgemma.errors import UserError, one_line_each, told
@@ -25,6 +28,7 @@ DEEPSPEED = "deepspeed.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 LOCK = "run.lock"
+COMPLETE = "complete.json"
 LOCK_SECONDS = 20  # the ranks of a launcher that was killed need a moment to notice
 
 
@@ -157,6 +161,40 @@ def write_settings(config: RunConfig, deepspeed_config: dict[str, Any]) -> None:
     try:
         _replace(directory / CONFIG, resolved_yaml(config))
         _replace(directory / DEEPSPEED, json.dumps(deepspeed_config, indent=2, default=str) + "\n")
+    except OSError as error:
+        raise UserError(f"run.dir: {directory} cannot be written: {told(error)}.") from error
+
+
+def mark_complete(directory: Path, step: int) -> None:
+    """Say, durably, that the run has reached its last step; call it last.
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    text = json.dumps({"step": step}) + "\n"
+    path = directory / COMPLETE
+    try:
+        if not path.is_file() or path.read_text() != text:
+            beside = path.with_name(path.name + ".tmp")
+            beside.write_text(text)
+            flush(beside)
+            beside.replace(path)
+            sync_directory(directory)
+    except OSError as error:
+        raise UserError(f"run.dir: {directory} cannot be written: {told(error)}.") from error
+
+
+def mark_unfinished(directory: Path) -> None:
+    """Say, durably, that the run goes on.
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    path = directory / COMPLETE
+    try:
+        if path.exists():
+            path.unlink()
+            sync_directory(directory)
     except OSError as error:
         raise UserError(f"run.dir: {directory} cannot be written: {told(error)}.") from error
 

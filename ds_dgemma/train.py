@@ -2,7 +2,8 @@
 
     deepspeed [--num_gpus N | --hostfile H] --module ds_dgemma.train --config C.yaml [--set a.b=value ...]
 
-The same command continues a run that was interrupted, from its newest complete checkpoint.
+The same command continues a run that was interrupted, from its newest complete checkpoint. SIGTERM, SIGINT and SIGUSR1
+stop a run after a checkpoint, a second one at once; launch/README.md has the exit codes.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from transformers import DiffusionGemmaConfig, PreTrainedTokenizerFast
 from ds_dgemma.checkpoint.adapter import AdapterReader
 from ds_dgemma.checkpoint.names import DECODER, checkpoint_name
 from ds_dgemma.checkpoint.retention import Scores, prune
-from ds_dgemma.checkpoint.run_state import StateReader, check_same_model
+from ds_dgemma.checkpoint.run_state import StateReader, check_same_model, step_directory
 from ds_dgemma.checkpoint.save import NotWritten, save
 from ds_dgemma.checkpoint.weights import local_directory, model_digest
 from ds_dgemma.config import RunConfig
@@ -39,13 +40,15 @@ from ds_dgemma.engine.deepspeed_engine import (
 from ds_dgemma.engine.ds_config import build_cpu_adam, deepspeed_config
 from ds_dgemma.engine.environment import check_environment
 from ds_dgemma.engine.launcher_watch import watch_launcher
+from ds_dgemma.engine.liveness import Liveness
 from ds_dgemma.engine.open_model import OutlinedModel, fill_model, outline_model
 from ds_dgemma.engine.optimizer_state import KINDS, adam_step, create_moments, owned_shards
 from ds_dgemma.engine.ranks import RankLayout, agreed, connect, disconnect, gather, sum_over_ranks
 from ds_dgemma.engine.router_balance import router_balance
 from ds_dgemma.engine.schedule import learning_rate
+from ds_dgemma.engine.stop_request import StopRequest
 from ds_dgemma.engine.trainable import check_groups, check_router_balance, check_stage
-from ds_dgemma.errors import EXIT_USER_ERROR, UserError
+from ds_dgemma.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from ds_dgemma.evaluation.validation import validate
 from ds_dgemma.model.lora import seed_dropout
 from ds_dgemma.model.spec import read_spec, text_spec
@@ -60,6 +63,8 @@ from ds_dgemma.run_directory import (
     claim,
     contents,
     find_start,
+    mark_complete,
+    mark_unfinished,
     write_settings,
 )
 from ds_dgemma.tracking.metrics import StepMetrics, memory_gib
@@ -177,8 +182,9 @@ def read_data(
     return examples, [held_out[i] for i in range(count)], f"{held_out.digest} {count}"
 
 
-def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tracker) -> None:
-    """Train from the prepared start to `train.max_steps`; a collective."""
+def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tracker, stop: StopRequest) -> bool:
+    """Train from the prepared start to `train.max_steps` and return True, or False when asked to stop before; a
+    collective."""
     stack = fill_model(prepared.model, ranks, prepared.deepspeed, config.train.precision, prepared.resumed, config.seed)
     objective = DenoisingObjective(stack, config.objective.logits_chunk_mib).train()
     engine = start_engine(objective, prepared.deepspeed, config.optimizer)
@@ -202,6 +208,7 @@ def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tra
     checkpoints, last = config.run.dir / CHECKPOINTS, config.train.max_steps
     batches = iter(stream)
     for step in range(prepared.start + 1, last + 1):
+        stop.step = step  # from here on a signal waits for the end of the step
         tracker.track(update(engine, batches, step, config, ranks))
         if prepared.held_out and due(step, config.validation.every):
             losses = validate(
@@ -214,17 +221,25 @@ def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tra
             )
             tracker.track({"kind": "validation", "step": step, **losses})
             prepared.scores.add(step, losses["loss"])
-        if due(step, config.checkpoint.every) or step == last:
+        asked = stop.agreed(ranks)
+        if asked or step == last or due(step, config.checkpoint.every):
             facts = {**prepared.facts, **prepared.scores.facts(step), "adam_step": adam_step(engine)}
             try:
                 save(checkpoints, step, owned_shards(engine, ranks), KINDS, ranks.rank, facts)
             except NotWritten as error:  # on every rank
-                if config.checkpoint.on_error == "stop" or step == last:
+                if asked or step == last or config.checkpoint.on_error == "stop":
                     raise
                 tracker.track({"kind": "checkpoint_failed", "step": step, "error": f"{error} The run goes on."})
             else:
                 if ranks.is_main:
                     prune(checkpoints, step, config.checkpoint)
+        if asked and step < last:
+            reasons = stop.reasons(ranks)
+            if ranks.is_main:
+                where = step_directory(checkpoints, step)
+                print(f"stopped after step {step} by {reasons}: {where} is whole, the same command continues")
+            return False
+    return True
 
 
 def update(engine: Any, batches: Iterator[list[Batch]], step: int, config: RunConfig, ranks: RankLayout) -> StepMetrics:
@@ -303,7 +318,7 @@ def open_tracker(config: RunConfig, ranks: RankLayout, start: int) -> Tracker:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, check, train; 0 when the run is complete, 2 for a user's mistake."""
+    """Parse, connect, run; the exit code, returned or as SystemExit (`errors.py`)."""
     parser = argparse.ArgumentParser(
         prog="ds_dgemma.train", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -312,6 +327,8 @@ def main(argv: list[str] | None = None) -> int:
     # the launcher passes it; the environment says the same
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    stop = StopRequest()
+    stop.listen()
     try:
         check_environment()
         config = load_config(args.config, args.set)
@@ -321,12 +338,20 @@ def main(argv: list[str] | None = None) -> int:
             print(error, file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     ranks = RankLayout.from_environment(config.parallel.expert_parallel_size)
-    watch_launcher()
+    watch_launcher(stop)
     try:
         connect(ranks, config.parallel.collective_timeout_minutes)
     except UserError as error:
         print(error, file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
+    with Liveness(ranks, config.parallel.collective_timeout_minutes, stop):
+        complete = run(config, ranks, stop)
+        disconnect()
+    return 0 if complete else EXIT_STOPPED
+
+
+def run(config: RunConfig, ranks: RankLayout, stop: StopRequest) -> bool:
+    """Check, train and say when the run is complete; a collective."""
     with agreed(ranks, hours=DOWNLOAD_HOURS):
         if ranks.local_rank == 0:  # the node's other ranks find it in the cache
             local_directory(config.model.path, config.model.revision)
@@ -339,25 +364,28 @@ def main(argv: list[str] | None = None) -> int:
         start = find_start(config)  # it looks together; what it finds, all find
     with agreed(ranks):
         prepared = prepare(config, ranks, start)
+    last = config.train.max_steps
     with agreed(ranks):
         if ranks.is_main:
             write_settings(config, prepared.deepspeed)
+            if prepared.start < last:
+                mark_unfinished(config.run.dir)
         tracker = open_tracker(config, ranks, prepared.start)
-    if ranks.is_main and prepared.start >= config.train.max_steps:
+    if ranks.is_main and prepared.start >= last:
         print(f"{config.run.dir} is complete at step {prepared.start}: nothing is left to train", flush=True)
-    with lock, tracker:
-        try:
-            train(config, ranks, prepared, tracker)
-        except UserError as error:  # the disk is full, say; of all ranks at once, or the launcher ends the others
-            if ranks.is_main:
-                print(error, file=sys.stderr, flush=True)
-            return EXIT_USER_ERROR
-    disconnect()
-    return 0
+    with lock:
+        with tracker:
+            complete = train(config, ranks, prepared, tracker, stop)
+        if complete and ranks.is_main:
+            mark_complete(config.run.dir, max(prepared.start, last))
+    return complete
 
 
 if __name__ == "__main__":
-    code = main()
+    try:
+        code = main()
+    except SystemExit as ending:
+        code = ending.code if isinstance(ending.code, int) else 0
     sys.stdout.flush()
     sys.stderr.flush()
     # All is closed. Threads of gloo and of DeepSpeed's libraries may not be, and their destructors can abort a

@@ -59,7 +59,9 @@ def test_a_damaged_newest_checkpoint_is_passed_over(sudoku_run, tmp_path):
 def test_a_finished_run_started_again_changes_nothing(sudoku_run, tmp_path):
     run_dir = tmp_path / "run"
     once = train(sudoku_run, run_dir, STEPS)
+    (run_dir / "complete.json").unlink()  # killed between its last checkpoint and this
     assert train(sudoku_run, run_dir, STEPS) == once
+    assert json.loads((run_dir / "complete.json").read_text()) == {"step": 12}
 
 
 @pytest.mark.parametrize(("processes", "experts", "stage"), [(1, 1, 3), (2, 1, 2), (2, 2, 1)])

@@ -1,5 +1,6 @@
 """Where a run starts: its own newest checkpoint, the one that it is told, and never in another job's directory."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,15 @@ from ds_dgemma.checkpoint.manifest import write_state
 from ds_dgemma.checkpoint.run_state import open_checkpoint, step_directory
 from ds_dgemma.config_file import load_config
 from ds_dgemma.errors import UserError
-from ds_dgemma.run_directory import check_same_data, claim, find_start, write_settings
+from ds_dgemma.run_directory import (
+    COMPLETE,
+    check_same_data,
+    claim,
+    find_start,
+    mark_complete,
+    mark_unfinished,
+    write_settings,
+)
 
 
 def write_checkpoint(run: Path, step: int, **facts: object) -> Path:
@@ -79,3 +88,12 @@ def test_other_data_under_the_same_name_is_refused(tmp_path):
     check_same_data("train.jsonl", checkpoint, "a", 2000)
     with pytest.raises(UserError, match="2,000 examples then, 40 now"):
         check_same_data("train.jsonl", checkpoint, "b", 40)
+
+
+def test_a_run_is_complete_until_it_goes_on(tmp_path):
+    mark_unfinished(tmp_path)  # a new run
+    mark_complete(tmp_path, 10)
+    mark_complete(tmp_path, 10)
+    assert json.loads((tmp_path / COMPLETE).read_text()) == {"step": 10}
+    mark_unfinished(tmp_path)
+    assert not any(tmp_path.iterdir())

@@ -5,11 +5,17 @@ and wandb threads as they happen to be held, and can hang; the server is a fresh
 what workers need, so that each starts at the price of a fork. They use one thread each. They end with their
 rank, on SIGKILL too: a thread waits for that. torch's own watch does not see it, for a worker's parent is the
 server, and the server stays while it has workers.
+
+A signal that asks a run to stop reaches them too: the terminal and DeepSpeed's launcher send it to everything below.
+Their rank needs them to the end of its step, so server, workers and multiprocessing's resource tracker have these
+signals blocked (they inherit it), and a worker ends by the one that its own rank sends.
 """
 
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +31,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 PREFETCH = 4  # results a worker prepares ahead
+STOPS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}  # what asks a run to stop: engine/stop_request.py
 
 
 class _Mapped(Dataset):
@@ -44,7 +51,13 @@ def start_server() -> None:
     """Start the server that workers are forked from; it imports in the background, so call it early."""
     needed = [name for name in sys.modules if name.startswith("ds_dgemma.data.")]
     multiprocessing.set_forkserver_preload([*needed, "ds_dgemma.objective.noise"])
-    multiprocessing.forkserver.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        multiprocessing.resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # again: the tracker's start unblocks some
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -94,7 +107,8 @@ def _unchanged(value: Any) -> Any:
 def _prepare_worker(worker: int) -> None:
     """Keep tokenizers to one thread, as torch does for itself, and watch the rank."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_end_with_rank, daemon=True).start()
+    for watch in (_end_with_rank, _end_when_rank_asks):
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def _end_with_rank() -> None:
@@ -102,3 +116,11 @@ def _end_with_rank() -> None:
     assert rank is not None  # this is a worker
     rank.join()
     os._exit(1)
+
+
+def _end_when_rank_asks() -> None:
+    rank = multiprocessing.parent_process()
+    assert rank is not None
+    while signal.sigwaitinfo(STOPS).si_pid != rank.pid:
+        pass
+    os._exit(0)

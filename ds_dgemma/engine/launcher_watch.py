@@ -2,7 +2,8 @@
 
 DeepSpeed's launcher can die and leave its ranks behind: SIGKILL to `deepspeed` or to its per-node child orphans
 them, and they would go on training beside the run that replaces them. So every rank looks, once a second, whether
-those processes are still its ancestors.
+those processes are still its ancestors. While it trains it has some seconds for a checkpoint; where a signal asked
+for one (SIGUSR1 to all ends launchers too, which do not know it), as long as that takes, within reason.
 """
 
 import os
@@ -11,12 +12,14 @@ import time
 
 import psutil
 
+from ds_dgemma.engine.stop_request import StopRequest
+from ds_dgemma.errors import EXIT_ORPHANED
+
 PER_NODE = "deepspeed.launcher.launch"
 LAUNCHERS = (PER_NODE, "deepspeed.launcher.runner", "bin/deepspeed")
-EXIT_ORPHANED = 3
 
 
-def watch_launcher() -> None:
+def watch_launcher(stop: StopRequest) -> None:
     """Start watching, when a DeepSpeed launcher started this process; otherwise do nothing.
 
     `deepspeed` may be gone already, killed while this process was importing: then its per-node child hangs below
@@ -31,13 +34,15 @@ def watch_launcher() -> None:
     if launchers and PER_NODE in " ".join(_command(launchers[-1])) and _is_orphan(launchers[-1]):
         os._exit(EXIT_ORPHANED)
     if launchers:
-        threading.Thread(target=_watch, args=(launchers,), daemon=True, name="launcher-watch").start()
+        threading.Thread(target=_watch, args=(launchers, stop), daemon=True, name="launcher-watch").start()
 
 
-def _watch(launchers: list[psutil.Process]) -> None:
+def _watch(launchers: list[psutil.Process], stop: StopRequest) -> None:
     while all(launcher.is_running() and launcher.status() != psutil.STATUS_ZOMBIE for launcher in launchers):
         time.sleep(1)
-    os._exit(EXIT_ORPHANED)  # no clean-up: the other ranks do the same, and a collective would wait for them
+    time.sleep(stop.launcher_is_gone())
+    # No clean-up: the other ranks do the same, and a collective would wait for them.
+    stop.leave(EXIT_ORPHANED, "ended: its launcher is gone")
 
 
 def _is_orphan(process: psutil.Process) -> bool:

@@ -25,6 +25,8 @@ import torch.distributed as dist
 
 from ds_dgemma.errors import EXIT_USER_ERROR, UserError, first_line
 
+NCCL_MARGIN_SECONDS = 30
+
 
 @dataclass(frozen=True)
 class RankLayout:
@@ -86,9 +88,11 @@ def connect(ranks: RankLayout, timeout_minutes: float) -> None:
     quiet_libraries()
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
-    backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+    # NCCL's watchdog aborts the process without a word: rank 0 names the cause before it does.
+    backend, margin = ("nccl", NCCL_MARGIN_SECONDS) if ranks.device.type == "cuda" else ("gloo", 0)
+    timeout = timedelta(minutes=timeout_minutes, seconds=margin)
     try:
-        deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timedelta(minutes=timeout_minutes))
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout)
     except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
         where = f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={os.environ['MASTER_PORT']}"
         raise UserError(
