@@ -96,6 +96,13 @@ def generate(args: argparse.Namespace) -> None:
     print(answer_text(args.model, args.prompt, args.seed, args.adapter))
 
 
+def replay(args: argparse.Namespace) -> None:
+    """Compute a step again that was skipped for NaN or infinity, alone, and tell which examples are to blame."""
+    from ds_dgemma.training.replay import replay
+
+    replay(args.file, args.checkpoint, args.model)
+
+
 def plot(args: argparse.Namespace) -> None:
     """Draw the loss curves of one or more runs as a PNG."""
     from ds_dgemma.tracking.plots import plot_runs
@@ -183,6 +190,14 @@ def parser() -> argparse.ArgumentParser:
     plot_ = _add(commands, "plot", plot)
     plot_.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
     plot_.add_argument("--out", type=Path, metavar="PNG")
+
+    replay_ = _add(commands, "replay", replay)
+    replay_.add_argument("file", type=Path, metavar="FILE", help="RUN/replay/step-NNNNNN.json")
+    weights = replay_.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="whose weights; the run's newest not after the step when absent"
+    )
+    weights.add_argument("--model", action="store_true", help="the weights that the run started from")
 
     _add(commands, "config-reference", config_reference)
     return parser

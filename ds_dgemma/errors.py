@@ -13,10 +13,15 @@ if TYPE_CHECKING:
     from pydantic import ValidationError  # `--help` need not wait for it
 
 EXIT_USER_ERROR = 2
+EXIT_BAD_NUMBERS = 5  # health.max_bad_steps were skipped in a row
 
 
 class UserError(Exception):
     """A mistake in a config, a file, an environment or a command line, told in the user's own spelling."""
+
+
+class BadNumbers(Exception):
+    """NaN or infinity in too many steps in a row; every rank raises it after the same step."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

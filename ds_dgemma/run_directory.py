@@ -2,6 +2,7 @@
 
 config.yaml     resolved settings      deepspeed.json  what DeepSpeed was told
 metrics.jsonl   one object a step      checkpoints/    step-NNNNNN/
+replay/         step-NNNNNN.json, what a skipped step computed on
 run.lock        held by rank 0 while the run is alive
 """
 

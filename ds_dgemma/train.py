@@ -8,15 +8,13 @@ The same command continues a run that was interrupted, from its newest complete 
 import argparse
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from transformers import DiffusionGemmaConfig, PreTrainedTokenizerFast
 
 from ds_dgemma.checkpoint.adapter import AdapterReader
 from ds_dgemma.checkpoint.names import DECODER, checkpoint_name
@@ -25,32 +23,26 @@ from ds_dgemma.checkpoint.weights import local_directory, model_digest
 from ds_dgemma.config import RunConfig
 from ds_dgemma.config_file import load_config
 from ds_dgemma.data.batch import Batch, Example
-from ds_dgemma.data.sources import load_conversations
-from ds_dgemma.data.stream import ExampleSet, Stream, prepare_examples
-from ds_dgemma.data.tokenizer import image_tokens, load_tokenizer
-from ds_dgemma.engine.deepspeed_engine import (
-    count_steps_done,
-    gradient_norm,
-    set_learning_rate,
-    start_engine,
-)
+from ds_dgemma.data.read import read_split
+from ds_dgemma.data.stream import ExampleSet, Stream
+from ds_dgemma.data.tokenizer import load_tokenizer
+from ds_dgemma.engine.deepspeed_engine import count_steps_done, start_engine
 from ds_dgemma.engine.ds_config import build_cpu_adam, deepspeed_config
 from ds_dgemma.engine.launcher_watch import watch_launcher
-from ds_dgemma.engine.open_model import OutlinedModel, fill_model, outline_model
+from ds_dgemma.engine.open_model import OutlinedModel, fill_model, outline_run
 from ds_dgemma.engine.optimizer_state import KINDS, adam_step, create_moments, owned_shards
-from ds_dgemma.engine.ranks import RankLayout, agreed, connect, disconnect, gather, sum_over_ranks
-from ds_dgemma.engine.router_balance import router_balance
-from ds_dgemma.engine.schedule import learning_rate
+from ds_dgemma.engine.ranks import RankLayout, agreed, connect, disconnect, gather
 from ds_dgemma.engine.trainable import check_groups, check_router_balance, check_stage
-from ds_dgemma.errors import EXIT_USER_ERROR, UserError
+from ds_dgemma.errors import EXIT_BAD_NUMBERS, EXIT_USER_ERROR, BadNumbers, UserError
 from ds_dgemma.evaluation.validation import validate
-from ds_dgemma.model.lora import seed_dropout
 from ds_dgemma.model.spec import read_spec, text_spec
-from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
+from ds_dgemma.objective.denoising import DenoisingObjective
 from ds_dgemma.objective.noise import Corruption
 from ds_dgemma.run_directory import CHECKPOINTS, METRICS, check_same_data, claim, find_start, write_settings
-from ds_dgemma.tracking.metrics import StepMetrics, memory_gib
 from ds_dgemma.tracking.sinks import ConsoleSink, JsonlSink, Sink, Tracker, WandbSink
+from ds_dgemma.tracking.spikes import SpikeDetector, past_losses
+from ds_dgemma.training.bad_steps import BadSteps
+from ds_dgemma.training.update import update
 
 DOWNLOAD_HOURS = 24
 
@@ -87,18 +79,7 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
     spec = read_spec(str(directory))
     text = text_spec(spec)
     tokenizer = load_tokenizer(directory, text.vocab_size)
-    grouped = config.parallel.grouped_matmul
-    model = outline_model(
-        spec,
-        directory,
-        ranks,
-        grouped_matmul=ranks.device.type == "cuda" if grouped == "auto" else grouped == "on",
-        train_router=config.model.train_router,
-        activation_checkpointing=config.train.activation_checkpointing,
-        copy_decoder_scalars=config.model.missing_encoder_scalars == "copy_decoder",
-        frozen=config.model.freeze,
-        lora=config.lora.model_copy(update={"path": None}) if config.lora and resumed else config.lora,
-    )
+    model = outline_run(config, spec, directory, ranks, resumed is not None)
     weights = model_digest(directory)
     if resumed:
         check_same_model(config.model.path, weights, resumed)
@@ -108,18 +89,16 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
     if model.adapters and (warning := model.adapters.base_warning(config.model.path)):
         warnings.append(warning)
 
-    examples, held_out = read_data(config, spec, tokenizer, ranks)
-    corruption = Corruption(
-        seed=config.seed,
-        vocab_size=text.vocab_size,
-        noise_eps=config.objective.noise_eps,
-        self_conditioning_probability=config.objective.self_conditioning_probability,
-        canvases_per_example=config.objective.canvases_per_example,
-        first_pass_bucket=config.objective.first_pass_bucket,
-        pad_id=text.pad_token_id or 0,
-    )
+    _, examples = read_split(config.data, "train", spec, tokenizer)
+    reports, held_out = [f"train: {examples.report}"], []
+    if config.validation.every:
+        _, validation = read_split(config.data, "validation", spec, tokenizer)
+        reports.append(f"validation: {validation.report}")
+        held_out = [validation[i] for i in range(min(len(validation), config.validation.examples))]
+    corruption = Corruption.of(config.seed, config.objective, text.vocab_size, text.pad_token_id or 0)
     build_cpu_adam(settings)
     if ranks.is_main:
+        print("\n".join(reports), flush=True)
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
     facts = {
@@ -132,29 +111,6 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
         check_same_data(config.data.train, resumed, examples.digest, len(examples))
     reader = StateReader(resumed) if resumed else None
     return Prepared(settings, model, corruption.collate, examples, held_out, reader, facts)
-
-
-def read_data(
-    config: RunConfig, spec: DiffusionGemmaConfig, tokenizer: PreTrainedTokenizerFast, ranks: RankLayout
-) -> tuple[ExampleSet, list[Example]]:
-    """The examples to train on and those to validate on, checked and tokenized; rank 0 tells how many were kept."""
-    canvas_length, eos_id = spec.canvas_length, tokenizer.eos_token_id
-    assert isinstance(canvas_length, int)
-    assert isinstance(eos_id, int)
-    images = image_tokens(tokenizer, (spec.image_token_id, spec.boi_token_id, spec.eoi_token_id))
-
-    def read(split: Literal["train", "validation"]) -> ExampleSet:
-        conversations = load_conversations(config.data, split, images)
-        examples = prepare_examples(conversations, tokenizer, config.data, canvas_length, eos_id)
-        if ranks.is_main:
-            print(f"{split}: {examples.report}", flush=True)
-        return examples
-
-    examples = read("train")
-    if not config.validation.every:
-        return examples, []
-    held_out = read("validation")
-    return examples, [held_out[i] for i in range(min(len(held_out), config.validation.examples))]
 
 
 def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tracker) -> None:
@@ -181,8 +137,17 @@ def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tra
     )
     checkpoints, last = config.run.dir / CHECKPOINTS, config.train.max_steps
     batches = iter(stream)
+    bad_steps = BadSteps(
+        config, ranks, stream, prepared.facts, prepared.resumed and prepared.resumed.checkpoint, tracker
+    )
+    metrics = config.run.dir / METRICS
+    spikes = SpikeDetector(config.health, past_losses(metrics, config.health.spike_window) if ranks.is_main else ())
     for step in range(prepared.start + 1, last + 1):
-        tracker.track(update(engine, batches, step, config, ranks))
+        done = update(engine, batches, step, config, ranks)
+        tracker.track(done.metrics)
+        bad_steps.check(done)
+        if spike := spikes.look(step, done.metrics.loss):
+            tracker.track(spike)
         if prepared.held_out and due(step, config.validation.every):
             losses = validate(
                 engine,
@@ -194,52 +159,10 @@ def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tra
             )
             tracker.track({"kind": "validation", "step": step, **losses})
         if due(step, config.checkpoint.every) or step == last:
-            facts = {**prepared.facts, "adam_step": adam_step(engine)}
+            facts = {**prepared.facts, "adam_step": adam_step(engine), "bad_steps_in_a_row": bad_steps.in_a_row}
             save(checkpoints, step, owned_shards(engine, ranks), KINDS, ranks.rank, facts)
             if ranks.is_main:
                 prune(checkpoints, config.checkpoint.keep_last)
-
-
-def update(engine: Any, batches: Iterator[list[Batch]], step: int, config: RunConfig, ranks: RankLayout) -> StepMetrics:
-    """One optimizer step: count, then forward and backward for every micro-batch."""
-    began = time.perf_counter()
-    micro_batches = next(batches)
-    # The tokens of the whole global batch, before any forward: a token counts the same on every rank.
-    counts = [(batch.tokens(), *batch.counts()) for batch in micro_batches]
-    totals = [float(sum(column)) for column in zip(*counts, strict=True)]
-    tokens, diffusion_tokens, ar_tokens = sum_over_ranks(totals, ranks.device)
-    ar_weight = config.objective.encoder_loss_weight
-    shares = ranks.world * len(micro_batches)
-    weights = TokenWeights.global_mean(int(diffusion_tokens), int(ar_tokens), ar_weight, shares)
-    lr = learning_rate(step - 1, config.train.max_steps, config.optimizer)
-    set_learning_rate(engine, lr)
-
-    balance = router_balance(engine, micro_batches, ranks, config.objective.router_balance_weight)
-    sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
-    seed_dropout(config.seed, step, ranks.rank)
-    for batch in micro_batches:
-        parts = engine(batch.to(ranks.device), weights, balance)
-        engine.backward(parts.loss)
-        engine.step()  # after every micro-batch: DeepSpeed counts the boundary itself
-        sums += torch.stack([parts.diffusion_nll, parts.ar_nll, parts.router])
-
-    diffusion_nll, ar_nll, router = sum_over_ranks(sums.tolist(), ranks.device)
-    diffusion, ar = diffusion_nll / max(diffusion_tokens, 1), ar_nll / max(ar_tokens, 1)
-    seconds = time.perf_counter() - began
-    return StepMetrics(
-        step=step,
-        loss=diffusion + ar_weight * ar + config.objective.router_balance_weight * router,
-        loss_diffusion=diffusion,
-        loss_ar=ar,
-        loss_router=router if balance else None,
-        grad_norm=gradient_norm(engine),
-        lr=lr,
-        samples=step * config.train.global_batch_size,
-        tokens=int(tokens),
-        seconds=seconds,
-        tokens_per_second=tokens / seconds,
-        memory_gib=memory_gib(ranks.device),
-    )
 
 
 def restore(engine: Any, ranks: RankLayout, trained: StateReader) -> None:
@@ -276,7 +199,7 @@ def open_tracker(config: RunConfig, ranks: RankLayout, start: int) -> Tracker:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, check, train; 0 when the run is complete, 2 for a user's mistake."""
+    """Parse, check, train; 0 when the run is complete, 2 for a user's mistake, 5 when too many steps were skipped."""
     parser = argparse.ArgumentParser(
         prog="ds_dgemma.train", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -320,6 +243,11 @@ def main(argv: list[str] | None = None) -> int:
             if ranks.is_main:
                 print(error, file=sys.stderr, flush=True)
             return EXIT_USER_ERROR
+        except BadNumbers as error:  # of all ranks at once
+            if ranks.is_main:
+                print(error, file=sys.stderr, flush=True)
+            disconnect()
+            return EXIT_BAD_NUMBERS
     disconnect()
     return 0
 
