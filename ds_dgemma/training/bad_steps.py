@@ -83,8 +83,6 @@ class BadSteps:
             data_digest=self._facts["data_digest"],
             checkpoint=checkpoint,
             steps_after_checkpoint=step - 1 - begun,
-            ranks=self._ranks.world,
-            accumulation=self._stream.accumulation,
             micro_batches=tuple(seen),
         )
 

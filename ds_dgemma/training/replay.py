@@ -24,10 +24,11 @@ from ds_dgemma.data.stream import ExampleSet
 from ds_dgemma.data.tokenizer import load_tokenizer
 from ds_dgemma.engine.open_model import fill_model, outline_run
 from ds_dgemma.engine.ranks import RankLayout, connect, disconnect
+from ds_dgemma.engine.router_balance import router_balance
 from ds_dgemma.errors import UserError, first_fault
 from ds_dgemma.model.lora import seed_dropout
 from ds_dgemma.model.spec import read_spec, text_spec
-from ds_dgemma.objective.denoising import DenoisingObjective, RouterBalance, TokenWeights
+from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
 from ds_dgemma.objective.noise import Corruption
 from ds_dgemma.training.replay_file import SeenExample, SeenMicroBatch, SkippedStep, checkpoints_until, read_skipped
 
@@ -84,17 +85,15 @@ class StepAlone:
     """The objective on one process, with what it takes to run any part of the step."""
 
     def __init__(
-        self, objective: DenoisingObjective, config: RunConfig, step: SkippedStep, batches: list[Batch]
+        self, objective: DenoisingObjective, batches: list[Batch], config: RunConfig, ranks: RankLayout
     ) -> None:
         self._objective = objective.train()
         self._gradient = GradientNorm(objective)
-        self._device = next(objective.parameters()).device
+        self._device = ranks.device
         diffusion, ar = (sum(column) for column in zip(*(batch.counts() for batch in batches), strict=True))
-        shares = step.ranks * step.accumulation
-        self._weights = TokenWeights.global_mean(diffusion, ar, config.objective.encoder_loss_weight, shares)
-        weight = config.objective.router_balance_weight
-        # The counts of this part alone: the step's would take a pass over all of it.
-        self._balance = RouterBalance(weight * shares, lambda tokens_LE: tokens_LE) if weight else None
+        ar_weight, router_weight = config.objective.encoder_loss_weight, config.objective.router_balance_weight
+        self._weights = TokenWeights.global_mean(diffusion, ar, ar_weight, len(batches))
+        self._balance = router_balance(objective, batches, ranks, router_weight)
 
     def run(self, batch: Batch) -> Outcome:
         """Forward and backward of a batch."""
@@ -144,7 +143,7 @@ def replay(file: Path, checkpoint: Path | None = None, from_model: bool = False)
             where = conversations.where(row_of(one.id, config.data.assistant_turns))
             return corruption.collate([(examples[one.index], one.epoch)]), where
 
-        bad = list(_run_all(StepAlone(objective, config, step, batches), step, batches, make))
+        bad = list(_run_all(StepAlone(objective, batches, config, ranks), step, batches, make))
         print(_verdict(bad))
 
 

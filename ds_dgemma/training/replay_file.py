@@ -7,7 +7,7 @@ for the reader, and to be compared when it is made again.
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ds_dgemma.errors import UserError, first_fault, told
 from ds_dgemma.run_directory import CHECKPOINTS
@@ -60,9 +60,7 @@ class SkippedStep(_Part):
     data_digest: str
     checkpoint: Path | None  # the newest at that moment; None: the model that the run started from
     steps_after_checkpoint: int  # that were made, or skipped, between it and this one
-    ranks: int
-    accumulation: int
-    micro_batches: tuple[SeenMicroBatch, ...]
+    micro_batches: tuple[SeenMicroBatch, ...] = Field(min_length=1)
 
     @property
     def bad(self) -> list[SeenMicroBatch]:
