@@ -8,6 +8,7 @@ mend; 130 for Ctrl-C.
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -101,6 +102,9 @@ def replay(args: argparse.Namespace) -> None:
     from ds_dgemma.training.replay import replay
 
     replay(args.file, args.checkpoint, args.model)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # as after training: the process group's threads can abort what is finished
 
 
 def plot(args: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ again wherever that is computed. omit: all is right, but nothing is computed at 
 it.
 """
 
+import os
 import sys
 from typing import Any
 
@@ -106,4 +107,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # as `ds_dgemma.train` does
