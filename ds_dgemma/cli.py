@@ -8,6 +8,7 @@ mend; 130 for Ctrl-C.
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -95,6 +96,16 @@ def generate(args: argparse.Namespace) -> None:
     from ds_dgemma.evaluation.generation import Source, answer_text
 
     print(answer_text(Source(args.model, args.revision, args.adapter), args.prompt, args.seed))
+
+
+def replay(args: argparse.Namespace) -> None:
+    """Compute a step again that was skipped for NaN or infinity, alone, and tell which examples are to blame."""
+    from ds_dgemma.training.replay import replay
+
+    replay(args.file, args.checkpoint, args.model)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # as after training: the process group's threads can abort what is finished
 
 
 def plot(args: argparse.Namespace) -> None:
@@ -186,6 +197,14 @@ def parser() -> argparse.ArgumentParser:
     plot_ = _add(commands, "plot", plot)
     plot_.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
     plot_.add_argument("--out", type=Path, metavar="PNG")
+
+    replay_ = _add(commands, "replay", replay)
+    replay_.add_argument("file", type=Path, metavar="FILE", help="RUN/replay/step-NNNNNN.json")
+    weights = replay_.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="whose weights; the run's newest not after the step when absent"
+    )
+    weights.add_argument("--model", action="store_true", help="the weights that the run started from")
 
     _add(commands, "config-reference", config_reference)
     return parser

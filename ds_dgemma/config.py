@@ -289,6 +289,18 @@ class CheckpointSection(Section):
         return self
 
 
+class HealthSection(Section):
+    """When numbers go bad. A step with NaN or infinity in a loss or the gradient is always skipped, on every rank."""
+
+    max_bad_steps: int = Field(default=10, ge=1, description="skipped steps in a row that end the run (exit code 5)")
+    spike_factor: float = Field(
+        default=10.0,
+        ge=0,
+        description="a loss so many robust deviations above the median of recent ones is told as a spike; 0: none is",
+    )
+    spike_window: int = Field(default=50, ge=20, description="recent losses that spikes are measured against")
+
+
 class WandbSection(Section):
     """Weights & Biases; the run id is kept in the run directory, so a resumed run continues its curve."""
 
@@ -322,6 +334,7 @@ class RunConfig(Section):
     optimizer: OptimizerSection = OptimizerSection()
     validation: ValidationSection = ValidationSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    health: HealthSection = HealthSection()
     tracking: TrackingSection = TrackingSection()
     deepspeed: Path = Field(description="DeepSpeed's JSON, passed to DeepSpeed whole")
 

@@ -43,6 +43,7 @@ MAY_CHANGE_WITHIN_A_RUN = (
     "objective.first_pass_bucket",
     "validation",
     "checkpoint",
+    "health",
     "tracking",
     "deepspeed",
 )

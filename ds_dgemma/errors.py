@@ -17,11 +17,16 @@ if TYPE_CHECKING:
 EXIT_USER_ERROR = 2
 EXIT_ORPHANED = 3  # the launcher is gone, and there was no time for a checkpoint
 EXIT_LOST_RANK = 4  # a rank died or hangs; rank 0 says which
+EXIT_BAD_NUMBERS = 5  # health.max_bad_steps were skipped in a row
 EXIT_STOPPED = 75  # stopped by a signal with nothing lost: the same command continues (sysexits.h: EX_TEMPFAIL)
 
 
 class UserError(Exception):
     """A mistake in a config, a file, an environment or a command line, told in the user's own spelling."""
+
+
+class BadNumbers(Exception):
+    """NaN or infinity in too many steps in a row; every rank raises it after the same step."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 config.yaml     resolved settings      deepspeed.json  what DeepSpeed was told
 metrics.jsonl   one object a step      checkpoints/    step-NNNNNN/
+replay/         step-NNNNNN.json, what a skipped step computed on
 run.lock        held by rank 0 while the run is alive
 complete.json   {"step": N}: `train.max_steps` is reached and all is written; an exit code alone proves nothing,
                 for DeepSpeed's launcher exits with 0 when it is killed

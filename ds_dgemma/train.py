@@ -9,56 +9,30 @@ stop a run after a checkpoint, a second one at once; launch/README.md has the ex
 import argparse
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
-import torch
-from transformers import DiffusionGemmaConfig, PreTrainedTokenizerFast
-
-from ds_dgemma.checkpoint.adapter import AdapterReader
-from ds_dgemma.checkpoint.names import DECODER, checkpoint_name
-from ds_dgemma.checkpoint.retention import Scores, prune
-from ds_dgemma.checkpoint.run_state import StateReader, check_same_model, step_directory
+from ds_dgemma.checkpoint.retention import prune
+from ds_dgemma.checkpoint.run_state import step_directory
 from ds_dgemma.checkpoint.save import NotWritten, save
-from ds_dgemma.checkpoint.weights import local_directory, model_digest
+from ds_dgemma.checkpoint.weights import local_directory
 from ds_dgemma.config import RunConfig
 from ds_dgemma.config_file import load_config
-from ds_dgemma.data.batch import Batch, Example
-from ds_dgemma.data.sources import load_conversations
-from ds_dgemma.data.stream import ExampleSet, Stream, prepare_examples
-from ds_dgemma.data.tokenizer import image_tokens, load_tokenizer
-from ds_dgemma.engine.deepspeed_engine import (
-    count_steps_done,
-    gradient_norm,
-    set_learning_rate,
-    start_engine,
-)
-from ds_dgemma.engine.ds_config import build_cpu_adam, deepspeed_config
+from ds_dgemma.data.stream import Stream
+from ds_dgemma.engine.deepspeed_engine import count_steps_done, start_engine
 from ds_dgemma.engine.environment import check_environment
 from ds_dgemma.engine.launcher_watch import watch_launcher
 from ds_dgemma.engine.liveness import Liveness
-from ds_dgemma.engine.open_model import OutlinedModel, fill_model, outline_model
+from ds_dgemma.engine.open_model import fill_model
 from ds_dgemma.engine.optimizer_state import KINDS, adam_step, create_moments, owned_shards
-from ds_dgemma.engine.ranks import RankLayout, agreed, connect, disconnect, gather, sum_over_ranks
-from ds_dgemma.engine.router_balance import router_balance
-from ds_dgemma.engine.schedule import learning_rate
+from ds_dgemma.engine.ranks import RankLayout, agreed, connect, disconnect, gather
 from ds_dgemma.engine.stop_request import StopRequest
-from ds_dgemma.engine.trainable import check_groups, check_router_balance, check_stage
-from ds_dgemma.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from ds_dgemma.errors import EXIT_BAD_NUMBERS, EXIT_STOPPED, EXIT_USER_ERROR, BadNumbers, UserError
 from ds_dgemma.evaluation.validation import validate
-from ds_dgemma.model.lora import seed_dropout
-from ds_dgemma.model.spec import read_spec, text_spec
-from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
-from ds_dgemma.objective.noise import Corruption
+from ds_dgemma.objective.denoising import DenoisingObjective
 from ds_dgemma.run_directory import (
     CHECKPOINTS,
     METRICS,
-    Start,
-    check_same_data,
     check_shared,
     claim,
     contents,
@@ -67,124 +41,24 @@ from ds_dgemma.run_directory import (
     mark_unfinished,
     write_settings,
 )
-from ds_dgemma.tracking.metrics import StepMetrics, memory_gib
 from ds_dgemma.tracking.sinks import ConsoleSink, JsonlSink, Sink, Tracker, WandbSink
+from ds_dgemma.tracking.spikes import SpikeDetector, past_losses
+from ds_dgemma.training.bad_steps import BadSteps
+from ds_dgemma.training.prepare import Prepared, prepare
+from ds_dgemma.training.restore import continue_adapter, restore
+from ds_dgemma.training.update import update
 
 DOWNLOAD_HOURS = 24
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """All that was checked and read before the first weight."""
-
-    deepspeed: dict[str, Any]
-    model: OutlinedModel
-    collate: Callable[[list[tuple[Example, int]]], Batch]
-    examples: ExampleSet
-    held_out: list[Example]  # empty when nothing is validated
-    scores: Scores  # of the held-out examples
-    resumed: StateReader | None
-    facts: dict[str, Any]  # of the model and the data, kept in every checkpoint
-
-    @property
-    def start(self) -> int:
-        """Steps that are done."""
-        return self.resumed.checkpoint.step if self.resumed else 0
-
-
-def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
-    """Check everything else that a user can get wrong; no collective, no weights, no download of the model.
-
-    Raises:
-        UserError: what is wrong, and what to do about it.
-    """
-    settings = deepspeed_config(config, ranks.world, "cuda" if ranks.device.type == "cuda" else "cpu")
-    resumed, warnings = start.resumed, list(start.warnings)
-    if config.optimizer.warmup_steps >= config.train.max_steps:
-        warnings.append("optimizer.warmup_steps is not below train.max_steps: the run ends before lr is reached.")
-    directory = local_directory(config.model.path, config.model.revision, download=False)
-    spec = read_spec(str(directory))
-    text = text_spec(spec)
-    tokenizer = load_tokenizer(directory, text.vocab_size)
-    grouped = config.parallel.grouped_matmul
-    model = outline_model(
-        spec,
-        directory,
-        ranks,
-        grouped_matmul=ranks.device.type == "cuda" if grouped == "auto" else grouped == "on",
-        train_router=config.model.train_router,
-        activation_checkpointing=config.train.activation_checkpointing,
-        copy_decoder_scalars=config.model.missing_encoder_scalars == "copy_decoder",
-        frozen=config.model.freeze,
-        lora=config.lora.model_copy(update={"path": None}) if config.lora and resumed else config.lora,
-    )
-    weights = model_digest(directory)
-    if resumed:
-        check_same_model(config.model.path, weights, resumed.checkpoint)
-        resumed.check_fits(model.trained_sizes(ranks))
-    check_stage(settings["zero_optimization"]["stage"], model.trained_names())
-    check_groups(config.optimizer, model.trained_names(), model.reader.files)
-    check_router_balance(config.objective.router_balance_weight, model.trained_names())
-    if model.adapters and (warning := model.adapters.base_warning(config.model.path)):
-        warnings.append(warning)
-
-    examples, held_out, held_out_digest = read_data(config, spec, tokenizer, ranks)
-    corruption = Corruption(
-        seed=config.seed,
-        vocab_size=text.vocab_size,
-        noise_eps=config.objective.noise_eps,
-        self_conditioning_probability=config.objective.self_conditioning_probability,
-        canvases_per_example=config.objective.canvases_per_example,
-        first_pass_bucket=config.objective.first_pass_bucket,
-        pad_id=text.pad_token_id or 0,
-    )
-    build_cpu_adam(settings)
-    if ranks.is_main:
-        for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
-        if resumed:
-            print(f"continuing from {resumed.checkpoint.path}", flush=True)
-    facts = {
-        "model": config.model.path,
-        "model_digest": weights,
-        "data_digest": examples.digest,
-        "examples": len(examples),
-    }
-    if resumed:
-        check_same_data(config.data.train, resumed.checkpoint, examples.digest, len(examples))
-    scores = Scores.continued(held_out_digest, resumed.checkpoint if resumed else None)
-    return Prepared(settings, model, corruption.collate, examples, held_out, scores, resumed, facts)
-
-
-def read_data(
-    config: RunConfig, spec: DiffusionGemmaConfig, tokenizer: PreTrainedTokenizerFast, ranks: RankLayout
-) -> tuple[ExampleSet, list[Example], str | None]:
-    """The examples to train on and those to validate on with a digest, checked and tokenized; rank 0 tells how many
-    were kept.
-    """
-    canvas_length, eos_id = spec.canvas_length, tokenizer.eos_token_id
-    assert isinstance(canvas_length, int)
-    assert isinstance(eos_id, int)
-    images = image_tokens(tokenizer, (spec.image_token_id, spec.boi_token_id, spec.eoi_token_id))
-
-    def read(split: Literal["train", "validation"]) -> ExampleSet:
-        conversations = load_conversations(config.data, split, images)
-        examples = prepare_examples(conversations, tokenizer, config.data, canvas_length, eos_id)
-        if ranks.is_main:
-            print(f"{split}: {examples.report}", flush=True)
-        return examples
-
-    examples = read("train")
-    if not config.validation.every:
-        return examples, [], None
-    held_out = read("validation")
-    count = min(len(held_out), config.validation.examples)
-    return examples, [held_out[i] for i in range(count)], f"{held_out.digest} {count}"
-
-
 def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tracker, stop: StopRequest) -> bool:
     """Train from the prepared start to `train.max_steps` and return True, or False when asked to stop before; a
-    collective."""
+    collective.
+
+    Raises:
+        BadNumbers: on every rank, after too many steps in a row that were skipped.
+        NotWritten: on every rank, a checkpoint that the run may not go on without.
+    """
     stack = fill_model(prepared.model, ranks, prepared.deepspeed, config.train.precision, prepared.resumed, config.seed)
     objective = DenoisingObjective(stack, config.objective.logits_chunk_mib).train()
     engine = start_engine(objective, prepared.deepspeed, config.optimizer)
@@ -207,9 +81,18 @@ def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tra
     )
     checkpoints, last = config.run.dir / CHECKPOINTS, config.train.max_steps
     batches = iter(stream)
+    bad_steps = BadSteps(
+        config, ranks, stream, prepared.facts, prepared.resumed and prepared.resumed.checkpoint, tracker
+    )
+    metrics = config.run.dir / METRICS
+    spikes = SpikeDetector(config.health, past_losses(metrics, config.health.spike_window) if ranks.is_main else ())
     for step in range(prepared.start + 1, last + 1):
         stop.step = step  # from here on a signal waits for the end of the step
-        tracker.track(update(engine, batches, step, config, ranks))
+        done = update(engine, batches, step, config, ranks)
+        tracker.track(done.metrics)
+        bad_steps.check(done)
+        if spike := spikes.look(step, done.metrics.loss):
+            tracker.track(spike)
         if prepared.held_out and due(step, config.validation.every):
             losses = validate(
                 engine,
@@ -223,7 +106,12 @@ def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tra
             prepared.scores.add(step, losses["loss"])
         asked = stop.agreed(ranks)
         if asked or step == last or due(step, config.checkpoint.every):
-            facts = {**prepared.facts, **prepared.scores.facts(step), "adam_step": adam_step(engine)}
+            facts = {
+                **prepared.facts,
+                **prepared.scores.facts(step),
+                "adam_step": adam_step(engine),
+                "bad_steps_in_a_row": bad_steps.in_a_row,
+            }
             try:
                 save(checkpoints, step, owned_shards(engine, ranks), KINDS, ranks.rank, facts)
             except NotWritten as error:  # on every rank
@@ -240,63 +128,6 @@ def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tra
                 print(f"stopped after step {step} by {reasons}: {where} is whole, the same command continues")
             return False
     return True
-
-
-def update(engine: Any, batches: Iterator[list[Batch]], step: int, config: RunConfig, ranks: RankLayout) -> StepMetrics:
-    """One optimizer step: count, then forward and backward for every micro-batch."""
-    began = time.perf_counter()
-    micro_batches = next(batches)
-    # The tokens of the whole global batch, before any forward: a token counts the same on every rank.
-    counts = [(batch.tokens(), *batch.counts()) for batch in micro_batches]
-    totals = [float(sum(column)) for column in zip(*counts, strict=True)]
-    tokens, diffusion_tokens, ar_tokens = sum_over_ranks(totals, ranks.device)
-    ar_weight = config.objective.encoder_loss_weight
-    shares = ranks.world * len(micro_batches)
-    weights = TokenWeights.global_mean(int(diffusion_tokens), int(ar_tokens), ar_weight, shares)
-    lr = learning_rate(step - 1, config.train.max_steps, config.optimizer)
-    set_learning_rate(engine, lr)
-
-    balance = router_balance(engine, micro_batches, ranks, config.objective.router_balance_weight)
-    sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
-    seed_dropout(config.seed, step, ranks.rank)
-    for batch in micro_batches:
-        parts = engine(batch.to(ranks.device), weights, balance)
-        engine.backward(parts.loss)
-        engine.step()  # after every micro-batch: DeepSpeed counts the boundary itself
-        sums += torch.stack([parts.diffusion_nll, parts.ar_nll, parts.router])
-
-    diffusion_nll, ar_nll, router = sum_over_ranks(sums.tolist(), ranks.device)
-    diffusion, ar = diffusion_nll / max(diffusion_tokens, 1), ar_nll / max(ar_tokens, 1)
-    seconds = time.perf_counter() - began
-    return StepMetrics(
-        step=step,
-        loss=diffusion + ar_weight * ar + config.objective.router_balance_weight * router,
-        loss_diffusion=diffusion,
-        loss_ar=ar,
-        loss_router=router if balance else None,
-        grad_norm=gradient_norm(engine),
-        lr=lr,
-        samples=step * config.train.global_batch_size,
-        tokens=int(tokens),
-        seconds=seconds,
-        tokens_per_second=tokens / seconds,
-        memory_gib=memory_gib(ranks.device),
-    )
-
-
-def restore(engine: Any, ranks: RankLayout, trained: StateReader) -> None:
-    """Put fp32 weights and moments back, whatever topology they were written by."""
-    create_moments(engine, trained.checkpoint.state["adam_step"])
-    for shard in owned_shards(engine, ranks):
-        for kind in KINDS:
-            shard.set(kind, trained.read(shard.name, kind, shard.start, shard.stop).to(ranks.device))
-
-
-def continue_adapter(engine: Any, ranks: RankLayout, adapter: AdapterReader) -> None:
-    """Give the fp32 weights the adapter's own numbers: in a bf16 run they were made from bf16."""
-    for shard in owned_shards(engine, ranks):
-        factor = checkpoint_name(shard.name).removeprefix(DECODER)
-        shard.set("fp32", adapter.values(factor, shard.start, shard.stop).to(ranks.device, torch.float32))
 
 
 def due(step: int, every: int) -> bool:
@@ -345,13 +176,13 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     with Liveness(ranks, config.parallel.collective_timeout_minutes, stop):
-        complete = run(config, ranks, stop)
+        code = run(config, ranks, stop)
         disconnect()
-    return 0 if complete else EXIT_STOPPED
+    return code
 
 
-def run(config: RunConfig, ranks: RankLayout, stop: StopRequest) -> bool:
-    """Check, train and say when the run is complete; a collective."""
+def run(config: RunConfig, ranks: RankLayout, stop: StopRequest) -> int:
+    """Check, train and say when the run is complete; a collective. The exit code."""
     with agreed(ranks, hours=DOWNLOAD_HOURS):
         if ranks.local_rank == 0:  # the node's other ranks find it in the cache
             local_directory(config.model.path, config.model.revision)
@@ -374,11 +205,16 @@ def run(config: RunConfig, ranks: RankLayout, stop: StopRequest) -> bool:
     if ranks.is_main and prepared.start >= last:
         print(f"{config.run.dir} is complete at step {prepared.start}: nothing is left to train", flush=True)
     with lock:
-        with tracker:
-            complete = train(config, ranks, prepared, tracker, stop)
+        try:
+            with tracker:
+                complete = prepared.start >= last or train(config, ranks, prepared, tracker, stop)
+        except BadNumbers as error:
+            if ranks.is_main:
+                print(error, file=sys.stderr, flush=True)
+            return EXIT_BAD_NUMBERS
         if complete and ranks.is_main:
             mark_complete(config.run.dir, max(prepared.start, last))
-    return complete
+    return 0 if complete else EXIT_STOPPED
 
 
 if __name__ == "__main__":

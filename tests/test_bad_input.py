@@ -13,7 +13,7 @@ from ds_dgemma.config_file import load_config
 from ds_dgemma.engine.ranks import RankLayout
 from ds_dgemma.errors import UserError
 from ds_dgemma.run_directory import claim, find_start
-from ds_dgemma.train import prepare
+from ds_dgemma.training.prepare import prepare
 from tests.bad_inputs import MISTAKES
 from tests.broken_job import Job
 from tests.training import start_ranks

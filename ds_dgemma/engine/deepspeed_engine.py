@@ -50,6 +50,18 @@ def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float:
     return float(norm.item() if isinstance(norm, torch.Tensor) else norm or 0.0)
 
 
+def was_skipped(engine: Any) -> bool:
+    """Whether DeepSpeed left the update out, its gradient's norm being NaN or infinite: the same on every rank.
+
+    What was accumulated is gone then. (DeepSpeed 0.19.8 `stage_1_and_2.py`, `step`: with an offloaded optimizer it
+    keeps the buffer that the next step adds to, and every later step would be skipped too.)
+    """
+    skipped = not engine.was_step_applied()
+    if skipped and engine.zero_optimization_stage() < 3 and hasattr(engine.optimizer, "averaged_gradients"):
+        engine.optimizer.averaged_gradients = dict.fromkeys(engine.optimizer.averaged_gradients)
+    return skipped
+
+
 def count_steps_done(engine: deepspeed.DeepSpeedEngine, steps: int) -> None:
     """Tell a resumed engine how far the run is."""
     engine.global_steps = steps

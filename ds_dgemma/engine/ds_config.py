@@ -61,6 +61,7 @@ _REFUSED_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     "torch_autocast.enabled": (_OFF, "train.precision of the run config sets the arithmetic"),
     "bf16.bf16_master_weights_and_grads": (_OFF, "master weights and accumulated gradients are fp32"),
     "bf16.bf16_optimizer_states": (_OFF, "optimizer states are fp32"),
+    "bf16.check_grad_overflow": (_ON, "a step with NaN would be made"),
     "prescale_gradients": (_OFF, "the loss is scaled for averaged gradients"),
     "gradient_predivide_factor": (_ONE, "the loss is scaled for averaged gradients"),
     "autotuning.enabled": (_OFF, "autotuning is not supported"),

@@ -17,7 +17,7 @@ from ds_dgemma.checkpoint.names import Place, is_expert
 from ds_dgemma.checkpoint.progress import ReadProgress
 from ds_dgemma.checkpoint.run_state import StateReader
 from ds_dgemma.checkpoint.weights import WeightReader
-from ds_dgemma.config import LoraSection
+from ds_dgemma.config import LoraSection, RunConfig
 from ds_dgemma.engine.adapters import Adapters, attach_adapters, choose_adapters
 from ds_dgemma.engine.expert_parallel import place_experts
 from ds_dgemma.engine.ranks import RankLayout, agreed
@@ -52,6 +52,24 @@ class OutlinedModel:
                 parts = ranks.expert_parallel_size if is_expert(name) else 1
                 sizes[f"model.{name}"] = parts * parameter.numel()
         return sizes
+
+
+def outline_run(
+    config: RunConfig, spec: DiffusionGemmaConfig, directory: Path, ranks: RankLayout, resumed: bool
+) -> OutlinedModel:
+    """What a run trains, on meta; see `outline_model`. Resumed adapters are read from the training state."""
+    grouped = config.parallel.grouped_matmul
+    return outline_model(
+        spec,
+        directory,
+        ranks,
+        grouped_matmul=ranks.device.type == "cuda" if grouped == "auto" else grouped == "on",
+        train_router=config.model.train_router,
+        activation_checkpointing=config.train.activation_checkpointing,
+        copy_decoder_scalars=config.model.missing_encoder_scalars == "copy_decoder",
+        frozen=config.model.freeze,
+        lora=config.lora.model_copy(update={"path": None}) if config.lora and resumed else config.lora,
+    )
 
 
 def outline_model(

@@ -106,6 +106,7 @@ def quiet_libraries() -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    logger.addFilter(lambda log: "OVERFLOW!" not in log.getMessage())  # a skipped step has a line of our own
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
 

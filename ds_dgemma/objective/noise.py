@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from ds_dgemma.config import ObjectiveSection
 from ds_dgemma.data.batch import Batch, Example, FirstPass
 
 
@@ -48,6 +49,19 @@ class Corruption:
     canvases_per_example: int | Literal["all"]
     first_pass_bucket: int
     pad_id: int
+
+    @classmethod
+    def of(cls, seed: int, objective: ObjectiveSection, vocab_size: int, pad_id: int) -> "Corruption":
+        """The draws of a run."""
+        return cls(
+            seed=seed,
+            vocab_size=vocab_size,
+            noise_eps=objective.noise_eps,
+            self_conditioning_probability=objective.self_conditioning_probability,
+            canvases_per_example=objective.canvases_per_example,
+            first_pass_bucket=objective.first_pass_bucket,
+            pad_id=pad_id,
+        )
 
     def choose(self, example: Example, epoch: int) -> list[int]:
         """The scored canvases: uniform without replacement, in order."""

@@ -83,7 +83,7 @@ def test_auto_and_equal_values_are_accepted_and_everything_else_goes_through_unt
         "train_batch_size": "auto",
         "gradient_accumulation_steps": 2,
         "gradient_clipping": 0.5,
-        "bf16": {"enabled": "auto", "check_grad_overflow": False},
+        "bf16": {"enabled": "auto", "immediate_grad_update": False},
         "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, 0.99], "foreach": False}},
         "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto", "round_robin_gradients": True},
         "wall_clock_breakdown": True,
@@ -92,7 +92,7 @@ def test_auto_and_equal_values_are_accepted_and_everything_else_goes_through_unt
     }
     joined = join(given)
     assert joined["train_batch_size"] == 64
-    assert joined["bf16"] == {"enabled": True, "check_grad_overflow": False}
+    assert joined["bf16"] == {"enabled": True, "immediate_grad_update": False}
     assert joined["optimizer"]["params"]["lr"] == 1e-3
     assert joined["optimizer"]["params"]["foreach"] is False
     for key in ("zero_optimization", "wall_clock_breakdown", "comms_logger", "_comment"):

@@ -1,0 +1,1 @@
+"""One optimizer step, and what to do when its numbers are bad."""

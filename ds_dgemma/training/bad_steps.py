@@ -1,0 +1,133 @@
+"""What follows a skipped step: it is counted, told, and written down to be replayed; too many in a row end the run."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ds_dgemma.checkpoint.run_state import Checkpoint
+from ds_dgemma.config import RunConfig
+from ds_dgemma.data.stream import Stream
+from ds_dgemma.engine.ranks import RankLayout, gather
+from ds_dgemma.errors import BadNumbers, told
+from ds_dgemma.run_directory import CONFIG
+from ds_dgemma.tracking.sinks import Tracker
+from ds_dgemma.training.replay_file import (
+    SeenExample,
+    SeenMicroBatch,
+    SkippedStep,
+    checkpoints_until,
+    write_skipped,
+)
+from ds_dgemma.training.update import Update
+
+SHOWN_EXAMPLES = 8
+
+
+class BadSteps:
+    """Looks at every step. The count in a row goes into checkpoints: a resumed run ends where it would have ended."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        ranks: RankLayout,
+        stream: Stream,
+        facts: Mapping[str, Any],
+        resumed: Checkpoint | None,
+        tracker: Tracker,
+    ) -> None:
+        self._config, self._ranks, self._stream, self._facts = config, ranks, stream, facts
+        self._resumed, self._tracker = resumed, tracker
+        self.in_a_row: int = resumed.state.get("bad_steps_in_a_row", 0) if resumed else 0
+
+    def check(self, done: Update) -> None:
+        """Nothing for a step that was made; a collective for one that was skipped.
+
+        Raises:
+            BadNumbers: on every rank, when it was one too many.
+        """
+        if not done.skipped:
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        seen = [one for of_rank in gather(self._seen(done), self._ranks) for one in of_rank]
+        ending = self._write_down(done.metrics.step, seen) if self._ranks.is_main else ""
+        if self.in_a_row >= self._config.health.max_bad_steps:
+            raise BadNumbers(
+                f"stopped at step {done.metrics.step}: NaN or infinity in {self.in_a_row} steps in a row, all of them "
+                f"skipped (health.max_bad_steps). {ending}"
+            )
+
+    def _write_down(self, step: int, seen: list[SeenMicroBatch]) -> str:
+        """Write the replay file and the record; return what a run that ends here says of both."""
+        skipped = self._skipped(step, seen)
+        try:
+            file = str(write_skipped(skipped, self._config.run.dir))
+        except OSError as error:  # the run does not need it
+            file = f"not written, {told(error)}"
+        record = {"kind": "skipped", "step": step, **tell(skipped), "in_a_row": self.in_a_row, "replay": file}
+        self._tracker.track(record)
+        weights = skipped.checkpoint or f"none, the weights are still those of {self._config.model.path}"
+        return f"Last checkpoint: {weights}. The last batch, for ds-dgemma replay: {file}."
+
+    def _skipped(self, step: int, seen: list[SeenMicroBatch]) -> SkippedStep:
+        checkpoint = next(iter(checkpoints_until(self._config.run.dir, step - 1)), None)
+        if checkpoint is None and self._resumed is not None:  # of another run
+            checkpoint = self._resumed.path
+        begun = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
+        return SkippedStep(
+            step=step,
+            seed=self._config.seed,
+            problem="loss" if any(one.bad for one in seen) else "gradient",
+            config=self._config.run.dir / CONFIG,
+            model_digest=self._facts["model_digest"],
+            data_digest=self._facts["data_digest"],
+            checkpoint=checkpoint,
+            steps_after_checkpoint=step - 1 - begun,
+            micro_batches=tuple(seen),
+        )
+
+    def _seen(self, done: Update) -> list[SeenMicroBatch]:
+        """This rank's micro-batches."""
+        shares = self._stream.shares(done.metrics.step - 1)
+        seen = []
+        for number, (share, batch) in enumerate(zip(shares, done.micro_batches, strict=True)):
+            loss, diffusion_nll, ar_nll, router = done.losses[number].tolist()
+            examples = []
+            for row, (index, epoch) in enumerate(share):
+                example, levels = self._stream.examples[index], batch.noise_levels[row]
+                starts = batch.canvas_start_BK[row, : len(levels)].tolist()
+                examples.append(
+                    SeenExample(
+                        id=batch.sample_ids[row],
+                        index=index,
+                        epoch=epoch,
+                        canvases=tuple((start - example.prompt_length) // example.canvas_length for start in starts),
+                        noise_levels=levels,
+                        self_conditioning=tuple(batch.self_condition_BK[row, : len(levels)].tolist()),
+                    )
+                )
+            seen.append(
+                SeenMicroBatch(
+                    rank=self._ranks.rank,
+                    micro_batch=number,
+                    bad=not all(map(math.isfinite, (loss, diffusion_nll, ar_nll, router))),
+                    loss=loss,
+                    diffusion_nll=diffusion_nll,
+                    ar_nll=ar_nll,
+                    examples=tuple(examples),
+                )
+            )
+        return seen
+
+
+def tell(skipped: SkippedStep) -> dict[str, str]:
+    """What was not finite, and where."""
+    if skipped.problem == "gradient":
+        return {"problem": "the gradient of a finite loss", "where": "unknown, ds-dgemma replay tells"}
+    values = sorted({str(one.loss) for one in skipped.bad})
+    where = []
+    for one in skipped.bad:
+        ids = [str(example.id) for example in one.examples]
+        more = f" and {len(ids) - SHOWN_EXAMPLES} more" if len(ids) > SHOWN_EXAMPLES else ""
+        where.append(f"{one.name}, examples {' '.join(ids[:SHOWN_EXAMPLES])}{more}")
+    return {"problem": f"the loss ({', '.join(values)})", "where": "; ".join(where)}
