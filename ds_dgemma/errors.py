@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pydantic import ValidationError  # `--help` need not wait for it
 
+# How a run ends; 0: it is complete. launch/README.md has the table for people. What a second signal ends has
+# 128 + the signal's number, and our own bugs have Python's 1.
 EXIT_USER_ERROR = 2
+EXIT_ORPHANED = 3  # the launcher is gone, and there was no time for a checkpoint
+EXIT_LOST_RANK = 4  # a rank died or hangs; rank 0 says which
+EXIT_BAD_NUMBERS = 5  # health.max_bad_steps were skipped in a row
+EXIT_STOPPED = 75  # stopped by a signal with nothing lost: the same command continues (sysexits.h: EX_TEMPFAIL)
 
 
 class UserError(Exception):

@@ -2,17 +2,21 @@
 
 config.yaml     resolved settings      deepspeed.json  what DeepSpeed was told
 metrics.jsonl   one object a step      checkpoints/    step-NNNNNN/
-run.lock        held by rank 0 while the run is alive
+run.lock        held by rank 0 while the run is alive; says which process of which host that is, or was
+complete.json   {"step": N}: `train.max_steps` is reached and all is written; an exit code alone proves nothing,
+                for DeepSpeed's launcher exits with 0 when it is killed
 """
 
 import fcntl
 import json
 import os
+import socket
 import time
 from pathlib import Path
 from typing import IO, Any
 
 from ds_dgemma.checkpoint.run_state import Checkpoint, newest, open_checkpoint
+from ds_dgemma.checkpoint.whole_directory import flush, sync_directory
 from ds_dgemma.config import RunConfig
 from ds_dgemma.config_file import read_yaml, resolved_yaml, same_run_problems
 from ds_dgemma.errors import UserError, one_line_each, told
@@ -22,6 +26,7 @@ DEEPSPEED = "deepspeed.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 LOCK = "run.lock"
+COMPLETE = "complete.json"
 LOCK_SECONDS = 20  # the ranks of a launcher that was killed need a moment to notice
 
 
@@ -97,15 +102,28 @@ def claim(directory: Path) -> IO[str]:
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock.truncate(0)
+                lock.write(f"process {os.getpid()} of {socket.gethostname()}, since {time.time_ns()}\n")
+                lock.flush()
+                os.fsync(lock.fileno())  # the ranks of other hosts read it: they see the same directory, or another
                 return lock
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise UserError(
-                        f"run.dir: {directory} is in use by another job. Stop it, or choose another directory."
+                        f"run.dir: {directory} is in use by another job ({owner(directory).rpartition(',')[0]}). Stop "
+                        "it, or choose another directory."
                     ) from None
                 time.sleep(0.5)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise UserError(f"run.dir: {directory} cannot be used: {told(error)}. Choose another directory.") from error
+
+
+def owner(directory: Path) -> str:
+    """What the job that holds the directory wrote about itself; empty where no job of this directory can be seen."""
+    try:
+        return (directory / LOCK).read_text(errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def write_settings(config: RunConfig, deepspeed_config: dict[str, Any]) -> None:
@@ -118,6 +136,25 @@ def write_settings(config: RunConfig, deepspeed_config: dict[str, Any]) -> None:
     try:
         _replace(directory / CONFIG, resolved_yaml(config))
         _replace(directory / DEEPSPEED, json.dumps(deepspeed_config, indent=2, default=str) + "\n")
+    except OSError as error:
+        raise UserError(f"run.dir: {directory} cannot be written: {told(error)}.") from error
+
+
+def mark_complete(directory: Path, step: int) -> None:
+    """Say, durably, that the run has reached its last step; call it last.
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    text = json.dumps({"step": step}) + "\n"
+    path = directory / COMPLETE
+    try:
+        if not path.is_file() or path.read_text() != text:
+            beside = path.with_name(path.name + ".tmp")
+            beside.write_text(text)
+            flush(beside)
+            beside.replace(path)
+            sync_directory(directory)
     except OSError as error:
         raise UserError(f"run.dir: {directory} cannot be written: {told(error)}.") from error
 

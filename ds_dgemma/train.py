@@ -7,6 +7,7 @@ The same command continues a run that was interrupted, from its newest complete 
 
 import argparse
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from ds_dgemma.checkpoint.names import DECODER, checkpoint_name
 from ds_dgemma.checkpoint.run_state import StateReader, check_same_model, prune, save
 from ds_dgemma.checkpoint.weights import local_directory, model_digest
 from ds_dgemma.config import RunConfig
-from ds_dgemma.config_file import load_config
+from ds_dgemma.config_file import check_expert_groups, load_config
 from ds_dgemma.data.batch import Batch, Example
 from ds_dgemma.data.sources import load_conversations
 from ds_dgemma.data.stream import ExampleSet, Stream, prepare_examples
@@ -48,7 +49,16 @@ from ds_dgemma.model.lora import seed_dropout
 from ds_dgemma.model.spec import read_spec, text_spec
 from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
 from ds_dgemma.objective.noise import Corruption
-from ds_dgemma.run_directory import CHECKPOINTS, METRICS, check_same_data, claim, find_start, write_settings
+from ds_dgemma.run_directory import (
+    CHECKPOINTS,
+    METRICS,
+    check_same_data,
+    claim,
+    find_start,
+    mark_complete,
+    owner,
+    write_settings,
+)
 from ds_dgemma.tracking.metrics import StepMetrics, memory_gib
 from ds_dgemma.tracking.sinks import ConsoleSink, JsonlSink, Sink, Tracker, WandbSink
 
@@ -80,6 +90,7 @@ def prepare(config: RunConfig, ranks: RankLayout) -> Prepared:
         UserError: what is wrong, and what to do about it.
     """
     settings = deepspeed_config(config, ranks.world, "cuda" if ranks.device.type == "cuda" else "cpu")
+    check_expert_groups(config.parallel, {socket.gethostname(): ranks.local_world})
     resumed, warnings = find_start(config)
     if config.optimizer.warmup_steps >= config.train.max_steps:
         warnings.append("optimizer.warmup_steps is not below train.max_steps: the run ends before lr is reached.")
@@ -302,9 +313,9 @@ def main(argv: list[str] | None = None) -> int:
         lock = claim(config.run.dir) if ranks.is_main else nullcontext()
     with agreed(ranks):
         prepared = prepare(config, ranks)
-    starts = gather(prepared.start, ranks)
+    seen = gather((owner(config.run.dir), prepared.start), ranks)
     with agreed(ranks):
-        if len(set(starts)) > 1:
+        if len(set(seen)) > 1:
             raise UserError(
                 f"run.dir: {config.run.dir} is not the same directory for all ranks: put it on a disk that they share."
             )
@@ -316,6 +327,8 @@ def main(argv: list[str] | None = None) -> int:
     with lock, tracker:
         try:
             train(config, ranks, prepared, tracker)
+            if ranks.is_main:
+                mark_complete(config.run.dir, max(prepared.start, config.train.max_steps))
         except UserError as error:  # the disk is full, say; of all ranks at once, or the launcher ends the others
             if ranks.is_main:
                 print(error, file=sys.stderr, flush=True)

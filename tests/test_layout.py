@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "checkpoint": {"model"},
     "engine": {"checkpoint", "model", "objective"},
     "plan": {"engine", "model"},
+    "launch": {"engine"},
     "evaluation": {"checkpoint", "data", "engine", "model", "objective"},
 }
 LONGEST_FILE = 400  # lines of Python

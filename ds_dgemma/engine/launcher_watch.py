@@ -11,9 +11,10 @@ import time
 
 import psutil
 
+from ds_dgemma.errors import EXIT_ORPHANED
+
 PER_NODE = "deepspeed.launcher.launch"
 LAUNCHERS = (PER_NODE, "deepspeed.launcher.runner", "bin/deepspeed")
-EXIT_ORPHANED = 3
 
 
 def watch_launcher() -> None:

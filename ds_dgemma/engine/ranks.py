@@ -44,7 +44,8 @@ class RankLayout:
             return int(os.environ.get(name, default))
 
         world = get("WORLD_SIZE", 1)
-        return cls(get("RANK", 0), world, get("LOCAL_RANK", 0), get("LOCAL_WORLD_SIZE", world), expert_parallel_size)
+        local_world = get("LOCAL_WORLD_SIZE", get("LOCAL_SIZE", world))  # torchrun's name, DeepSpeed's
+        return cls(get("RANK", 0), world, get("LOCAL_RANK", 0), local_world, expert_parallel_size)
 
     @property
     def expert_rank(self) -> int:
