@@ -7,7 +7,7 @@ paths start at the current directory. Neither torch nor deepspeed is imported: a
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from math import gcd, isqrt
+from math import isqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from ds_dgemma.config import ParallelSection, RunConfig
+from ds_dgemma.config import RunConfig
 from ds_dgemma.config_schema import (
     Key,
     default_of,
@@ -113,25 +113,6 @@ def check_topology(config: RunConfig, world_size: int) -> int:
     if problems:
         raise one_line_each("the run config", problems)
     return batch // per_pass
-
-
-def check_expert_groups(parallel: ParallelSection, ranks_of_nodes: Mapping[str, int]) -> None:
-    """Keep every expert group inside one node, unless the config allows otherwise.
-
-    Groups are neighbouring ranks and ranks are numbered node by node, so they fit when they divide every node.
-
-    Raises:
-        UserError: the nodes that a group would leave, and what to set.
-    """
-    ep = parallel.expert_parallel_size
-    split = [f"{node} has {_ranks(ranks)}" for node, ranks in ranks_of_nodes.items() if ranks % ep]
-    if split and not parallel.expert_groups_across_nodes:
-        common = gcd(*ranks_of_nodes.values())
-        raise UserError(
-            f"parallel.expert_parallel_size = {ep}  does not divide the ranks of every node: {', '.join(split)}. Set "
-            f"{_either(_divisors(common))}, or allow groups that reach across nodes: "
-            "parallel.expert_groups_across_nodes true."
-        )
 
 
 def same_run_problems(old: Mapping[str, Any], new: RunConfig) -> list[str]:

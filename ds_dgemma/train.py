@@ -24,7 +24,7 @@ from ds_dgemma.checkpoint.names import DECODER, checkpoint_name
 from ds_dgemma.checkpoint.run_state import StateReader, check_same_model, prune, save
 from ds_dgemma.checkpoint.weights import local_directory, model_digest
 from ds_dgemma.config import RunConfig
-from ds_dgemma.config_file import check_expert_groups, load_config
+from ds_dgemma.config_file import load_config
 from ds_dgemma.data.batch import Batch, Example
 from ds_dgemma.data.sources import load_conversations
 from ds_dgemma.data.stream import ExampleSet, Stream, prepare_examples
@@ -36,6 +36,7 @@ from ds_dgemma.engine.deepspeed_engine import (
     start_engine,
 )
 from ds_dgemma.engine.ds_config import build_cpu_adam, deepspeed_config
+from ds_dgemma.engine.hostfile import check_expert_groups
 from ds_dgemma.engine.launcher_watch import watch_launcher
 from ds_dgemma.engine.open_model import OutlinedModel, fill_model, outline_model
 from ds_dgemma.engine.optimizer_state import KINDS, adam_step, create_moments, owned_shards

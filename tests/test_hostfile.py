@@ -54,7 +54,7 @@ def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (b"node1\0 slots=1\n", "no name of a host"),
         (b"node1 slots=0\nnode2\n", "2 problems in the hostfile"),
         (b"node1 slots=3\n", r"train.global_batch_size = 8 +is not a multiple of"),
-        (b"node1 slots=1\nnode2 slots=1\n", "node1 has 1 rank, node2 has 1 rank. Set 1, or allow groups that reach"),
+        (b"node1 slots=1\nnode2 slots=1\n", "node1 has 1, node2 has 1. Set it to 1, or let groups reach across"),
     ],
 )
 def test_a_hostfile_that_cannot_work_is_refused(content, said: str, sudoku_run: Path, tmp_path: Path) -> None:

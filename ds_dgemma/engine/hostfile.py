@@ -5,8 +5,11 @@ node2 slots=8
 """
 
 import logging
+from collections.abc import Mapping
+from math import gcd
 from pathlib import Path
 
+from ds_dgemma.config import ParallelSection
 from ds_dgemma.errors import UserError, one_line_each, told
 
 FORM = "`node1 slots=8`"
@@ -89,3 +92,21 @@ def select_hosts(
         if slots > hosts[host]:
             raise UserError(f"--num_gpus {slots}: the hostfile gives {host} {hosts[host]} slots.")
     return active
+
+
+def check_expert_groups(parallel: ParallelSection, slots: Mapping[str, int]) -> None:
+    """Keep every expert group inside one node, unless the config allows otherwise.
+
+    Groups are neighbouring ranks and ranks are numbered node by node, so they fit when they divide every node.
+
+    Raises:
+        UserError: the nodes that a group would leave, and what to set.
+    """
+    ep = parallel.expert_parallel_size
+    split = [f"{host} has {count}" for host, count in slots.items() if count % ep]
+    if split and not parallel.expert_groups_across_nodes:
+        largest = gcd(ep, *slots.values())
+        raise UserError(
+            f"parallel.expert_parallel_size = {ep}  does not divide the ranks of every node: {', '.join(split)}. Set "
+            f"it to {largest}, or let groups reach across nodes: parallel.expert_groups_across_nodes true."
+        )

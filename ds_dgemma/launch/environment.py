@@ -24,7 +24,7 @@ def environment_files() -> list[Path]:
 
 
 def rank_environment(files: list[Path]) -> dict[str, str]:
-    """What the files say, over the virtual environment's PATH and this directory's PYTHONPATH.
+    """What the files say, over the virtual environment's PATH, this directory's PYTHONPATH and this shell's NCCL_*.
 
     Raises:
         UserError: lines that are not NAME=VALUE, and secrets written out.
@@ -33,6 +33,7 @@ def rank_environment(files: list[Path]) -> dict[str, str]:
         "PATH": f"{Path(sys.executable).parent}:$PATH",
         "PYTHONPATH": ":".join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH", "")])),
     }
+    values |= {name: value for name, value in os.environ.items() if name.startswith("NCCL_")}
     problems = []
     for path in files:
         try:

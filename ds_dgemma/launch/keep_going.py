@@ -112,13 +112,13 @@ def starter(command: list[str], signals: Signals) -> Callable[[], int]:
             return EXIT_STOPPED if signals.received else multinode.run(job, signals)
 
         return over_nodes
-    if not shutil.which(command[0]):
-        raise UserError(f"{command[0]}: no such command. Give the training's whole command, `deepspeed ...`.")
     before_module = command[: command.index("--module")] if "--module" in command else command
     if any(word.partition("=")[0] in ("--hostfile", "-H") for word in before_module):
         raise UserError(
             "deepspeed --hostfile: ranks on other machines are kept by launch/multinode.sh alone. Give its command."
         )
+    if not shutil.which(command[0]):
+        raise UserError(f"{command[0]}: no such command. Give the training's whole command, `deepspeed ...`.")
     return lambda: run_job([command], os.environ, signals, Nodes(), new_job())
 
 

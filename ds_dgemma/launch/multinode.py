@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ds_dgemma.config_file import check_expert_groups, check_topology, load_config
-from ds_dgemma.engine.hostfile import read_hostfile, select_hosts
+from ds_dgemma.config_file import check_topology, load_config
+from ds_dgemma.engine.hostfile import check_expert_groups, read_hostfile, select_hosts
 from ds_dgemma.errors import EXIT_USER_ERROR, UserError
 from ds_dgemma.launch.environment import (
     environment_files,
