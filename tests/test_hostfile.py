@@ -174,6 +174,27 @@ def test_a_node_that_is_not_like_the_others_is_told(ssh_config: Path, tmp_path: 
         assert "relative is missing there" in told(files=(Path("relative"),))
 
 
+@pytest.mark.slow
+def test_nodes_that_do_not_share_the_run_directory_are_told(sudoku_run: Path, tmp_path: Path) -> None:
+    """A first start on two disks, where neither has anything yet that the other lacks."""
+    addresses = {"MASTER_ADDR": HOSTS[0], "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_SIZE": "1"}
+    settings = ["--config", str(sudoku_run), "--set", "run.dir=run", "--set", "train.micro_batch_size=4"]
+    ranks = []
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+        environment = {**os.environ, **addresses, "RANK": rank, "LOCAL_RANK": "0", "PYTHONPATH": str(REPOSITORY)}
+        command = [sys.executable, "-m", "ds_dgemma.train", *settings]
+        ranks.append(subprocess.Popen(command, cwd=tmp_path / rank, env=environment, stderr=subprocess.PIPE, text=True))
+    try:
+        said = [rank.communicate(timeout=200)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    assert "run.dir: run is not the same directory for all ranks" in said[0]
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
 def children_of_node(number: int, log: Path) -> list[psutil.Process]:
     """A rank on a node of the job, and all that is above it there: the launcher, its shell, the ssh session."""
     for process in psutil.process_iter():

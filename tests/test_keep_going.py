@@ -87,6 +87,7 @@ def test_a_command_that_cannot_be_kept_going_is_refused(sudoku_run: Path, tmp_pa
     assert "train.max_stops" in told("deepspeed", "--config", str(sudoku_run), "--set", "train.max_stops=1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_reaches_the_ranks_once_and_the_loop_waits_for_them(name, sudoku_run: Path, tmp_path: Path) -> None:
     command, run = keep_going(sudoku_run, tmp_path, "polite", LAUNCH)
@@ -100,6 +101,7 @@ def test_a_signal_reaches_the_ranks_once_and_the_loop_waits_for_them(name, sudok
     assert gone(processes)
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_the_job_at_once(sudoku_run: Path, tmp_path: Path) -> None:
     command, run = keep_going(sudoku_run, tmp_path, "deaf", LAUNCH)
     loop, processes = started(command, run)
@@ -112,6 +114,7 @@ def test_a_second_signal_ends_the_job_at_once(sudoku_run: Path, tmp_path: Path) 
     assert gone(processes)
 
 
+@pytest.mark.slow
 def test_ranks_are_stopped_when_the_loop_is_killed(sudoku_run: Path, tmp_path: Path) -> None:
     command, run = keep_going(sudoku_run, tmp_path, "polite", LAUNCH)
     loop, processes = started(command, run)

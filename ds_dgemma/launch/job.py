@@ -101,6 +101,9 @@ def run_job(
                 seconds = 0
                 break
             time.sleep(0.2)
+        if seconds == UNASKED_SECONDS and nodes.hosts and any((process.returncode or 0) < 0 for process in processes):
+            _ask_ranks(job, nodes)  # those of other machines do not see that what started them was killed
+            seconds = ASKED_SECONDS
     finally:
         _dismiss(guard, seconds, signals)
         codes = [process.wait() for process in processes]
