@@ -171,6 +171,10 @@ class ParallelSection(Section):
     """How ranks share the experts."""
 
     expert_parallel_size: int = Field(default=1, ge=1, description="ranks that split each layer's experts")
+    expert_groups_across_nodes: bool = Field(
+        default=False,
+        description="allow such ranks on several nodes: every layer then sends its tokens over their network",
+    )
     grouped_matmul: Literal["auto", "on", "off"] = Field(
         default="auto", description="grouped matrix multiplication for experts; auto: on with CUDA"
     )

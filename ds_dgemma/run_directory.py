@@ -3,7 +3,7 @@
 config.yaml     resolved settings      deepspeed.json  what DeepSpeed was told
 metrics.jsonl   one object a step      checkpoints/    step-NNNNNN/
 replay/         step-NNNNNN.json, what a skipped step computed on
-run.lock        held by rank 0 while the run is alive
+run.lock        held by rank 0 while the run is alive; says which process of which host that is, or was
 complete.json   {"step": N}: `train.max_steps` is reached and all is written; an exit code alone proves nothing,
                 for DeepSpeed's launcher exits with 0 when it is killed
 """
@@ -11,6 +11,7 @@ complete.json   {"step": N}: `train.max_steps` is reached and all is written; an
 import fcntl
 import json
 import os
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class Start:
 def contents(directory: Path) -> list[str]:
     """What a rank sees of a run's state."""
     steps = [path.name for _, path in step_directories(directory / CHECKPOINTS)]
-    return steps + [name for name in (CONFIG, METRICS) if (directory / name).is_file()]
+    return [owner(directory), *steps, *(name for name in (CONFIG, METRICS) if (directory / name).is_file())]
 
 
 def check_shared(directory: Path, seen: Sequence[list[str]]) -> None:
@@ -141,15 +142,28 @@ def claim(directory: Path) -> IO[str]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 settle(directory / CHECKPOINTS)
+                lock.truncate(0)
+                lock.write(f"process {os.getpid()} of {socket.gethostname()}, since {time.time_ns()}\n")
+                lock.flush()
+                os.fsync(lock.fileno())  # the ranks of other hosts read it: they see the same directory, or another
                 return lock
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise UserError(
-                        f"run.dir: {directory} is in use by another job. Stop it, or choose another directory."
+                        f"run.dir: {directory} is in use by another job ({owner(directory).rpartition(',')[0]}). Stop "
+                        "it, or choose another directory."
                     ) from None
                 time.sleep(0.5)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise UserError(f"run.dir: {directory} cannot be used: {told(error)}. Choose another directory.") from error
+
+
+def owner(directory: Path) -> str:
+    """What the job that holds the directory wrote about itself; empty where no job of this directory can be seen."""
+    try:
+        return (directory / LOCK).read_text(errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def write_settings(config: RunConfig, deepspeed_config: dict[str, Any]) -> None:

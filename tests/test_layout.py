@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "engine": {"checkpoint", "model", "objective"},
     "plan": {"engine", "model"},
     "training": {"checkpoint", "data", "engine", "model", "objective", "run_directory", "tracking"},
+    "launch": {"engine"},
     "evaluation": {"checkpoint", "data", "engine", "model", "objective"},
 }
 LONGEST_FILE = 400  # lines of Python

@@ -1,5 +1,6 @@
 """Everything that is checked and read before the first weight."""
 
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from ds_dgemma.data.read import read_split
 from ds_dgemma.data.stream import ExampleSet
 from ds_dgemma.data.tokenizer import load_tokenizer
 from ds_dgemma.engine.ds_config import build_cpu_adam, deepspeed_config
+from ds_dgemma.engine.hostfile import check_expert_groups
 from ds_dgemma.engine.open_model import OutlinedModel, outline_run
 from ds_dgemma.engine.ranks import RankLayout
 from ds_dgemma.engine.trainable import check_groups, check_router_balance, check_stage
@@ -48,6 +50,7 @@ def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
         UserError: what is wrong, and what to do about it.
     """
     settings = deepspeed_config(config, ranks.world, "cuda" if ranks.device.type == "cuda" else "cpu")
+    check_expert_groups(config.parallel, {socket.gethostname(): ranks.local_world})
     resumed, warnings = start.resumed, list(start.warnings)
     if config.optimizer.warmup_steps >= config.train.max_steps:
         warnings.append("optimizer.warmup_steps is not below train.max_steps: the run ends before lr is reached.")

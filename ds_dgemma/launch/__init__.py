@@ -1,0 +1,1 @@
+"""Several nodes, and runs that go on by themselves."""

@@ -1,0 +1,132 @@
+"""Ask every node of a hostfile, all at once, whether a job can start there; nothing is started before all said yes."""
+
+import json
+import shlex
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_dgemma.errors import UserError, one_line_each
+from ds_dgemma.launch import probe
+from ds_dgemma.launch.job import NODE_SECONDS, Nodes
+
+PACKAGES = ("torch", "deepspeed", "transformers")
+NO_DIRECTORY, NO_PYTHON = 91, 92  # exit codes of the probe's shell
+ADVICE = "Nothing was started. Mend the nodes, or take them out of the hostfile (# before the line)."
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What every node must agree on."""
+
+    slots: dict[str, int]
+    files: tuple[Path, ...]
+    address: str  # where rank 0 will listen
+    port: int
+    on_gpus: bool
+
+
+def ssh_name(nodes: Nodes, host: str) -> str | None:
+    """The name that ssh connects to by its configuration (an alias has another one); None where a proxy does."""
+    done = subprocess.run([*nodes.ssh, "-G", host], capture_output=True, text=True)
+    settings = {key: value for key, _, value in (line.partition(" ") for line in done.stdout.splitlines())}
+    if settings.keys() & {"proxycommand", "proxyjump"}:
+        return None
+    return settings.get("hostname", host)
+
+
+def check_nodes(nodes: Nodes, expected: Expected) -> None:
+    """Look up, reach and compare all hosts in parallel.
+
+    Raises:
+        UserError: every host that is not ready, a line each.
+    """
+    here = probe.answer(_question(expected, first=False))
+
+    def check(host: str) -> str | None:
+        try:
+            _check_node(nodes, host, expected, here)
+        except UserError as error:
+            return f"{host}: {error}"
+
+    problems = _in_parallel(check, nodes.hosts)
+    if any(problems):
+        raise one_line_each("the nodes", [problem for problem in problems if problem], ADVICE)
+
+
+def _in_parallel(check: Callable[[str], str | None], hosts: tuple[str, ...]) -> list[str | None]:
+    with ThreadPoolExecutor(min(len(hosts), 256)) as pool:
+        return list(pool.map(check, hosts))
+
+
+def _check_node(nodes: Nodes, host: str, expected: Expected, here: dict[str, Any]) -> None:
+    name = ssh_name(nodes, host)
+    if name is not None and not probe.resolves(name):
+        alias = "" if name == host else f" ({name} by ssh's configuration)"
+        raise UserError(f"this name has no address{alias}. Correct it, or add it to DNS or /etc/hosts")
+    there = _ask(nodes, host, expected)
+    if there["package"] is None:
+        raise UserError(f"{nodes.python} there has no ds_dgemma. Run `bash launch/setup.sh` there")
+    for package in PACKAGES:
+        if there["versions"][package] != here["versions"][package]:
+            found = there["versions"][package] or "none"
+            raise UserError(f"has {package} {found}, here it is {here['versions'][package]}. Install the same")
+    if there["package"] != here["package"]:
+        raise UserError("has other code of ds_dgemma than this machine. Bring both to the same commit")
+    for path, digest in there["files"].items():
+        if digest != here["files"][path]:
+            raise UserError(f"{path} {'is missing there' if digest is None else 'is another file there than here'}")
+    if not there["resolves"]:
+        raise UserError(f"cannot look up {expected.address}, where rank 0 will listen. Name an address: --master_addr")
+    if not there["port_is_free"]:
+        raise UserError(f"port {expected.port} is in use. Stop what has it, or choose another: --master_port")
+    if expected.on_gpus and there["gpus"] is not None and there["gpus"] < expected.slots[host]:
+        raise UserError(f"has {there['gpus']} GPUs, the hostfile says slots={expected.slots[host]}. Set it to that")
+
+
+def _question(expected: Expected, first: bool) -> dict[str, Any]:
+    return {
+        "packages": PACKAGES,
+        "package": "ds_dgemma",
+        "files": list(map(str, expected.files)),
+        "port": expected.port if first else None,
+        "address": expected.address,
+    }
+
+
+def _ask(nodes: Nodes, host: str, expected: Expected) -> dict[str, Any]:
+    """Run the probe on a host and read its answer."""
+    python, directory = shlex.quote(nodes.python), shlex.quote(nodes.directory)
+    question = json.dumps(_question(expected, first=host == nodes.hosts[0]))
+    line = (
+        f"cd {directory} || exit {NO_DIRECTORY}; test -x {python} || exit {NO_PYTHON}; "
+        f"exec {python} - {shlex.quote(question)}"
+    )
+    text = Path(probe.__file__).read_text()
+    try:
+        done = subprocess.run(
+            nodes.command(host, line), input=text, capture_output=True, text=True, timeout=NODE_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(f"did not answer within {NODE_SECONDS} s") from None
+    said = done.stderr.strip().splitlines()
+    last = said[-1].strip() if said else f"exit code {done.returncode}"
+    if done.returncode == 255:
+        raise UserError(f"ssh does not reach it: {last}. `ssh {host}` must work without a password")
+    if done.returncode == NO_DIRECTORY:
+        raise UserError(f"there is no {nodes.directory}: the job needs the same directory on every node")
+    if done.returncode == NO_PYTHON:
+        raise UserError(f"there is no {nodes.python}: run `bash launch/setup.sh` there, or share the directory")
+    answers = [line for line in done.stdout.splitlines() if line.startswith("PROBE ")]
+    if done.returncode or not answers:
+        raise UserError(f"{nodes.python} does not run: {last}")
+    return json.loads(answers[-1].removeprefix("PROBE "))
+
+
+def address_of(nodes: Nodes) -> str:
+    """Where rank 0 listens: the first host, by the name that ssh knows it under."""
+    first = nodes.hosts[0]
+    return ssh_name(nodes, first) or first

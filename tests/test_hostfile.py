@@ -1,0 +1,261 @@
+"""Several nodes: a hostfile that cannot work is refused before anything starts, and two nodes train as one machine."""
+
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from deepspeed.launcher.multinode_runner import PDSHRunner
+from deepspeed.launcher.runner import _parse_hostfile, parse_args
+
+from ds_dgemma.engine.hostfile import read_hostfile, select_hosts
+from ds_dgemma.engine.ranks import free_port
+from ds_dgemma.errors import UserError
+from ds_dgemma.launch.environment import environment_files, for_pdsh, rank_environment, write_for_deepspeed
+from ds_dgemma.launch.job import Nodes
+from ds_dgemma.launch.multinode import plan
+from ds_dgemma.launch.nodes import Expected, check_nodes
+from tests.nodes import HOSTS, ssh_config  # noqa: F401 (a fixture)
+from tests.training import REPOSITORY, read_metrics, train
+
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No file of the user's: neither ~/.deepspeed_env nor ssh's."""
+    monkeypatch.setenv("DS_ENV_FILE", str(tmp_path / "deepspeed_env"))
+    monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", "-F /dev/null")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "hosts cannot be read: .*No such file or directory. It has a line per host: `node1 slots=8`"),
+        (b"", "hosts: no host in it"),
+        (b"\n# node1 slots=8\n", "hosts: no host in it"),
+        (b"node1 slots=8\n\xff\xfe slots=8\n", r"hosts: not UTF-8 text \(byte 14\)"),
+        (b"node1\n", "hosts:1: 'node1' is not `node1 slots=8`"),
+        (b"node1 8\n", "hosts:1: 'node1 8' is not"),
+        (b"node1 slots=8 max_slots=8\n", "hosts:1: .* is not"),
+        (b"node1 slots=8\nnode2 slots=\n", "hosts:2: .* has slots=: a whole number"),
+        (b"node1 slots=-1\n", "has slots=-1: a whole number"),
+        (b"node1 slots=8GPUs\n", "has slots=8GPUs: a whole number"),
+        (b"node1 slots=0\n", "has no slots: a host without ranks is left out"),
+        (b"node1 slots=1\nnode1 slots=1\n", "hosts:2: .* a host that an earlier line has: node1"),
+        (b"me@node1 slots=1\n", "no name of a host: 'me@node1'"),
+        (b"-oProxyCommand=reboot slots=1\n", "no name of a host"),
+        (b"node1\0 slots=1\n", "no name of a host"),
+        (b"node1 slots=0\nnode2\n", "2 problems in the hostfile"),
+        (b"node1 slots=3\n", r"train.global_batch_size = 8 +is not a multiple of"),
+        (b"node1 slots=1\nnode2 slots=1\n", "node1 has 1, node2 has 1. Set it to 1, or let groups reach across"),
+    ],
+)
+def test_a_hostfile_that_cannot_work_is_refused(content, said: str, sudoku_run: Path, tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    if content is not None:
+        hosts.write_bytes(content)
+    overrides = ["--set", "train.micro_batch_size=1", "--set", "parallel.expert_parallel_size=2"]
+    with pytest.raises(UserError, match=said) as refused:
+        plan(["--hostfile", str(hosts), "--config", str(sudoku_run), *overrides])
+    assert all(len(line) < 300 + len(str(hosts)) for line in str(refused.value).splitlines())
+
+
+def test_a_good_hostfile_means_what_deepspeed_reads(tmp_path: Path) -> None:
+    text = "# ours\n\nnode1 slots=8\n  node-2.cluster   slots=4 # half of it\n10.0.0.3\tslots=16\n"
+    (tmp_path / "hosts").write_text(text)
+    hosts = read_hostfile(tmp_path / "hosts")
+    assert hosts == _parse_hostfile(text.splitlines())
+    assert list(hosts) == ["node1", "node-2.cluster", "10.0.0.3"]
+    assert select_hosts(hosts, include="10.0.0.3:0,2@node1") == {"node1": 8, "10.0.0.3": 2}
+    assert select_hosts(hosts, exclude="node1") == {"node-2.cluster": 4, "10.0.0.3": 16}
+    assert select_hosts(hosts, num_nodes=2, num_gpus=4) == {"node1": 4, "node-2.cluster": 4}
+    for wrong in ({"include": "node9"}, {"num_gpus": 5}, {"num_nodes": 4}, {"include": "node1", "num_gpus": 1}):
+        with pytest.raises(UserError, match="--"):
+            select_hosts(hosts, **wrong)
+
+
+def test_what_pdsh_is_given_arrives_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through DeepSpeed's own quoting and a real shell: settings with blanks, quotes, globs; the node's variables."""
+    arguments = [
+        '--set=a=[{match: "*.experts.*", lr: 1e-4}]',
+        "*",
+        "a b",
+        "$HOME",
+        "x $HOME `id` \\ \" '",
+        "it's",
+        "100%",
+    ]
+    monkeypatch.setenv("SECRET_FILE", str(tmp_path / "secret"))
+    (tmp_path / "secret").write_text("s3cret")
+    (tmp_path / "deepspeed_env").write_text('# ours\n\nPLAIN=1\nQUOTED="a b"\nWANDB_API_KEY=$(cat $SECRET_FILE)\n')
+    values = rank_environment(environment_files())
+    write_for_deepspeed(tmp_path / "written", values)
+    runner = PDSHRunner(parse_args(["--module", "m", *map(for_pdsh, arguments)]), "")
+    for line in (tmp_path / "written").read_text().splitlines():
+        runner.add_export(*line.split("=", maxsplit=1))
+    sent = " ".join([*(f"export {name}={value};" for name, value in runner.exports.items()), "show"])
+    sent = f"{sent} {' '.join(runner.user_arguments)}".replace("%%", "%")  # as pdsh does
+    assert "s3cret" not in sent
+    shown = 'show() { printf "%s\\n" "$PLAIN" "$QUOTED" "$WANDB_API_KEY" "$@"; }; ' + sent
+    done = subprocess.run(["sh", "-c", shown], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["1", "a b", "s3cret", *arguments]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("export A=1", "deepspeed_env:1: is not NAME=VALUE, without `export`"),
+        ("A", "is not NAME=VALUE"),
+        ("HF_TOKEN=hf_abc", r"HF_TOKEN is written out.*HF_TOKEN=\$\(cat FILE\)"),
+    ],
+)
+def test_an_environment_file_that_cannot_work_is_refused(line: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "deepspeed_env").write_text(line + "\n")
+    with pytest.raises(UserError, match=said) as refused:
+        rank_environment(environment_files())
+    assert "hf_abc" not in str(refused.value)
+
+
+def test_hosts_that_ssh_does_not_reach_are_all_told_before_anything_starts(sudoku_run: Path, tmp_path: Path) -> None:
+    if not Path("/usr/bin/ssh").exists():
+        pytest.skip("ssh is not installed (apt-get install openssh-client)")
+    (tmp_path / "hosts").write_text("no-such-host.invalid slots=1\n127.0.0.1 slots=1\n")
+    arguments = ["--hostfile", "hosts", "--config", str(sudoku_run), "--set", "train.micro_batch_size=4"]
+    done = subprocess.run(
+        ["bash", REPOSITORY / "launch/multinode.sh", *arguments, "--launcher", "ssh", "--ssh_port", str(free_port())],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2, done.stderr
+    head, unknown, unreachable, advice = done.stderr.splitlines()
+    assert head == "2 problems in the nodes"
+    assert unknown.strip().startswith("no-such-host.invalid: this name has no address.")
+    assert re.match("127.0.0.1: ssh does not reach it: .*Connection refused.*without a password", unreachable.strip())
+    assert "Nothing was started" in advice
+
+
+def test_a_node_that_is_not_like_the_others_is_told(ssh_config: Path, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "same").write_text("same")
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {os.path.realpath(sys.executable)} -I -S "$@"\n')  # without any package
+    bare.chmod(0o755)
+
+    def told(directory: Path = REPOSITORY, python: str = sys.executable, **expected) -> str:
+        nodes = Nodes(HOSTS, ("ssh", "-oBatchMode=yes", "-F", str(ssh_config)), str(directory), python)
+        asked = {"files": (tmp_path / "same",), "address": HOSTS[0], "port": free_port(), "on_gpus": False, **expected}
+        try:
+            check_nodes(nodes, Expected(dict.fromkeys(HOSTS, 1), **asked))
+        except UserError as error:
+            return str(error)
+        return ""
+
+    assert told() == ""
+    assert f"127.0.0.2: there is no {tmp_path / 'none'}: the job needs the same directory" in told(tmp_path / "none")
+    assert f"127.0.0.1: there is no {tmp_path}/python3" in told(python=f"{tmp_path}/python3")
+    assert f"{bare} there has no ds_dgemma" in told(tmp_path, python=str(bare))
+    assert "127.0.0.2: cannot look up no.invalid, where rank 0 will listen" in told(address="no.invalid")
+    with socket.create_server(("", 0)) as taken:
+        said = told(port=taken.getsockname()[1])
+        assert "127.0.0.1: port" in said
+        assert "127.0.0.2" not in said  # rank 0 is on the first
+    with pytest.MonkeyPatch.context() as patch:
+        (tmp_path / "relative").write_text("here")
+        patch.chdir(tmp_path)
+        assert "relative is missing there" in told(files=(Path("relative"),))
+
+
+@pytest.mark.slow
+def test_nodes_that_do_not_share_the_run_directory_are_told(sudoku_run: Path, tmp_path: Path) -> None:
+    """A first start on two disks, where neither has anything yet that the other lacks."""
+    addresses = {"MASTER_ADDR": HOSTS[0], "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_SIZE": "1"}
+    settings = ["--config", str(sudoku_run), "--set", "run.dir=run", "--set", "train.micro_batch_size=4"]
+    ranks = []
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+        environment = {**os.environ, **addresses, "RANK": rank, "LOCAL_RANK": "0", "PYTHONPATH": str(REPOSITORY)}
+        command = [sys.executable, "-m", "ds_dgemma.train", *settings]
+        ranks.append(subprocess.Popen(command, cwd=tmp_path / rank, env=environment, stderr=subprocess.PIPE, text=True))
+    try:
+        said = [rank.communicate(timeout=200)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    assert "run.dir: run is not the same directory for all ranks" in said[0]
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def children_of_node(number: int, log: Path) -> list[psutil.Process]:
+    """A rank on a node of the job, and all that is above it there: the launcher, its shell, the ssh session."""
+    for process in psutil.process_iter():
+        try:
+            environment = process.environ()
+            if environment.get("CROSS_RANK") == str(number) and environment.get("TEST_RUN") == str(log):
+                above = process.parents()
+                last = next(i for i, parent in enumerate(above) if "sshd" in parent.name())
+                return [process, *above[: last + 1]]
+        except (psutil.Error, StopIteration):
+            continue
+    return []
+
+
+@pytest.mark.slow
+def test_two_nodes_over_a_hostfile_train_as_one_machine(sudoku_run: Path, ssh_config: Path, tmp_path: Path) -> None:  # noqa: F811
+    """EP 1 over ssh; EP 2 over pdsh, where a node is lost in the middle and the loop goes on by itself."""
+    settings = ["train.micro_batch_size=4", "train.max_steps=6", "checkpoint.every=2"]
+    settings += ["parallel.expert_groups_across_nodes=true"]
+    alone = train(sudoku_run, tmp_path / "alone", [*settings, "parallel.expert_parallel_size=2"], processes=2)
+    (tmp_path / "hosts").write_text("".join(f"{host} slots=1\n" for host in HOSTS))
+
+    def start(name: str, launcher: str, ep: int) -> tuple[subprocess.Popen, Path]:
+        log = tmp_path / f"{name}.log"
+        (tmp_path / "deepspeed_env").write_text(f"DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\nTEST_RUN={log}\n")
+        overrides = [*settings, f"parallel.expert_parallel_size={ep}", f"run.dir={tmp_path / name}"]
+        nodes = [*("--hostfile", str(tmp_path / "hosts"), "--launcher", launcher), "--master_port", str(free_port())]
+        training = ["--config", str(sudoku_run), *(word for setting in overrides for word in ("--set", setting))]
+        command = ["bash", "launch/keep_going.sh", "--wait", "0.1", "launch/multinode.sh", *nodes, *training]
+        environment = {**os.environ, "PDSH_SSH_ARGS_APPEND": shlex.join(["-F", str(ssh_config)])}
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output)
+        return process, log
+
+    process, log = start("ssh", "ssh", 1)
+    try:
+        assert process.wait(200) == 0, log.read_text()
+        assert compared(read_metrics(tmp_path / "ssh")) == pytest.approx(compared(alone), rel=1e-5)
+    finally:
+        process.terminate()
+
+    process, log = start("pdsh", "pdsh", 2)
+    try:
+        deadline = time.monotonic() + 200
+        while not (tmp_path / "pdsh/checkpoints/step-000002").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        victims = children_of_node(1, log)
+        assert [victim.kill() for victim in victims], log.read_text()
+        killed = time.monotonic()
+        while "Again in" not in log.read_text() and process.poll() is None and time.monotonic() < killed + 100:
+            time.sleep(0.1)
+        assert "Again in 0.1 s" in log.read_text()
+        assert process.wait(200) == 0, log.read_text()
+        assert re.search(r"try 2, from step [24] of 6", log.read_text())
+        assert compared(read_metrics(tmp_path / "pdsh")) == compared(alone)  # bit for bit
+        assert not children_of_node(0, log)
+        assert not children_of_node(1, log)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def compared(metrics: list[dict]) -> list[float]:
+    return [record[key] for record in metrics for key in ("loss", "loss_diffusion", "loss_ar", "grad_norm")]
