@@ -54,9 +54,8 @@ def find_server() -> str:
 def ssh_config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """An ssh client's configuration that reaches both addresses, for as long as the module's tests run."""
     server, folder = find_server(), tmp_path_factory.mktemp("ssh")
-    made = os.geteuid() == 0 and not SEPARATION.exists()
-    if made:
-        SEPARATION.mkdir(mode=0o755)
+    if os.geteuid() == 0:
+        SEPARATION.mkdir(mode=0o755, exist_ok=True)  # and it stays: another session's server may need it
     port = steady_port()
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
@@ -69,8 +68,6 @@ def ssh_config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     finally:
         process.kill()
         process.wait()
-        if made:
-            SEPARATION.rmdir()
 
 
 def steady_port() -> int:
