@@ -4,16 +4,16 @@ Keys, port and configuration are temporary; nobody's ~/.ssh is read or written.
 """
 
 import os
+import random
 import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-
-from ds_dgemma.engine.ranks import free_port
 
 HOSTS = ("127.0.0.1", "127.0.0.2")
 SERVER = """
@@ -54,10 +54,9 @@ def find_server() -> str:
 def ssh_config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """An ssh client's configuration that reaches both addresses, for as long as the module's tests run."""
     server, folder = find_server(), tmp_path_factory.mktemp("ssh")
-    made = os.geteuid() == 0 and not SEPARATION.exists()
-    if made:
-        SEPARATION.mkdir(mode=0o755)
-    port = free_port()
+    if os.geteuid() == 0:
+        SEPARATION.mkdir(mode=0o755, exist_ok=True)  # and it stays: another session's server may need it
+    port = steady_port()
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
     (folder / "server").write_text(SERVER.format(port=port, hosts=HOSTS, folder=folder))
@@ -69,8 +68,15 @@ def ssh_config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     finally:
         process.kill()
         process.wait()
-        if made:
-            SEPARATION.rmdir()
+
+
+def steady_port() -> int:
+    """A free port that stays free while ranks start: below those that the system gives to outgoing connections."""
+    for port in random.sample(range(20000, 30000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    pytest.fail("no free port")
 
 
 def wait_for_port(host: str, port: int, process: subprocess.Popen, log: Path) -> None:

@@ -15,13 +15,12 @@ from deepspeed.launcher.multinode_runner import PDSHRunner
 from deepspeed.launcher.runner import _parse_hostfile, parse_args
 
 from ds_dgemma.engine.hostfile import read_hostfile, select_hosts
-from ds_dgemma.engine.ranks import free_port
 from ds_dgemma.errors import UserError
 from ds_dgemma.launch.environment import environment_files, for_pdsh, rank_environment, write_for_deepspeed
 from ds_dgemma.launch.job import Nodes
 from ds_dgemma.launch.multinode import plan
 from ds_dgemma.launch.nodes import Expected, check_nodes
-from tests.nodes import HOSTS, ssh_config  # noqa: F401 (a fixture)
+from tests.nodes import HOSTS, ssh_config, steady_port  # noqa: F401 (a fixture)
 from tests.training import REPOSITORY, read_metrics, train
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
@@ -129,7 +128,7 @@ def test_hosts_that_ssh_does_not_reach_are_all_told_before_anything_starts(sudok
     (tmp_path / "hosts").write_text("no-such-host.invalid slots=1\n127.0.0.1 slots=1\n")
     arguments = ["--hostfile", "hosts", "--config", str(sudoku_run), "--set", "train.micro_batch_size=4"]
     done = subprocess.run(
-        ["bash", REPOSITORY / "launch/multinode.sh", *arguments, "--launcher", "ssh", "--ssh_port", str(free_port())],
+        ["bash", REPOSITORY / "launch/multinode.sh", *arguments, "--launcher", "ssh", "--ssh_port", str(steady_port())],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
@@ -152,7 +151,13 @@ def test_a_node_that_is_not_like_the_others_is_told(ssh_config: Path, tmp_path: 
 
     def told(directory: Path = REPOSITORY, python: str = sys.executable, **expected) -> str:
         nodes = Nodes(HOSTS, ("ssh", "-oBatchMode=yes", "-F", str(ssh_config)), str(directory), python)
-        asked = {"files": (tmp_path / "same",), "address": HOSTS[0], "port": free_port(), "on_gpus": False, **expected}
+        asked = {
+            "files": (tmp_path / "same",),
+            "address": HOSTS[0],
+            "port": steady_port(),
+            "on_gpus": False,
+            **expected,
+        }
         try:
             check_nodes(nodes, Expected(dict.fromkeys(HOSTS, 1), **asked))
         except UserError as error:
@@ -177,7 +182,7 @@ def test_a_node_that_is_not_like_the_others_is_told(ssh_config: Path, tmp_path: 
 @pytest.mark.slow
 def test_nodes_that_do_not_share_the_run_directory_are_told(sudoku_run: Path, tmp_path: Path) -> None:
     """A first start on two disks, where neither has anything yet that the other lacks."""
-    addresses = {"MASTER_ADDR": HOSTS[0], "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_SIZE": "1"}
+    addresses = {"MASTER_ADDR": HOSTS[0], "MASTER_PORT": str(steady_port()), "WORLD_SIZE": "2", "LOCAL_SIZE": "1"}
     settings = ["--config", str(sudoku_run), "--set", "run.dir=run", "--set", "train.micro_batch_size=4"]
     ranks = []
     for rank in ("0", "1"):
@@ -221,7 +226,7 @@ def test_two_nodes_over_a_hostfile_train_as_one_machine(sudoku_run: Path, ssh_co
         log = tmp_path / f"{name}.log"
         (tmp_path / "deepspeed_env").write_text(f"DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\nTEST_RUN={log}\n")
         overrides = [*settings, f"parallel.expert_parallel_size={ep}", f"run.dir={tmp_path / name}"]
-        nodes = [*("--hostfile", str(tmp_path / "hosts"), "--launcher", launcher), "--master_port", str(free_port())]
+        nodes = [*("--hostfile", str(tmp_path / "hosts"), "--launcher", launcher), "--master_port", str(steady_port())]
         training = ["--config", str(sudoku_run), *(word for setting in overrides for word in ("--set", setting))]
         command = ["bash", "launch/keep_going.sh", "--wait", "0.1", "launch/multinode.sh", *nodes, *training]
         environment = {**os.environ, "PDSH_SSH_ARGS_APPEND": shlex.join(["-F", str(ssh_config)])}
