@@ -3,6 +3,7 @@
 #
 #   bash tests/run.sh                 all of it
 #   bash tests/run.sh -m "not slow"   the daily loop
+#   bash tests/run.sh -n 0 --pdb -k ...  in one process, for a debugger
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 bash launch/setup.sh || exit
@@ -22,7 +23,7 @@ check() {
 check format ruff format --check --quiet .
 check lint ruff check --quiet .
 check types pyright
-check tests python -m pytest "$@"
+check tests python -m pytest -n 2 --dist loadfile "$@"
 
 ((${#failed[@]} == 0)) && exit
 printf 'failed: %s\n' "${failed[*]}"
