@@ -148,14 +148,15 @@ def test_a_killed_export_leaves_the_old_one_and_the_next_cleans_up(run, tmp_path
     out = export_run(run, tmp_path / "out")
     old = files_of(out)
     export = start_export(run, out)
-    while not any((tmp_path / "out.partial").glob("*.safetensors")):
+    partial = tmp_path / ".out.ds_dgemma-partial"
+    while not any(partial.glob("*.safetensors")):
         assert export.poll() is None, "it ended before it could be killed"
         time.sleep(0.0005)
     export.send_signal(signal.SIGKILL)
     export.communicate()
-    assert (tmp_path / "out.partial").is_dir()
+    assert partial.is_dir()
     assert files_of(out) == old
-    (tmp_path / "out").rename(tmp_path / "out.old")  # as if killed while the new one took the old one's place
+    out.rename(tmp_path / ".out.ds_dgemma-old")  # as if killed while the new one took the old one's place
     export_run(run, out)
     assert files_of(out) == old
     assert {path.name for path in tmp_path.iterdir()} == {"run", "out"}
@@ -188,6 +189,23 @@ def test_somebodys_files_beside_an_old_export_are_not_lost(run, tmp_path):
     with pytest.raises(UserError, match=r"holds notes\.md"):
         export_run(run, out)
     assert files_of(out) == before
+
+
+def test_somebodys_directories_beside_the_place_of_an_export_are_neither_taken_nor_removed(run, tmp_path):
+    out = tmp_path / "out"
+    kept = [export_run(run, tmp_path / "out.old")]  # an export that was moved away
+    for name in ("out.partial", "out.lock", ".out.ds_dgemma-old"):
+        kept.append(tmp_path / name)
+        kept[-1].mkdir()
+        (kept[-1] / "notes.md").write_text("mine")
+    before = [files_of(directory) for directory in kept]
+    with pytest.raises(UserError, match=r"out could not be written: .*\.out\.ds_dgemma-old: Directory not empty"):
+        export_run(run, out)
+    assert [files_of(directory) for directory in kept] == before
+    shutil.rmtree(kept.pop())
+    export_run(run, out)
+    assert [files_of(directory) for directory in kept] == before[:-1]
+    assert out.is_dir()
 
 
 def test_a_model_that_was_not_exported_here_is_not_replaced(run, model, tmp_path):
