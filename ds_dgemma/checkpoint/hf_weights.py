@@ -53,7 +53,10 @@ def write_weights(model: Path, change: Change, out: Path, layout: Layout) -> Non
 
     def write(file: str) -> int:
         reader = WeightReader(model)  # one a thread: it keeps a file open
-        content = {name: _value(stored[name], reader, change, layout) for name in plan.filename_to_tensors[file]}
+        content = {}
+        for name in plan.filename_to_tensors[file]:
+            value = _value(stored[name], reader, change, layout)
+            content[name] = value if name in kept else value.clone()  # safetensors shares no memory
         save_file(content, out / file, metadata={"format": "pt"})
         flush(out / file)
         return sum(tensor.nbytes for tensor in content.values())

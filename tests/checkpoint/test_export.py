@@ -88,6 +88,21 @@ def test_copies_of_tied_weights_do_not_outlive_training(model, tmp_path):
     assert torch.equal(loaded.lm_head.weight, tensors_of(out)["model.decoder.embed_tokens.weight"])
 
 
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_encoder_scalars_that_are_missing_are_exported_as_the_decoders(dtype, model, tmp_path):
+    source = tmp_path / "without"
+    shutil.copytree(model, source, ignore=shutil.ignore_patterns("*.safetensors*"))
+    tensors = tensors_of(model)
+    twins = {name: name.replace("encoder.language_model", "decoder") for name in tensors if name.endswith("r_scalar")}
+    twins = {name: twin for name, twin in twins.items() if name != twin}
+    assert twins
+    save_file({name: tensor for name, tensor in tensors.items() if name not in twins}, source / "model.safetensors")
+    out = export_run(write_run(tmp_path / "run", source, "bf16"), tmp_path / "out", dtype=dtype)
+    exported = tensors_of(out)
+    assert exported.keys() == tensors.keys()
+    assert all(torch.equal(exported[name], tensors[twin].to(exported[name].dtype)) for name, twin in twins.items())
+
+
 def test_a_model_that_changed_since_a_checkpoint_is_neither_exported_nor_resumed(model, tmp_path):
     source = tmp_path / "base"
     shutil.copytree(model, source, ignore=shutil.ignore_patterns("*.safetensors*"))
