@@ -108,10 +108,18 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Break:
 
 
 def index(*weight_map: tuple[str, str]) -> Break:
-    """An index beside the weights."""
-    return model_file(
-        "model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": dict(weight_map)}).encode()
-    )
+    """An index for the weights."""
+    return raw_index(json.dumps({"metadata": {}, "weight_map": dict(weight_map)}).encode())
+
+
+def raw_index(content: bytes) -> Break:
+    """An index of this content, and the weights under a shard's name: the single file would go before it."""
+
+    def break_it(folder: Path) -> list[str]:
+        (folder / "model/model.safetensors").rename(folder / "model/model-00001-of-00002.safetensors")
+        return model_file("model.safetensors.index.json", content)(folder)
+
+    return break_it
 
 
 def no_tokenizer(folder: Path) -> list[str]:
@@ -298,7 +306,7 @@ MODEL: dict[str, tuple[Break, list[str]]] = {
     "no EOS": (no_eos, ["no EOS token"]),
     "missing shard": (index((NORM, "model-00002-of-00002.safetensors")), ["model-00002-of-00002.safetensors"]),
     "index that leaves its directory": (index((NORM, "../other.safetensors")), ["../other.safetensors"]),
-    "broken index": (model_file("model.safetensors.index.json", b"{"), ["model.safetensors.index.json"]),
+    "broken index": (raw_index(b"{"), ["model.safetensors.index.json"]),
     "truncated weights": (truncated_weights, ["model.safetensors", "cannot be read"]),
     "weights to be unpickled": (only_pickle, ["pytorch_model.bin", "safetensors"]),
     "missing tensor": (tensors(lambda stored: stored.pop(NORM)), [NORM, "missing"]),

@@ -93,7 +93,7 @@ def test_a_model_that_needs_code_of_its_own_is_refused_without_a_question(model,
 def test_an_index_names_only_files_beside_it(name, model, tmp_path):
     elsewhere = shutil.copy(model / SINGLE, tmp_path / "elsewhere.safetensors")
     (model / "sub").mkdir()
-    shutil.copy(model / SINGLE, model / "sub/x.safetensors")
+    (model / SINGLE).rename(model / "sub/x.safetensors")
     (model / INDEX).write_text(json.dumps({"weight_map": {"a": name.format(elsewhere=elsewhere)}}))
     with pytest.raises(UserError, match=r"Refused|lacks the shard"):
         WeightReader(model)

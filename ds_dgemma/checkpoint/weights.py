@@ -175,16 +175,12 @@ def _pickled_hint(directory: Path) -> str:
 
 
 def _tensor_files(directory: Path) -> dict[str, str]:
-    """Tensor name -> file name, with every named file present and inside the directory."""
-    if (directory / INDEX).is_file():
-        try:
-            weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
-            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-                raise TypeError("weight_map does not give every tensor a file name")
-            files: dict[str, str] = weight_map
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{directory / INDEX} is broken: {first_line(error)}. Download it again.") from error
-    elif (directory / SINGLE).is_file():
+    """Tensor name -> file name, with every named file present and inside the directory.
+
+    The single file goes before an index that is there too: so transformers reads the directory
+    (`modeling_utils._get_resolved_checkpoint_files`).
+    """
+    if (directory / SINGLE).is_file():
         try:
             with safe_open(directory / SINGLE, "pt") as file:
                 files = dict.fromkeys(file.keys(), SINGLE)
@@ -192,6 +188,14 @@ def _tensor_files(directory: Path) -> dict[str, str]:
             raise UserError(
                 f"{directory / SINGLE} cannot be read: {first_line(error)}. Copy or download it again."
             ) from error
+    elif (directory / INDEX).is_file():
+        try:
+            weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise TypeError("weight_map does not give every tensor a file name")
+            files: dict[str, str] = weight_map
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{directory / INDEX} is broken: {first_line(error)}. Download it again.") from error
     else:
         raise UserError(f"{directory} holds no weights: neither {SINGLE} nor {INDEX}.{_pickled_hint(directory)}")
     for name in sorted(set(files.values())):
