@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, DiffusionGemmaForBlockDiffusion
 
+from ds_dgemma.checkpoint.export import export_run
 from ds_dgemma.cli import main
 from ds_dgemma.config_file import load_config
 from ds_dgemma.data.batch import FirstPass
@@ -25,6 +27,8 @@ from ds_dgemma.plan.setup import Shape
 from tests.benchmarks.step import make_batch
 from tests.gpu import shapes
 from tests.gpu.real_shapes import step_flops
+from tests.reference.adapters import write_random_adapter
+from tests.reference.trained_run import write_run
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
@@ -151,6 +155,25 @@ def test_a_proposal_of_zero3_needs_what_that_json_needs(offload, gpu_memory, tmp
     settings = [change.replace(": ", "=") for change in changes if re.match(r"(train|parallel)\.", change)]
     advised = plan(tmp_path, f"deepspeed={tmp_path / 'advised.json'}", *settings, gpus=setup.gpus)
     assert (advised.setup, advised.memory) == (setup, memory)
+
+
+@pytest.mark.parametrize("settings", [{"target_parameters": ["experts.down_proj"]}, {"target_modules": "all-linear"}])
+def test_the_export_of_an_adapter_is_as_large_as_planned(settings, sudoku_run, tmp_path):
+    write_random_adapter(tmp_path, sudoku_run.parent / "model", **settings)  # some of it for the decoder alone
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    config = load_config(sudoku_run, [f"lora={json.dumps({'r': 4, **settings})}", "parallel.grouped_matmul=off"])
+    found = make_plan(config, 1, Limits(80, None, 8), MACHINE)
+    assert found.disk["export"] == sum(tensor.nbytes for tensor in written.values())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_export_of_a_model_is_as_large_as_planned(precision, sudoku_run, tmp_path):
+    out = export_run(write_run(tmp_path / "run", sudoku_run.parent / "model", precision), tmp_path / "out")
+    written = load_file(out / "model.safetensors")
+    config = load_config(sudoku_run, [f"train.precision={precision}", "model.train_router=true"])
+    found = make_plan(config, 1, Limits(80, None, 8), MACHINE)
+    buffers = sum(tensor.nbytes for name, tensor in written.items() if name.endswith("layer_scalar"))
+    assert found.disk["export"] == sum(tensor.nbytes for tensor in written.values()) - buffers
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
