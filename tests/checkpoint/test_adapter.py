@@ -86,6 +86,23 @@ def test_merging_changes_what_is_adapted_and_copies_the_rest_bit_for_bit(base: P
         merge_adapter(str(base), tmp_path / "adapter", base)
 
 
+@pytest.mark.parametrize(
+    ("factor", "value", "said"),
+    [(1.0, torch.nan, r"NaN or infinity as float16: that of \S+ does already"), (1e5, 1.0, "does not fit into it")],
+)
+def test_a_merge_that_makes_no_numbers_is_refused(factor: float, value: float, said: str, base: Path, tmp_path: Path):
+    half = tmp_path / "half"
+    shutil.copytree(base, half)
+    tensors = {name: tensor.half() for name, tensor in load_file(base / "model.safetensors").items()}
+    tensors["model.decoder.layers.1.self_attn.q_proj.weight"][0, 0] = value
+    save_file(tensors, half / "model.safetensors", metadata={"format": "pt"})
+    write_random_adapter(tmp_path / "adapter", half, target_modules=["1.self_attn.q_proj"])
+    change_tensors(lambda t: [f.mul_(factor) for f in t.values()])(tmp_path / "adapter")
+    with pytest.raises(UserError, match=rf"model\.decoder\.layers\.1\.self_attn\.q_proj\.weight would hold .*{said}"):
+        merge_adapter(str(half), tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_vllm_s_form_has_a_pair_for_every_expert_and_projection(base: Path, tmp_path: Path):
     targets, _, read = write_random_adapter(tmp_path / "adapter", base, "vllm", target_parameters=EXPERTS)
     stored = load_file(tmp_path / "adapter" / TENSORS)
