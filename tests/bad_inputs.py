@@ -278,6 +278,8 @@ DATA: dict[str, tuple[Break, list[str]]] = {
 
 MODEL: dict[str, tuple[Break, list[str]]] = {
     "missing model": (setting("model.path={folder}/absent"), ["model.path", "absent"]),
+    "home for a model": (setting("model.path=~/absent"), ["~ is not expanded"]),
+    "revision of a directory": (setting("model.revision=main"), ["revision main", "only hub ids have revisions"]),
     "file for a model": (setting("model.path={folder}/run.yaml"), ["model.path", "run.yaml"]),
     "no config.json": (model_file("config.json", None), ["model.path", "config.json"]),
     "broken config.json": (model_file("config.json", b"{"), ["model.path"]),

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from ds_dgemma.checkpoint.names import Place
 from ds_dgemma.errors import UserError, first_line
-from ds_dgemma.model.spec import looks_local
+from ds_dgemma.model.spec import check_path
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -33,12 +33,10 @@ def local_directory(path: str, revision: str | None = None, *, download: bool = 
     """The directory of a local checkpoint, or of a hub id: after its download, or as huggingface_hub's cache has it.
 
     Raises:
-        UserError: no such directory, or the hub or the cache does not have all of it.
+        UserError: no such directory, or one with a revision, or the hub or the cache does not have all of it.
     """
-    if Path(path).is_dir():
+    if check_path(path, revision):
         return Path(path)
-    if looks_local(path):
-        raise UserError(f"model.path: {path} does not exist. Give a transformers checkpoint directory or a hub id.")
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=FILES, local_files_only=not download))
     except Exception as error:  # huggingface_hub raises many kinds; each means that the checkpoint is not to be had

@@ -3,6 +3,7 @@
 The classes are transformers' own. An `auto_map`, which points to code beside the weights, is not followed.
 """
 
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,18 @@ def read_spec(path: str, revision: str | None = None) -> DiffusionGemmaConfig:
     Raises:
         UserError: nothing there, unreadable, another architecture, no canvas length, or weights that are not shared.
     """
-    if looks_local(path) and not (Path(path) / "config.json").is_file():
-        found = "has no config.json" if Path(path).is_dir() else "does not exist"
-        raise UserError(f"model.path: {path} {found}. Give a transformers checkpoint directory or a hub id.")
+    is_local = check_path(path, revision)
+    if is_local and not (Path(path) / "config.json").is_file():
+        raise UserError(f"model.path: {path} has no config.json. Give a transformers checkpoint directory or a hub id.")
     try:
         settings, _ = DiffusionGemmaConfig.get_config_dict(path, revision=revision)
         kind = settings.get("model_type")
         config = DiffusionGemmaConfig.from_dict(settings) if kind == DiffusionGemmaConfig.model_type else None
     except Exception as error:  # a wrong type in config.json surfaces as any kind
-        raise UserError(f"model.path: {path} could not be read as a checkpoint: {first_line(error)}") from error
+        neither = "" if is_local else "is no directory and "
+        raise UserError(
+            f"model.path: {path} {neither}could not be read as a checkpoint: {first_line(error)}"
+        ) from error
     if config is None:
         raise UserError(f"model.path: {path} is a {kind} checkpoint; {ARCHITECTURE} was expected.")
     if not isinstance(config.canvas_length, int) or config.canvas_length < 1:
@@ -42,9 +46,21 @@ def read_spec(path: str, revision: str | None = None) -> DiffusionGemmaConfig:
     return config
 
 
-def looks_local(path: str) -> bool:
-    """Whether `path` is meant as a directory and not as a hub id."""
-    return Path(path).is_dir() or path.startswith((".", "/", "~")) or path.count("/") > 1
+def check_path(path: str, revision: str | None) -> bool:
+    """Whether `path` is a directory; if not, it is a hub id.
+
+    Raises:
+        UserError: meant as a directory and none, or a directory with a revision.
+    """
+    if Path(path).is_dir():
+        if revision is not None:
+            raise UserError(f"revision {revision}: {path} is a directory, only hub ids have revisions. Leave it out.")
+        return True
+    if path.startswith("~"):
+        raise UserError(f"model.path: {path} does not exist: ~ is not expanded. Give {expanduser(path)}.")
+    if path.startswith((".", "/")) or path.count("/") > 1:
+        raise UserError(f"model.path: {path} does not exist. Give a transformers checkpoint directory or a hub id.")
+    return False
 
 
 def text_spec(config: DiffusionGemmaConfig) -> Any:
