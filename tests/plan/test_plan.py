@@ -107,6 +107,13 @@ def test_a_verdict_holds_for_the_setup_that_it_names(tmp_path):
     assert f"{sum(memory.host.values()) * setup.gpus / GIB:.0f} GiB of a node's host memory)" in verdict(offloaded)
 
 
+def test_a_micro_batch_of_any_size_is_divided(tmp_path):
+    found = plan(tmp_path, "train.global_batch_size=10000000", "train.micro_batch_size=10000000", gpus=1)
+    assert found.nearest is not None
+    _, setup, _ = found.nearest
+    assert found.setup.global_batch_size % (setup.micro_batch_size * setup.gpus) == 0
+
+
 def test_a_group_that_training_would_refuse_is_refused(tmp_path):
     lora = "lora={r: 8, target_parameters: [experts.down_proj]}"
     for match in ("*.lora_B", "*.experts.down_proj.lora_A"):
