@@ -88,6 +88,17 @@ def test_copies_of_tied_weights_do_not_outlive_training(model, tmp_path):
     assert torch.equal(loaded.lm_head.weight, tensors_of(out)["model.decoder.embed_tokens.weight"])
 
 
+def test_other_copies_of_the_old_weights_are_not_carried_over(model, tmp_path):
+    source = Path(shutil.copytree(model, tmp_path / "model"))
+    stale = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.safetensors.index.fp16.json", "q4.gguf")
+    kept = ("tokenizer.model", "preprocessor_config.json", "index.json", "README.md")
+    for name in (*stale, *kept, "tf_model.h5", "model.onnx"):
+        (source / name).write_bytes(b"old")
+    out = export_run(write_run(tmp_path / "run", source, "bf16"), tmp_path / "out")
+    names = {file.name for file in out.iterdir()}
+    assert names == {"config.json", "model.safetensors", ".ds_dgemma", *COMPANIONS, *kept}
+
+
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_encoder_scalars_that_are_missing_are_exported_as_the_decoders(dtype, model, tmp_path):
     source = tmp_path / "without"
