@@ -126,10 +126,19 @@ def test_vllm_s_form_has_a_pair_for_every_expert_and_projection(base: Path, tmp_
     assert not stored
 
 
-@pytest.mark.parametrize("settings", [{"target_parameters": EXPERTS}, {"target_modules": ["q_proj"]}])
-def test_vllm_s_form_cannot_be_continued(settings: dict, base: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"target_parameters": EXPERTS}, "is in vLLM's form"),
+        (
+            {"target_modules": ["q_proj"]},
+            "has factors for the decoder only: it is in vLLM's form, or was made without .*",
+        ),
+    ],
+)
+def test_vllm_s_form_cannot_be_continued(settings: dict, said: str, base: Path, tmp_path: Path):
     write_random_adapter(tmp_path / "adapter", base, "vllm", **settings)
-    with pytest.raises(UserError, match=r"^adapter \S+ is in vLLM's form. Export it again with --format peft.$"):
+    with pytest.raises(UserError, match=rf"^adapter \S+ {said}. Export it again with --format peft.$"):
         AdapterReader(tmp_path / "adapter", possible())
 
 
@@ -180,6 +189,28 @@ SPOILT = {
         change_settings(lora_alpha="x"),
         "adapter_config.json: lora_alpha = 'x': Input should be a valid num",
     ),
+    "no name": (change_settings(base_model_name_or_path=5), "base_model_name_or_path = 5, a name was expected"),
+    "some layers": (change_settings(layers_to_transform=0), "uses layers_to_transform: not supported"),
+    "factors that PEFT would not read": (
+        change_settings(target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]),
+        r"layers\.0\.mlp\.gate_proj has factors, but adapter_config.json's target_modules does not name it",
+    ),
+    "factors that PEFT would not read for the encoder": (
+        change_settings(target_modules=r"model\.decoder\..*(proj|experts)"),
+        r"layers\.0\.self_attn\.q_proj has factors, but adapter_config.json's target_modules does not name it",
+    ),
+    "experts that PEFT would not read": (
+        change_settings(target_parameters=["1.experts.gate_up_proj", "experts.down_proj"]),
+        r"layers\.0\.experts\.gate_up_proj has factors, but adapter_config.json's target_parameters does not",
+    ),
+    "factors that PEFT would miss": (
+        change_settings(target_modules="all-linear"),
+        r"layers\.0\.router\.proj has no factors, but adapter_config.json's target_modules names it",
+    ),
+    "no floating point": (
+        change_tensors(lambda t: t.update({QUERY: t[QUERY].int()})),
+        f"{QUERY} is I32, one of BF16, F16, F32, F64 was expected",
+    ),
     "a missing copy": (change_tensors(lambda t: t.pop(QUERY)), f"{QUERY} is missing"),
     "unequal copies": (
         change_tensors(lambda t: t[QUERY].add_(1e-6)),
@@ -202,7 +233,7 @@ SPOILT = {
 
 @pytest.mark.parametrize("what", SPOILT)
 def test_an_adapter_that_cannot_be_used_is_named(what: str, base: Path, tmp_path: Path):
-    write_random_adapter(tmp_path / "adapter", base)
+    write_random_adapter(tmp_path / "adapter", base, target_parameters=EXPERTS)
     spoil, said = SPOILT[what]
     spoil(tmp_path / "adapter")
     with pytest.raises(UserError, match=said):
