@@ -286,6 +286,19 @@ MODEL: dict[str, tuple[Break, list[str]]] = {
     "wrong type in config.json": (spec(text_config={"hidden_size": "large"}), ["model.path", "could not be read"]),
     "another architecture": (model_file("config.json", b'{"model_type": "gemma2"}'), ["gemma2 checkpoint"]),
     "no canvas": (spec(canvas_length=None), ["canvas_length None"]),
+    "negative size": (
+        spec(text_config={"hidden_size": -128}),
+        ["hidden_size = -128 in layer 0, a whole number from 1"],
+    ),
+    "no window": (spec(text_config={"sliding_window": 0}), ["sliding_window = 0 in layer 0, a whole number from 1"]),
+    "more experts for a token than there are": (
+        spec(text_config={"top_k_experts": 9}),
+        ["top_k_experts = 9, at most num_experts, 8"],
+    ),
+    "padding outside the vocabulary": (
+        spec(text_config={"pad_token_id": 99}),
+        ["pad_token_id = 99, from 0 to vocab_size - 1, 31"],
+    ),
     "weights that are not shared": (spec(tie_word_embeddings=False), ["tie_word_embeddings false"]),
     "config.json of another model": (spec(text_config={"hidden_size": 64}), ["shape"]),
     "layers of no known kind": (spec(text_config={"layer_types": ["nose"] * 4}), ["model.path"]),

@@ -3,22 +3,28 @@
 The classes are transformers' own. An `auto_map`, which points to code beside the weights, is not followed.
 """
 
+from collections.abc import Iterator
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
 from transformers import DiffusionGemmaConfig
 
-from ds_dgemma.errors import UserError, first_line
+from ds_dgemma.errors import UserError, first_line, one_line_each
 
 ARCHITECTURE = "DiffusionGemmaForBlockDiffusion"
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "num_experts", "top_k_experts", "sliding_window",
+)  # fmt: skip
 
 
 def read_spec(path: str, revision: str | None = None) -> DiffusionGemmaConfig:
     """Read the transformers config of a local directory or a hub id.
 
     Raises:
-        UserError: nothing there, unreadable, another architecture, no canvas length, or weights that are not shared.
+        UserError: nothing there, unreadable, another architecture, no canvas length, weights that are not shared, or
+            sizes that no model can have.
     """
     is_local = check_path(path, revision)
     if is_local and not (Path(path) / "config.json").is_file():
@@ -43,7 +49,25 @@ def read_spec(path: str, revision: str | None = None) -> DiffusionGemmaConfig:
             f"model.path: {path}/config.json has tie_word_embeddings false: encoder and decoder would have weights of "
             f"their own. {ARCHITECTURE} is trained with shared ones, true is expected."
         )
+    if problems := list(_impossible(text_spec(config))):
+        raise one_line_each(f"model.path: {path}/config.json, text_config", problems)
     return config
+
+
+def _impossible(text: Any) -> Iterator[str]:
+    """Numbers that no model can have; transformers would build it all the same, or fail without naming them."""
+    if text.num_hidden_layers < 1:
+        yield f"num_hidden_layers = {text.num_hidden_layers}, a whole number from 1 is expected."
+    for number, layer in enumerate(text.per_layer_config):
+        for key in SIZES:
+            if not isinstance(size := getattr(layer, key), int) or size < 1:
+                yield f"{key} = {size} in layer {number}, a whole number from 1 is expected."
+                return
+        if layer.top_k_experts > layer.num_experts:
+            yield f"top_k_experts = {layer.top_k_experts}, at most num_experts, {layer.num_experts}, is expected."
+            return
+    if text.pad_token_id is not None and not 0 <= text.pad_token_id < text.vocab_size:
+        yield f"pad_token_id = {text.pad_token_id}, from 0 to vocab_size - 1, {text.vocab_size - 1}, is expected."
 
 
 def check_path(path: str, revision: str | None) -> bool:
