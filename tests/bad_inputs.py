@@ -198,6 +198,8 @@ CONFIG: dict[str, tuple[Break, list[str]]] = {
     "word for a number": (setting("train.max_steps=many"), ["train.max_steps", "a whole number"]),
     "number below its range": (setting("optimizer.lr=-1"), ["optimizer.lr", "-1"]),
     "not a number": (setting("optimizer.lr=.nan"), ["optimizer.lr"]),
+    "rank beyond every matrix": (setting(f"lora={{r: {10**10}}}"), ["lora.r = 10000000000", "65536"]),
+    "length beyond every memory": (setting(f"data.max_length={10**11}"), ["data.max_length", "10000000"]),
     "number of many digits": (setting("seed=" + "9" * 5000), ["seed", "a whole number"]),
     "endless time-out": (setting("parallel.collective_timeout_minutes=1e300"), ["collective_timeout_minutes"]),
     "floor above the peak": (setting("optimizer.min_lr=1"), ["min_lr 1.0 is above lr"]),

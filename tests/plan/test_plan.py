@@ -250,6 +250,9 @@ def test_the_command_prints_a_table_or_json(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["fits"]
     assert found["gpu"]["peak_bytes"] < found["gpu"]["needed_bytes"] < 80 * GIB
+    with pytest.raises(SystemExit):
+        main([*common, "--length", str(10**21)])
+    assert "above 0 and at most" in capsys.readouterr().err
     assert main([*common, "--gpus", "4"]) == 2  # EP 8 on 4 ranks
     assert "does not divide 4 ranks" in capsys.readouterr().err
     assert main([*common[:3], "--gpu-memory", "24"]) == 1
