@@ -23,8 +23,8 @@ def read_spec(path: str, revision: str | None = None) -> DiffusionGemmaConfig:
     """Read the transformers config of a local directory or a hub id.
 
     Raises:
-        UserError: nothing there, unreadable, another architecture, no canvas length, weights that are not shared, or
-            sizes that no model can have.
+        UserError: nothing there, unreadable, another architecture, no canvas length, weights that are not shared, that
+            are quantized or elsewhere, or sizes that no model can have.
     """
     is_local = check_path(path, revision)
     if is_local and not (Path(path) / "config.json").is_file():
@@ -44,6 +44,12 @@ def read_spec(path: str, revision: str | None = None) -> DiffusionGemmaConfig:
         raise UserError(
             f"model.path: {path}/config.json has canvas_length {config.canvas_length}, at least 1 is expected."
         )
+    for key in ("quantization_config", "transformers_weights"):
+        if settings.get(key):  # transformers would read the weights in another way than we do
+            raise UserError(
+                f"model.path: {path}/config.json has {key}, which is not supported. If the weights are plain, in "
+                "model.safetensors or its shards, remove it."
+            )
     if not config.tie_word_embeddings:
         raise UserError(
             f"model.path: {path}/config.json has tie_word_embeddings false: encoder and decoder would have weights of "
