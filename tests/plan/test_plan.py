@@ -107,6 +107,12 @@ def test_a_verdict_holds_for_the_setup_that_it_names(tmp_path):
     assert f"{sum(memory.host.values()) * setup.gpus / GIB:.0f} GiB of a node's host memory)" in verdict(offloaded)
 
 
+def test_less_than_a_canvas_is_refused_as_training_would(tmp_path):
+    with pytest.raises(UserError, match=r"data\.max_length = 255 is less than a canvas, 256 tokens"):
+        plan(tmp_path, "data.max_length=255")
+    assert plan(tmp_path, "data.max_length=256").shape.clean == 256
+
+
 def test_a_micro_batch_of_any_size_is_divided(tmp_path):
     found = plan(tmp_path, "train.global_batch_size=10000000", "train.micro_batch_size=10000000", gpus=1)
     assert found.nearest is not None
