@@ -76,7 +76,7 @@ def spec(**changes: Any) -> Break:
         file = folder / "model/config.json"
         settings = json.loads(file.read_text())
         for key, value in changes.items():
-            settings[key] = {**settings[key], **value} if isinstance(value, dict) else value
+            settings[key] = {**settings.get(key, {}), **value} if isinstance(value, dict) else value
         file.write_text(json.dumps(settings))
         return []
 
@@ -301,6 +301,8 @@ MODEL: dict[str, tuple[Break, list[str]]] = {
         spec(text_config={"pad_token_id": 99}),
         ["pad_token_id = 99, from 0 to vocab_size - 1, 31"],
     ),
+    "weights said to be quantized": (spec(quantization_config={"quant_method": "fp8"}), ["has quantization_config"]),
+    "weights elsewhere": (spec(transformers_weights="other.safetensors"), ["has transformers_weights"]),
     "weights that are not shared": (spec(tie_word_embeddings=False), ["tie_word_embeddings false"]),
     "config.json of another model": (spec(text_config={"hidden_size": 64}), ["shape"]),
     "layers of no known kind": (spec(text_config={"layer_types": ["nose"] * 4}), ["model.path"]),
@@ -344,6 +346,7 @@ RUN: dict[str, tuple[Break, list[str]]] = {
     "used directory": (used_directory, ["run.resume is never"]),
     "a file in the way": (a_file_in_the_way, ["run.dir", "cannot be used", "file"]),
     "no whole checkpoint": (lost_checkpoint, ["step-000010", "state.json"]),
+    "run in the model's directory": (setting("run.dir={folder}/model/run"), ["run.dir", "the model's own directory"]),
     "named checkpoint missing": (setting("run.resume={folder}/step-000003"), ["step-000003", "does not exist"]),
 }
 

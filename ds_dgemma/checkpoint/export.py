@@ -174,8 +174,8 @@ def _changes(run: Run) -> Change:
 
 
 def _write_model(model: Path, out: Path, change: Change, layout: Layout) -> Path:
-    if out.exists() and out.samefile(model):
-        raise UserError(f"--out {out} is the model itself. Choose another directory.")
+    if out.resolve().is_relative_to(model.resolve()):
+        raise UserError(f"--out {out} is the model itself, or in its directory, {model}. Choose another.")
     with whole_directory(out, "config.json", {file.name for file in model.iterdir()}) as beside:
         _copy_companions(model, beside, layout.dtype or layout.changed_dtype)
         write_weights(model, change, beside, layout)

@@ -82,8 +82,9 @@ def test_merging_changes_what_is_adapted_and_copies_the_rest_bit_for_bit(base: P
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {f"model.decoder.{target.name}.weight" for target in targets}
     assert before.keys() == after.keys()
-    with pytest.raises(UserError, match="is the model itself"):
-        merge_adapter(str(base), tmp_path / "adapter", base)
+    for out in (base, base / "merged"):
+        with pytest.raises(UserError, match="is the model itself, or in its directory"):
+            merge_adapter(str(base), tmp_path / "adapter", out)
 
 
 @pytest.mark.parametrize(
