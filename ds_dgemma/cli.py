@@ -214,7 +214,7 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     plan_ = _add(commands, "plan", plan)
     plan_.add_argument("--config", type=Path, required=True, metavar="YAML", help="the run's config")
     plan_.add_argument("--set", action="append", default=[], metavar="a.b=value", help="override a setting")
-    plan_.add_argument("--gpus", type=_above_zero(int), default=8, metavar="N", help="in all (8)")
+    plan_.add_argument("--gpus", type=_above_zero(int, most=10**6), default=8, metavar="N", help="in all (8)")
     plan_.add_argument(
         "--gpu-memory", type=_above_zero(float), default=79.0, metavar="GIB", help="of one GPU (79, H100)"
     )
@@ -222,7 +222,9 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "--host-memory", type=_above_zero(float), metavar="GIB", help="of one node; not judged when absent"
     )
     plan_.add_argument("--gpus-per-node", type=_above_zero(int), default=8, metavar="N", help="(8)")
-    plan_.add_argument("--length", type=_above_zero(int), metavar="N", help="tokens of an example (data.max_length)")
+    plan_.add_argument(
+        "--length", type=_above_zero(int, most=10**7), metavar="N", help="tokens of an example (data.max_length)"
+    )
     plan_.add_argument(
         "--peak-tflops", type=_above_zero(float), default=989.0, metavar="X", help="of a GPU, dense (989, H100)"
     )

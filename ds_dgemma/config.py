@@ -94,7 +94,7 @@ class LoraSection(Section):
     gets an adapter.
     """
 
-    r: int = Field(default=8, ge=1, description="rank of every adapter, of each expert's too")
+    r: int = Field(default=8, ge=1, le=2**16, description="rank of every adapter, of each expert's too")
     lora_alpha: float = Field(default=8, gt=0, description="an adapter's output is scaled by lora_alpha / r")
     lora_dropout: float = Field(
         default=0.0, ge=0, lt=1, description="dropout on an adapter's input; 0 with target_parameters"
@@ -146,18 +146,20 @@ class DataSection(Section):
     assistant_turns: Literal["last", "all"] = Field(
         default="last", description="last: learn the last answer; all: one example for every answer"
     )
-    max_length: int = Field(default=4096, ge=2, description="tokens of prompt, response and fill together")
+    max_length: int = Field(default=4096, ge=2, le=10**7, description="tokens of prompt, response and fill together")
     over_length: Literal["drop", "truncate", "error"] = Field(
         default="drop",
         description="examples over max_length: leave out, cut the response to whole canvases, or stop",
     )
-    workers: Annotated[int, Field(ge=0)] = Field(default=1, description="loader processes per rank; 0 loads inline")
+    workers: Annotated[int, Field(ge=0, le=1024)] = Field(
+        default=1, description="loader processes per rank; 0 loads inline"
+    )
 
 
 class TrainSection(Section):
     """Length, batch and arithmetic of a run."""
 
-    max_steps: int = Field(ge=1, description="optimizer steps")
+    max_steps: int = Field(ge=1, le=10**9, description="optimizer steps")
     global_batch_size: int = Field(ge=1, le=10**9, description="examples per optimizer step, over all ranks")
     micro_batch_size: int = Field(ge=1, le=10**9, description="examples per rank and forward; accumulation follows")
     precision: Literal["bf16", "fp32"] = Field(
@@ -200,9 +202,11 @@ class ObjectiveSection(Section):
     canvases_per_example: int | Literal["all"] = Field(
         default=1, description="canvases denoised per example and step, drawn without replacement; or all"
     )
-    logits_chunk_mib: int = Field(default=256, ge=1, description="largest piece of fp32 logits held at once, MiB")
+    logits_chunk_mib: int = Field(
+        default=256, ge=1, le=2**20, description="largest piece of fp32 logits held at once, MiB"
+    )
     first_pass_bucket: int = Field(
-        default=64, ge=1, description="tokens: the first pass's clean prefix is rounded up to a multiple"
+        default=64, ge=1, le=10**7, description="tokens: the first pass's clean prefix is rounded up to a multiple"
     )
 
     @model_validator(mode="after")
@@ -262,7 +266,7 @@ class ValidationSection(Section):
     """Loss on held-out data, with noise that is the same in every run and at every step."""
 
     every: int = Field(default=0, ge=0, description="steps between validations; 0: never")
-    examples: int = Field(default=256, ge=1, description="examples of data.validation that are used")
+    examples: int = Field(default=256, ge=1, le=10**9, description="examples of data.validation that are used")
 
 
 class CheckpointSection(Section):

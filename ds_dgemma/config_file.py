@@ -334,6 +334,9 @@ def _cross_section_problems(config: RunConfig, source: _Source) -> Iterator[Prob
         yield problem("validation.every", "needs held-out data. Set data.validation, or validation.every: 0.")
     if fault := config.keep_best_fault():
         yield problem("checkpoint.keep_best", fault)
+    model = Path(config.model.path)
+    if model.is_dir() and config.run.dir.resolve().is_relative_to(model.resolve()):
+        yield problem("run.dir", f"is in the model's own directory, {model}. Choose another place.")
     if not config.deepspeed.is_file():
         yield problem("deepspeed", _missing_json(config.deepspeed, source.path))
 

@@ -76,7 +76,7 @@ def spec(**changes: Any) -> Break:
         file = folder / "model/config.json"
         settings = json.loads(file.read_text())
         for key, value in changes.items():
-            settings[key] = {**settings[key], **value} if isinstance(value, dict) else value
+            settings[key] = {**settings.get(key, {}), **value} if isinstance(value, dict) else value
         file.write_text(json.dumps(settings))
         return []
 
@@ -108,10 +108,18 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Break:
 
 
 def index(*weight_map: tuple[str, str]) -> Break:
-    """An index beside the weights."""
-    return model_file(
-        "model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": dict(weight_map)}).encode()
-    )
+    """An index for the weights."""
+    return raw_index(json.dumps({"metadata": {}, "weight_map": dict(weight_map)}).encode())
+
+
+def raw_index(content: bytes) -> Break:
+    """An index of this content, and the weights under a shard's name: the single file would go before it."""
+
+    def break_it(folder: Path) -> list[str]:
+        (folder / "model/model.safetensors").rename(folder / "model/model-00001-of-00002.safetensors")
+        return model_file("model.safetensors.index.json", content)(folder)
+
+    return break_it
 
 
 def no_tokenizer(folder: Path) -> list[str]:
@@ -190,6 +198,8 @@ CONFIG: dict[str, tuple[Break, list[str]]] = {
     "word for a number": (setting("train.max_steps=many"), ["train.max_steps", "a whole number"]),
     "number below its range": (setting("optimizer.lr=-1"), ["optimizer.lr", "-1"]),
     "not a number": (setting("optimizer.lr=.nan"), ["optimizer.lr"]),
+    "rank beyond every matrix": (setting(f"lora={{r: {10**10}}}"), ["lora.r = 10000000000", "65536"]),
+    "length beyond every memory": (setting(f"data.max_length={10**11}"), ["data.max_length", "10000000"]),
     "number of many digits": (setting("seed=" + "9" * 5000), ["seed", "a whole number"]),
     "endless time-out": (setting("parallel.collective_timeout_minutes=1e300"), ["collective_timeout_minutes"]),
     "floor above the peak": (setting("optimizer.min_lr=1"), ["min_lr 1.0 is above lr"]),
@@ -270,12 +280,29 @@ DATA: dict[str, tuple[Break, list[str]]] = {
 
 MODEL: dict[str, tuple[Break, list[str]]] = {
     "missing model": (setting("model.path={folder}/absent"), ["model.path", "absent"]),
+    "home for a model": (setting("model.path=~/absent"), ["~ is not expanded"]),
+    "revision of a directory": (setting("model.revision=main"), ["revision main", "only hub ids have revisions"]),
     "file for a model": (setting("model.path={folder}/run.yaml"), ["model.path", "run.yaml"]),
     "no config.json": (model_file("config.json", None), ["model.path", "config.json"]),
     "broken config.json": (model_file("config.json", b"{"), ["model.path"]),
     "wrong type in config.json": (spec(text_config={"hidden_size": "large"}), ["model.path", "could not be read"]),
     "another architecture": (model_file("config.json", b'{"model_type": "gemma2"}'), ["gemma2 checkpoint"]),
     "no canvas": (spec(canvas_length=None), ["canvas_length None"]),
+    "negative size": (
+        spec(text_config={"hidden_size": -128}),
+        ["hidden_size = -128 in layer 0, a whole number from 1"],
+    ),
+    "no window": (spec(text_config={"sliding_window": 0}), ["sliding_window = 0 in layer 0, a whole number from 1"]),
+    "more experts for a token than there are": (
+        spec(text_config={"top_k_experts": 9}),
+        ["top_k_experts = 9, at most num_experts, 8"],
+    ),
+    "padding outside the vocabulary": (
+        spec(text_config={"pad_token_id": 99}),
+        ["pad_token_id = 99, from 0 to vocab_size - 1, 31"],
+    ),
+    "weights said to be quantized": (spec(quantization_config={"quant_method": "fp8"}), ["has quantization_config"]),
+    "weights elsewhere": (spec(transformers_weights="other.safetensors"), ["has transformers_weights"]),
     "weights that are not shared": (spec(tie_word_embeddings=False), ["tie_word_embeddings false"]),
     "config.json of another model": (spec(text_config={"hidden_size": 64}), ["shape"]),
     "layers of no known kind": (spec(text_config={"layer_types": ["nose"] * 4}), ["model.path"]),
@@ -298,7 +325,7 @@ MODEL: dict[str, tuple[Break, list[str]]] = {
     "no EOS": (no_eos, ["no EOS token"]),
     "missing shard": (index((NORM, "model-00002-of-00002.safetensors")), ["model-00002-of-00002.safetensors"]),
     "index that leaves its directory": (index((NORM, "../other.safetensors")), ["../other.safetensors"]),
-    "broken index": (model_file("model.safetensors.index.json", b"{"), ["model.safetensors.index.json"]),
+    "broken index": (raw_index(b"{"), ["model.safetensors.index.json"]),
     "truncated weights": (truncated_weights, ["model.safetensors", "cannot be read"]),
     "weights to be unpickled": (only_pickle, ["pytorch_model.bin", "safetensors"]),
     "missing tensor": (tensors(lambda stored: stored.pop(NORM)), [NORM, "missing"]),
@@ -319,6 +346,7 @@ RUN: dict[str, tuple[Break, list[str]]] = {
     "used directory": (used_directory, ["run.resume is never"]),
     "a file in the way": (a_file_in_the_way, ["run.dir", "cannot be used", "file"]),
     "no whole checkpoint": (lost_checkpoint, ["step-000010", "state.json"]),
+    "run in the model's directory": (setting("run.dir={folder}/model/run"), ["run.dir", "the model's own directory"]),
     "named checkpoint missing": (setting("run.resume={folder}/step-000003"), ["step-000003", "does not exist"]),
 }
 

@@ -14,7 +14,7 @@ from ds_dgemma.checkpoint.adapter import AdapterReader
 from ds_dgemma.checkpoint.weights import INDEX, SINGLE, WeightReader
 from ds_dgemma.data.tokenizer import load_tokenizer
 from ds_dgemma.errors import UserError
-from ds_dgemma.evaluation.generation import load_generator
+from ds_dgemma.evaluation.generation import Source, load_generator
 from ds_dgemma.model.spec import read_spec
 
 
@@ -45,7 +45,7 @@ def test_pickled_weights_are_refused_with_a_way_out(model, trace):
     with pytest.raises(UserError, match=r"pytorch_model\.bin is pickled.*save_pretrained"):
         WeightReader(model)
     with pytest.raises(UserError, match="could not be loaded"):
-        load_generator(str(model))
+        load_generator(Source(str(model)))
     assert not trace.exists()
     with pytest.raises(pickle.UnpicklingError):
         torch.load(model / "pytorch_model.bin", weights_only=True)
@@ -75,7 +75,7 @@ def test_code_beside_a_model_is_not_run(model, trace):
     bring_code(model, trace, "tokenizer_config.json")
     assert isinstance(read_spec(str(model)), DiffusionGemmaConfig)
     assert len(load_tokenizer(model, 1000)) > 1
-    load_generator(str(model))
+    load_generator(Source(str(model)))
     assert not trace.exists()
 
 
@@ -93,7 +93,7 @@ def test_a_model_that_needs_code_of_its_own_is_refused_without_a_question(model,
 def test_an_index_names_only_files_beside_it(name, model, tmp_path):
     elsewhere = shutil.copy(model / SINGLE, tmp_path / "elsewhere.safetensors")
     (model / "sub").mkdir()
-    shutil.copy(model / SINGLE, model / "sub/x.safetensors")
+    (model / SINGLE).rename(model / "sub/x.safetensors")
     (model / INDEX).write_text(json.dumps({"weight_map": {"a": name.format(elsewhere=elsewhere)}}))
     with pytest.raises(UserError, match=r"Refused|lacks the shard"):
         WeightReader(model)

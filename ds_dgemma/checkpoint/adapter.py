@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ds_dgemma.checkpoint.load import MakeReal
 from ds_dgemma.checkpoint.names import DECODER, checkpoint_name, is_adapter, is_expert
+from ds_dgemma.checkpoint.weights import FLOATS
 from ds_dgemma.config import LoraSection
 from ds_dgemma.errors import UserError, first_fault, first_line, one_line_each
 from ds_dgemma.model.lora import FACTORS, PREFIXES, Factor, Target
@@ -42,8 +43,6 @@ _SUPPORTED = {
     "exclude_modules",
     "inference_mode",
     "init_lora_weights",  # looked at below
-    "layers_pattern",
-    "layers_to_transform",
     "lora_alpha",
     "lora_dropout",
     "megatron_core",
@@ -90,28 +89,28 @@ class AdapterReader:
     def __init__(self, directory: Path, possible: Mapping[str, Target]) -> None:
         self.directory = directory
         self.settings = _read_settings(directory)
-        try:
-            self.lora = LoraSection.model_validate(
-                {key: self.settings[key] for key in ("r", "lora_alpha", "use_rslora") if key in self.settings}
-            )
-        except ValidationError as error:
-            raise UserError(f"adapter {directory / CONFIG}: {first_fault(error)}.") from error
         if not (directory / TENSORS).is_file() and (pickled := directory / PICKLED).is_file():
             raise UserError(
                 f"adapter {directory} has no {TENSORS}, and {PICKLED} is pickled, which can run code when it is read: "
                 f"refused. If you trust it, convert it: safetensors.torch.save_file(torch.load('{pickled}', "
                 f"weights_only=True), '{directory / TENSORS}')."
             )
+        self.lora = _lora_section(self.settings, directory / CONFIG)
         try:
             self._file = safe_open(directory / TENSORS, "pt")
             self._shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in self._file.keys()}  # noqa: SIM118
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"adapter {directory} cannot be read: {first_line(error)}.") from error
-        if _is_for_vllm(self._shapes):
+        if any(re.search(r"\.experts\.\d+\.", key) for key in self._shapes):
             raise UserError(f"adapter {directory} is in vLLM's form. Export it again with --format peft.")
+        if _is_for_the_decoder_only(self._shapes):
+            raise UserError(
+                f"adapter {directory} has factors for the decoder only: it is in vLLM's form, or was made without the "
+                "encoder, which shares these weights. Export it again with --format peft."
+            )
         self._wrappers = dict(self._find(possible))
         self.targets = tuple(target for name, target in possible.items() if name in self._wrappers)
-        self._check()
+        self._check(possible.values())
 
     def base_warning(self, model: str) -> str | None:
         """A word on an adapter that was made for a model of another name, which may still be the same model."""
@@ -157,7 +156,7 @@ class AdapterReader:
         module = self._wrappers[target.name]
         return [f"{PEFT}{prefix}{module}.{factor}.weight" for prefix in prefixes(target)]
 
-    def _check(self) -> None:
+    def _check(self, possible: Iterable[Target]) -> None:
         problems, known = [], set()
         for target in self.targets:
             for factor in FACTORS:
@@ -169,9 +168,20 @@ class AdapterReader:
         ]
         if not self.targets and not problems:
             problems = ["it holds no factors."]
+        problems = problems or list(self._uncovered(possible))
         if problems:
             shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
             raise one_line_each(f"the adapter {self.directory}", shown)
+
+    def _uncovered(self, possible: Iterable[Target]) -> Iterator[str]:
+        """Where the settings, by which PEFT puts factors on, name other weights than those that have factors."""
+        for target in possible:
+            key = "target_parameters" if target.experts else "target_modules"
+            named = [_names(self.lora, target, prefix) for prefix in prefixes(target)]
+            if target in self.targets and not all(named):
+                yield f"{target.name} has factors, but {CONFIG}'s {key} does not name it: PEFT would not read them."
+            if target not in self.targets and any(named):
+                yield f"{target.name} has no factors, but {CONFIG}'s {key} names it."
 
     def _factor_problems(self, keys: list[str], shape: tuple[int, ...]) -> Iterator[str]:
         shapes = {key: self._shapes.get(key) for key in keys}
@@ -183,6 +193,10 @@ class AdapterReader:
         )
         if set(shapes.values()) != {shape}:
             return
+        types = {key: self._file.get_slice(key).get_dtype() for key in keys}
+        if strange := {key: name for key, name in types.items() if name not in FLOATS}:
+            yield from (f"{key} is {name}, one of {', '.join(FLOATS)} was expected." for key, name in strange.items())
+            return
         factors = {key: self._file.get_tensor(key) for key in keys}
         broken = [key for key, factor in factors.items() if not factor.double().isfinite().all()]
         yield from (f"{key} holds NaN or infinity, numbers were expected. Take an earlier one." for key in broken)
@@ -193,10 +207,23 @@ class AdapterReader:
             )
 
 
-def _is_for_vllm(keys: Iterable[str]) -> bool:
-    """Whether experts are apart, or the layers are there once and not for encoder and decoder."""
-    layers = [any(key.startswith(f"{PEFT}{prefix}layers.") for key in keys) for prefix in PREFIXES]
-    return layers == [True, False] or any(re.search(r"\.experts\.\d+\.", key) for key in keys)
+def _is_for_the_decoder_only(keys: Iterable[str]) -> bool:
+    """Whether the layers are there once and not for encoder and decoder."""
+    return [any(key.startswith(f"{PEFT}{prefix}layers.") for key in keys) for prefix in PREFIXES] == [True, False]
+
+
+def _names(lora: LoraSection, target: Target, prefix: str) -> bool:
+    """Whether PEFT's settings name a weight in this place of the model."""
+
+    def fits(pattern: tuple[str, ...] | str | None) -> bool:
+        name = prefix + target.name
+        if isinstance(pattern, str):
+            return pattern == "all-linear" or bool(re.fullmatch(pattern, name))
+        return any(name == ending or name.endswith(f".{ending}") for ending in pattern or ())
+
+    if target.experts:
+        return fits(lora.target_parameters)
+    return fits(lora.target_modules) and not fits(lora.exclude_modules)
 
 
 def check_continues(reader: AdapterReader, targets: Iterable[Target], lora: LoraSection) -> None:
@@ -230,6 +257,10 @@ def _read_settings(directory: Path) -> dict[str, Any]:
     used = sorted(key for key, value in settings.items() if value and key not in _SUPPORTED)
     if settings.get("bias", "none") != "none":
         used.append("bias")
+    if settings.get("layers_to_transform") == 0:
+        used.append("layers_to_transform")
+    if not isinstance(made_for := settings.get("base_model_name_or_path"), str | None):
+        raise UserError(f"adapter {directory / CONFIG}: base_model_name_or_path = {made_for!r}, a name was expected.")
     if used:
         raise UserError(f"adapter {directory} uses {', '.join(used)}: not supported here.")
     if (init := settings.get("init_lora_weights")) not in (True, False, None, "gaussian"):
@@ -239,6 +270,18 @@ def _read_settings(directory: Path) -> dict[str, Any]:
             "save_pretrained with path_initial_model_for_weight_conversion."
         )
     return settings
+
+
+def _lora_section(settings: dict[str, Any], path: Path) -> LoraSection:
+    """What the factors mean and where they go."""
+    numbers = {key: settings[key] for key in ("r", "lora_alpha", "use_rslora") if key in settings}
+    places = {key: settings.get(key) for key in ("target_modules", "exclude_modules")}
+    try:
+        return LoraSection.model_validate(
+            {**numbers, **places, "target_parameters": settings.get("target_parameters") or ()}
+        )
+    except ValidationError as error:
+        raise UserError(f"adapter {path}: {first_fault(error)}.") from error
 
 
 def prefixes(target: Target) -> tuple[str, ...]:

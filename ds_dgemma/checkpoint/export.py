@@ -7,6 +7,7 @@ model that the run started from. A directory appears whole or not at all.
 """
 
 import json
+import re
 import shutil
 import sys
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from ds_dgemma.checkpoint.merge import Merged
 from ds_dgemma.checkpoint.names import adapter_state_name, sources_of
 from ds_dgemma.checkpoint.retention import best_step
 from ds_dgemma.checkpoint.run_state import StateReader, check_same_model, newest, open_state, step_directory
-from ds_dgemma.checkpoint.weights import INDEX, PICKLED, WeightReader, local_directory, model_digest, pieces
+from ds_dgemma.checkpoint.weights import PICKLED, WeightReader, local_directory, model_digest, pieces
 from ds_dgemma.checkpoint.whole_directory import whole_directory
 from ds_dgemma.config import LoraSection, RunConfig
 from ds_dgemma.config_file import read_yaml
@@ -37,6 +38,8 @@ from ds_dgemma.model.lora import Factor, Target, possible_targets, scaling
 from ds_dgemma.model.spec import read_spec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# What weights lie in, a model's other copies too; the last ones are of GGML, Keras, Flax, ONNX and Rust.
+WEIGHTS = (".safetensors", *PICKLED, ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot")
 Format = Literal[AdapterFormat, "merged"]
 
 
@@ -171,8 +174,8 @@ def _changes(run: Run) -> Change:
 
 
 def _write_model(model: Path, out: Path, change: Change, layout: Layout) -> Path:
-    if out.exists() and out.samefile(model):
-        raise UserError(f"--out {out} is the model itself. Choose another directory.")
+    if out.resolve().is_relative_to(model.resolve()):
+        raise UserError(f"--out {out} is the model itself, or in its directory, {model}. Choose another.")
     with whole_directory(out, "config.json", {file.name for file in model.iterdir()}) as beside:
         _copy_companions(model, beside, layout.dtype or layout.changed_dtype)
         write_weights(model, change, beside, layout)
@@ -180,9 +183,9 @@ def _write_model(model: Path, out: Path, change: Change, layout: Layout) -> Path
 
 
 def _copy_companions(model: Path, out: Path, dtype: torch.dtype | None) -> None:
-    """Config, generation config, tokenizer and chat template: everything but weights, old ones in pickles too."""
+    """Config, generation config, tokenizer and chat template: everything but weights, which are the old ones."""
     for file in sorted(model.iterdir()):
-        if file.is_file() and file.suffix not in (".safetensors", *PICKLED) and file.name != INDEX:
+        if file.is_file() and file.suffix not in WEIGHTS and not re.search(r"\.index(\.\w+)?\.json$", file.name):
             shutil.copyfile(file, out / file.name)
     config = json.loads((out / "config.json").read_text())
     if dtype and config.get("dtype") != (name := str(dtype).removeprefix("torch.")):

@@ -18,6 +18,7 @@ from torch import Tensor
 from ds_dgemma.checkpoint.names import DECODER_LAYERS, ENCODER_LAYERS, tied_to
 from ds_dgemma.checkpoint.weights import INDEX, WeightReader
 from ds_dgemma.checkpoint.whole_directory import flush
+from ds_dgemma.errors import UserError
 
 # (name, the model that was started from, type to return) -> what the tensor became; None: it stayed
 Change = Callable[[str, WeightReader, torch.dtype], Tensor | None]
@@ -38,6 +39,9 @@ def write_weights(model: Path, change: Change, out: Path, layout: Layout) -> Non
 
     Copies of tied weights are left out: beside what the original became they would be stale, and transformers does not
     tie two weights that differ.
+
+    Raises:
+        UserError: a tensor that changed would hold NaN or infinity.
     """
     reader = WeightReader(model)
     kept = {name: name for name in reader.files if tied_to(name) not in reader.files}
@@ -53,7 +57,10 @@ def write_weights(model: Path, change: Change, out: Path, layout: Layout) -> Non
 
     def write(file: str) -> int:
         reader = WeightReader(model)  # one a thread: it keeps a file open
-        content = {name: _value(stored[name], reader, change, layout) for name in plan.filename_to_tensors[file]}
+        content = {}
+        for name in plan.filename_to_tensors[file]:
+            value = _value(stored[name], reader, change, layout)
+            content[name] = value if name in kept else value.clone()  # safetensors shares no memory
         save_file(content, out / file, metadata={"format": "pt"})
         flush(out / file)
         return sum(tensor.nbytes for tensor in content.values())
@@ -69,10 +76,21 @@ def write_weights(model: Path, change: Change, out: Path, layout: Layout) -> Non
 def _value(name: str, reader: WeightReader, change: Change, layout: Layout) -> Tensor:
     """A tensor as it became, or as it was."""
     changed = change(name, reader, layout.dtype or layout.changed_dtype or reader.torch_dtype(name))
-    if changed is not None:
-        return changed
-    source = reader.read(name)
-    return source.to(layout.dtype) if layout.dtype and source.is_floating_point() else source
+    if changed is None:
+        source = reader.read(name)
+        return source.to(layout.dtype) if layout.dtype and source.is_floating_point() else source
+    if not _is_finite(changed):
+        cause = (
+            "what was trained does not fit into it, or has diverged. Give --dtype float32, or take an earlier one"
+            if _is_finite(reader.read(name))
+            else f"that of {reader.directory} does already. Copy or download it again"
+        )
+        raise UserError(f"{name} would hold NaN or infinity as {str(changed.dtype).removeprefix('torch.')}: {cause}.")
+    return changed
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return all(bound.isfinite() for bound in torch.aminmax(tensor))  # NaN is both; takes no memory
 
 
 def _missing_encoder_scalars(reader: WeightReader) -> dict[str, str]:

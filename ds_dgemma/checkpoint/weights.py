@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from ds_dgemma.checkpoint.names import Place
 from ds_dgemma.errors import UserError, first_line
-from ds_dgemma.model.spec import looks_local
+from ds_dgemma.model.spec import check_path
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -33,12 +33,10 @@ def local_directory(path: str, revision: str | None = None, *, download: bool = 
     """The directory of a local checkpoint, or of a hub id: after its download, or as huggingface_hub's cache has it.
 
     Raises:
-        UserError: no such directory, or the hub or the cache does not have all of it.
+        UserError: no such directory, or one with a revision, or the hub or the cache does not have all of it.
     """
-    if Path(path).is_dir():
+    if check_path(path, revision):
         return Path(path)
-    if looks_local(path):
-        raise UserError(f"model.path: {path} does not exist. Give a transformers checkpoint directory or a hub id.")
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=FILES, local_files_only=not download))
     except Exception as error:  # huggingface_hub raises many kinds; each means that the checkpoint is not to be had
@@ -175,16 +173,12 @@ def _pickled_hint(directory: Path) -> str:
 
 
 def _tensor_files(directory: Path) -> dict[str, str]:
-    """Tensor name -> file name, with every named file present and inside the directory."""
-    if (directory / INDEX).is_file():
-        try:
-            weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
-            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-                raise TypeError("weight_map does not give every tensor a file name")
-            files: dict[str, str] = weight_map
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{directory / INDEX} is broken: {first_line(error)}. Download it again.") from error
-    elif (directory / SINGLE).is_file():
+    """Tensor name -> file name, with every named file present and inside the directory.
+
+    The single file goes before an index that is there too: so transformers reads the directory
+    (`modeling_utils._get_resolved_checkpoint_files`).
+    """
+    if (directory / SINGLE).is_file():
         try:
             with safe_open(directory / SINGLE, "pt") as file:
                 files = dict.fromkeys(file.keys(), SINGLE)
@@ -192,6 +186,14 @@ def _tensor_files(directory: Path) -> dict[str, str]:
             raise UserError(
                 f"{directory / SINGLE} cannot be read: {first_line(error)}. Copy or download it again."
             ) from error
+    elif (directory / INDEX).is_file():
+        try:
+            weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise TypeError("weight_map does not give every tensor a file name")
+            files: dict[str, str] = weight_map
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{directory / INDEX} is broken: {first_line(error)}. Download it again.") from error
     else:
         raise UserError(f"{directory} holds no weights: neither {SINGLE} nor {INDEX}.{_pickled_hint(directory)}")
     for name in sorted(set(files.values())):

@@ -1,15 +1,14 @@
 """A directory of weights that appears whole or not at all, and takes the place of nothing but an older one of its kind.
 
 It is filled beside its place, flushed, and renamed last; a killed writer leaves the older one as it was. Only what this
-project wrote is replaced: a hidden file in it says so. (Not safetensors' metadata: its order is random, and an
-export would not be the same twice.)
+project wrote is replaced, renamed or removed: a hidden file in it says so. (Not safetensors' metadata: its order is
+random, and an export would not be the same twice.)
 """
 
 import fcntl
 import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -29,37 +28,55 @@ def whole_directory(out: Path, marker: str, companions: set[str]) -> Iterator[Pa
         UserError: `out` holds something else, somebody writes there now, or the disk refuses.
     """
     out = Path(os.path.realpath(out))  # a link's target is replaced, never the link
-    beside, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
+    beside, old = _neighbour(out, "partial"), _neighbour(out, "old")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with _alone(out):
-            if old.exists() and not out.exists():  # killed between the two renames below
+            if (old / MARK).is_file() and not out.exists():  # killed between the two renames below
                 old.rename(out)
             _check_replaceable(out, {marker, INDEX, MARK, *companions}, marker)
+            _remove(beside)
+            _remove(old)
+            beside.mkdir()
             try:
-                shutil.rmtree(beside, ignore_errors=True)
-                beside.mkdir()
-                yield beside
                 (beside / MARK).write_text("written by ds-dgemma, and replaced by its next export to this place\n")
+                yield beside
                 for file in beside.iterdir():
                     flush(file)
                 sync_directory(beside)
-                shutil.rmtree(old, ignore_errors=True)
                 if out.exists():
                     out.rename(old)
                 beside.rename(out)
                 sync_directory(out.parent)
-                shutil.rmtree(old, ignore_errors=True)
+                with suppress(OSError):  # files that are still read, on a network file system: the next one's to remove
+                    _remove(old)
             finally:
-                shutil.rmtree(beside, ignore_errors=True)
+                with suppress(OSError):
+                    _remove(beside)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--out {out} could not be written: {told(error)}.") from error
+
+
+def _neighbour(out: Path, role: str) -> Path:
+    """A hidden place beside `out`, of a name that no person gives."""
+    return out.with_name(f".{out.name}.ds_dgemma-{role}")
+
+
+def _remove(directory: Path) -> None:
+    """Remove what a writer left, its mark last, and nothing else: without a mark only an empty directory."""
+    if (directory / MARK).is_file():
+        for file in directory.iterdir():
+            if file.name != MARK:
+                file.unlink()
+        (directory / MARK).unlink()
+    if directory.exists():
+        directory.rmdir()
 
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """Keep a second writer of the same directory out."""
-    path = out.with_name(out.name + ".lock")
+    path = _neighbour(out, "lock")
     with path.open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

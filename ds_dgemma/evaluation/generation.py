@@ -38,7 +38,7 @@ from ds_dgemma.checkpoint.weights import local_directory
 from ds_dgemma.config import DataSection
 from ds_dgemma.data.chat import split_last_turn, tokenize_turns
 from ds_dgemma.data.sources import Conversations, load_conversations
-from ds_dgemma.data.tokenizer import load_tokenizer
+from ds_dgemma.data.tokenizer import image_tokens, load_tokenizer
 from ds_dgemma.errors import UserError, did_you_mean, first_line
 from ds_dgemma.evaluation.scorers import SCORERS, Score, summarise
 from ds_dgemma.model.build import build_stack
@@ -122,7 +122,11 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
 
 
 def answer_prompts(generator: Generator, prompts: list[list[int]], batch_size: int, seed: int) -> list[str]:
-    """Answer prompts of token ids; the answers are text, in the order of the prompts."""
+    """Answer prompts of token ids; the answers are text, in the order of the prompts.
+
+    Raises:
+        UserError: the model's scores are no numbers.
+    """
     torch.manual_seed(seed)
     generate: Callable[..., Any] = generator.model.generate  # typed for LongTensor, a type no tensor has
     batches = list(_equal_length_batches(prompts, batch_size))
@@ -130,7 +134,15 @@ def answer_prompts(generator: Generator, prompts: list[list[int]], batch_size: i
     console = Console(stderr=True)
     for rows in track(batches, "answering", console=console, transient=True, disable=not console.is_terminal):
         ids = torch.tensor([prompts[row] for row in rows], device=generator.model.device)
-        output = generate(input_ids=ids)
+        try:
+            output = generate(input_ids=ids)
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise UserError(
+                f"{generator.model.name_or_path} answers with NaN or infinity: its weights hold some, or training has "
+                "diverged. Take an earlier checkpoint."
+            ) from error
         for row, generated in zip(rows, output.sequences[:, ids.shape[1] :].tolist(), strict=True):
             answers[row] = _text_before_stop(generated, generator)
     return answers
@@ -156,12 +168,30 @@ def evaluate(source: Source, data: str, scorer: str, batch_size: int, limit: int
 
 
 def answer_text(source: Source, prompt: str, seed: int) -> str:
-    """Answer one user's message."""
-    generator = load_generator(source)
-    conversation = [{"role": "user", "content": prompt}, {"role": "assistant", "content": "?"}]
-    text, _ = split_last_turn(conversation, generator.tokenizer)
-    ids = generator.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return answer_prompts(generator, [ids], batch_size=1, seed=seed)[0]
+    """Answer one user's message.
+
+    Raises:
+        UserError: a message that is more than text, or text without a token; nothing of the model is loaded then.
+    """
+    ids = _prompt_ids(source, prompt)
+    return answer_prompts(load_generator(source), [ids], batch_size=1, seed=seed)[0]
+
+
+def _prompt_ids(source: Source, prompt: str) -> list[int]:
+    directory = local_directory(source.model, source.revision)
+    spec = read_spec(str(directory))
+    tokenizer = load_tokenizer(directory, text_spec(spec).vocab_size)
+    for token in image_tokens(tokenizer, (spec.image_token_id, spec.boi_token_id, spec.eoi_token_id)):
+        if token in prompt:
+            raise UserError(f"--prompt holds {token}, which stands for an image. Only text is answered: leave it out.")
+    text, _ = split_last_turn([{"role": "user", "content": prompt}, {"role": "assistant", "content": "?"}], tokenizer)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if tokenizer.unk_token_id in ids:
+        raise UserError(
+            f"--prompt: the tokenizer of {source.model} has no token for a part of it, which would become "
+            f"{tokenizer.unk_token}. Change the text."
+        )
+    return ids
 
 
 def _equal_length_batches(prompts: list[list[int]], batch_size: int) -> Iterator[list[int]]:

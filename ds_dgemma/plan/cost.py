@@ -205,14 +205,25 @@ def _host(inventory: Inventory, setup: Setup) -> tuple[int, int]:
 
 
 def bytes_on_disk(inventory: Inventory, config: RunConfig) -> dict[str, int]:
-    """A checkpoint of the training state, all that are kept at once, and the export."""
+    """A checkpoint of the training state, all that are kept at once, and what `export` writes unless told otherwise."""
     state = 3 * FP32 * inventory.trained
     policy, steps = config.checkpoint, config.train.max_steps
     kept = policy.keep_last + policy.keep_best + (steps // policy.keep_every if policy.keep_every else 0)
     written = 1 + (steps // policy.every if policy.every else 0)
-    exported = inventory.trained if config.lora else inventory.total + inventory.untrained_copy
     return {
         "a checkpoint": state,
         "kept, and one being written": state * min(kept + 1, written),
-        "export, bf16": 2 * exported,
+        "export": _exported(inventory, config),
     }
+
+
+def _exported(inventory: Inventory, config: RunConfig) -> int:
+    """Bytes of an export with `--dtype auto`. An adapter is PEFT's, fp32, a layer's factors under the encoder's and the
+    decoder's name; of a model what a bf16 run trained is bf16, and all else is as it was.
+    """
+    trained = [p for p in inventory.parameters if p.is_trained]
+    if config.lora:
+        return sum(FP32 * p.numel * (2 if p.unit.startswith(LAYERS) else 1) for p in trained)
+    stored = inventory.stored.itemsize
+    changed = 2 if config.train.precision == "bf16" else stored
+    return stored * (inventory.total - inventory.trained + inventory.untrained_copy) + changed * inventory.trained

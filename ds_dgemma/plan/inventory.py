@@ -9,6 +9,7 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
+import torch
 from transformers import DiffusionGemmaConfig
 
 from ds_dgemma.config import RunConfig
@@ -45,6 +46,7 @@ class Inventory:
     text: Any  # transformers' text config
     canvas_length: int
     outside: dict[str, int]  # elements of what a run never loads and an export carries over: the vision tower
+    stored: torch.dtype  # of the checkpoint to start from, as its config says
 
     @cached_property
     def units(self) -> dict[str, tuple[Parameter, ...]]:
@@ -111,6 +113,7 @@ def take_inventory(stack: DiffusionGemmaStack) -> Inventory:
         text=text_spec(spec),
         canvas_length=canvas_length,
         outside={name: prod(shape) for name, shape in shapes_outside(spec).items()},
+        stored=spec.dtype if isinstance(spec.dtype, torch.dtype) else torch.float32,
     )
 
 

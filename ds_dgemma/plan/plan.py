@@ -6,7 +6,7 @@ Nothing of the model but its config.json is read, and no GPU is asked.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
-from math import inf
+from math import inf, isqrt
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
@@ -157,7 +157,7 @@ def _variants(subject: _Subject, setup: Setup) -> Iterator[tuple[tuple[str, ...]
         sorted({zero.offload_optimizer, True}),
         sorted({zero.offload_parameters, True}),
         sorted({setup.activation_checkpointing, True}),
-        range(1, setup.micro_batch_size + 1),
+        [n for n in _divisors(rows) if n <= setup.micro_batch_size],
     ):
         if gpus % ep or rows % (gpus * micro) or (parameters and base.stage < 3):
             continue
@@ -181,7 +181,8 @@ def _jsons(setup: Setup) -> list[Zero]:
 
 
 def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+    small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def _changes(before: Setup, after: Setup) -> list[tuple[str, float]]:

@@ -9,6 +9,7 @@ from ds_dgemma.config import RunConfig
 from ds_dgemma.config_file import check_topology
 from ds_dgemma.engine.ds_config import zero_config
 from ds_dgemma.engine.open_model import DTYPES
+from ds_dgemma.errors import UserError
 from ds_dgemma.plan.inventory import Inventory, Parameter
 
 
@@ -129,8 +130,15 @@ def read_zero(deepspeed: dict[str, Any], dtype: torch.dtype) -> Zero:
 
 
 def read_shape(config: RunConfig, inventory: Inventory, length: int | None = None) -> Shape:
-    """The longest example that the config lets through, or one of `length` clean tokens."""
+    """The longest example that the config lets through, or one of `length` clean tokens.
+
+    Raises:
+        UserError: that is less than a canvas.
+    """
     clean, canvas = length or config.data.max_length, inventory.canvas_length
+    if clean < canvas:
+        setting = f"--length {length}" if length else f"data.max_length = {clean}"
+        raise UserError(f"{setting} is less than a canvas, {canvas} tokens: no example would fit. Set more.")
     wanted = config.objective.canvases_per_example
     most = max(1, clean // canvas)
     return Shape(clean=clean, canvases=most if wanted == "all" else min(wanted, most), canvas_length=canvas)

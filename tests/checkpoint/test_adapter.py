@@ -82,8 +82,26 @@ def test_merging_changes_what_is_adapted_and_copies_the_rest_bit_for_bit(base: P
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {f"model.decoder.{target.name}.weight" for target in targets}
     assert before.keys() == after.keys()
-    with pytest.raises(UserError, match="is the model itself"):
-        merge_adapter(str(base), tmp_path / "adapter", base)
+    for out in (base, base / "merged"):
+        with pytest.raises(UserError, match="is the model itself, or in its directory"):
+            merge_adapter(str(base), tmp_path / "adapter", out)
+
+
+@pytest.mark.parametrize(
+    ("factor", "value", "said"),
+    [(1.0, torch.nan, r"NaN or infinity as float16: that of \S+ does already"), (1e5, 1.0, "does not fit into it")],
+)
+def test_a_merge_that_makes_no_numbers_is_refused(factor: float, value: float, said: str, base: Path, tmp_path: Path):
+    half = tmp_path / "half"
+    shutil.copytree(base, half)
+    tensors = {name: tensor.half() for name, tensor in load_file(base / "model.safetensors").items()}
+    tensors["model.decoder.layers.1.self_attn.q_proj.weight"][0, 0] = value
+    save_file(tensors, half / "model.safetensors", metadata={"format": "pt"})
+    write_random_adapter(tmp_path / "adapter", half, target_modules=["1.self_attn.q_proj"])
+    change_tensors(lambda t: [f.mul_(factor) for f in t.values()])(tmp_path / "adapter")
+    with pytest.raises(UserError, match=rf"model\.decoder\.layers\.1\.self_attn\.q_proj\.weight would hold .*{said}"):
+        merge_adapter(str(half), tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_vllm_s_form_has_a_pair_for_every_expert_and_projection(base: Path, tmp_path: Path):
@@ -109,10 +127,19 @@ def test_vllm_s_form_has_a_pair_for_every_expert_and_projection(base: Path, tmp_
     assert not stored
 
 
-@pytest.mark.parametrize("settings", [{"target_parameters": EXPERTS}, {"target_modules": ["q_proj"]}])
-def test_vllm_s_form_cannot_be_continued(settings: dict, base: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"target_parameters": EXPERTS}, "is in vLLM's form"),
+        (
+            {"target_modules": ["q_proj"]},
+            "has factors for the decoder only: it is in vLLM's form, or was made without .*",
+        ),
+    ],
+)
+def test_vllm_s_form_cannot_be_continued(settings: dict, said: str, base: Path, tmp_path: Path):
     write_random_adapter(tmp_path / "adapter", base, "vllm", **settings)
-    with pytest.raises(UserError, match=r"^adapter \S+ is in vLLM's form. Export it again with --format peft.$"):
+    with pytest.raises(UserError, match=rf"^adapter \S+ {said}. Export it again with --format peft.$"):
         AdapterReader(tmp_path / "adapter", possible())
 
 
@@ -163,6 +190,28 @@ SPOILT = {
         change_settings(lora_alpha="x"),
         "adapter_config.json: lora_alpha = 'x': Input should be a valid num",
     ),
+    "no name": (change_settings(base_model_name_or_path=5), "base_model_name_or_path = 5, a name was expected"),
+    "some layers": (change_settings(layers_to_transform=0), "uses layers_to_transform: not supported"),
+    "factors that PEFT would not read": (
+        change_settings(target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]),
+        r"layers\.0\.mlp\.gate_proj has factors, but adapter_config.json's target_modules does not name it",
+    ),
+    "factors that PEFT would not read for the encoder": (
+        change_settings(target_modules=r"model\.decoder\..*(proj|experts)"),
+        r"layers\.0\.self_attn\.q_proj has factors, but adapter_config.json's target_modules does not name it",
+    ),
+    "experts that PEFT would not read": (
+        change_settings(target_parameters=["1.experts.gate_up_proj", "experts.down_proj"]),
+        r"layers\.0\.experts\.gate_up_proj has factors, but adapter_config.json's target_parameters does not",
+    ),
+    "factors that PEFT would miss": (
+        change_settings(target_modules="all-linear"),
+        r"layers\.0\.router\.proj has no factors, but adapter_config.json's target_modules names it",
+    ),
+    "no floating point": (
+        change_tensors(lambda t: t.update({QUERY: t[QUERY].int()})),
+        f"{QUERY} is I32, one of BF16, F16, F32, F64 was expected",
+    ),
     "a missing copy": (change_tensors(lambda t: t.pop(QUERY)), f"{QUERY} is missing"),
     "unequal copies": (
         change_tensors(lambda t: t[QUERY].add_(1e-6)),
@@ -185,7 +234,7 @@ SPOILT = {
 
 @pytest.mark.parametrize("what", SPOILT)
 def test_an_adapter_that_cannot_be_used_is_named(what: str, base: Path, tmp_path: Path):
-    write_random_adapter(tmp_path / "adapter", base)
+    write_random_adapter(tmp_path / "adapter", base, target_parameters=EXPERTS)
     spoil, said = SPOILT[what]
     spoil(tmp_path / "adapter")
     with pytest.raises(UserError, match=said):

@@ -88,6 +88,32 @@ def test_copies_of_tied_weights_do_not_outlive_training(model, tmp_path):
     assert torch.equal(loaded.lm_head.weight, tensors_of(out)["model.decoder.embed_tokens.weight"])
 
 
+def test_other_copies_of_the_old_weights_are_not_carried_over(model, tmp_path):
+    source = Path(shutil.copytree(model, tmp_path / "model"))
+    stale = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.safetensors.index.fp16.json", "q4.gguf")
+    kept = ("tokenizer.model", "preprocessor_config.json", "index.json", "README.md")
+    for name in (*stale, *kept, "tf_model.h5", "model.onnx"):
+        (source / name).write_bytes(b"old")
+    out = export_run(write_run(tmp_path / "run", source, "bf16"), tmp_path / "out")
+    names = {file.name for file in out.iterdir()}
+    assert names == {"config.json", "model.safetensors", ".ds_dgemma", *COMPANIONS, *kept}
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_encoder_scalars_that_are_missing_are_exported_as_the_decoders(dtype, model, tmp_path):
+    source = tmp_path / "without"
+    shutil.copytree(model, source, ignore=shutil.ignore_patterns("*.safetensors*"))
+    tensors = tensors_of(model)
+    twins = {name: name.replace("encoder.language_model", "decoder") for name in tensors if name.endswith("r_scalar")}
+    twins = {name: twin for name, twin in twins.items() if name != twin}
+    assert twins
+    save_file({name: tensor for name, tensor in tensors.items() if name not in twins}, source / "model.safetensors")
+    out = export_run(write_run(tmp_path / "run", source, "bf16"), tmp_path / "out", dtype=dtype)
+    exported = tensors_of(out)
+    assert exported.keys() == tensors.keys()
+    assert all(torch.equal(exported[name], tensors[twin].to(exported[name].dtype)) for name, twin in twins.items())
+
+
 def test_a_model_that_changed_since_a_checkpoint_is_neither_exported_nor_resumed(model, tmp_path):
     source = tmp_path / "base"
     shutil.copytree(model, source, ignore=shutil.ignore_patterns("*.safetensors*"))
@@ -148,14 +174,15 @@ def test_a_killed_export_leaves_the_old_one_and_the_next_cleans_up(run, tmp_path
     out = export_run(run, tmp_path / "out")
     old = files_of(out)
     export = start_export(run, out)
-    while not any((tmp_path / "out.partial").glob("*.safetensors")):
+    partial = tmp_path / ".out.ds_dgemma-partial"
+    while not any(partial.glob("*.safetensors")):
         assert export.poll() is None, "it ended before it could be killed"
         time.sleep(0.0005)
     export.send_signal(signal.SIGKILL)
     export.communicate()
-    assert (tmp_path / "out.partial").is_dir()
+    assert partial.is_dir()
     assert files_of(out) == old
-    (tmp_path / "out").rename(tmp_path / "out.old")  # as if killed while the new one took the old one's place
+    out.rename(tmp_path / ".out.ds_dgemma-old")  # as if killed while the new one took the old one's place
     export_run(run, out)
     assert files_of(out) == old
     assert {path.name for path in tmp_path.iterdir()} == {"run", "out"}
@@ -188,6 +215,23 @@ def test_somebodys_files_beside_an_old_export_are_not_lost(run, tmp_path):
     with pytest.raises(UserError, match=r"holds notes\.md"):
         export_run(run, out)
     assert files_of(out) == before
+
+
+def test_somebodys_directories_beside_the_place_of_an_export_are_neither_taken_nor_removed(run, tmp_path):
+    out = tmp_path / "out"
+    kept = [export_run(run, tmp_path / "out.old")]  # an export that was moved away
+    for name in ("out.partial", "out.lock", ".out.ds_dgemma-old"):
+        kept.append(tmp_path / name)
+        kept[-1].mkdir()
+        (kept[-1] / "notes.md").write_text("mine")
+    before = [files_of(directory) for directory in kept]
+    with pytest.raises(UserError, match=r"out could not be written: .*\.out\.ds_dgemma-old: Directory not empty"):
+        export_run(run, out)
+    assert [files_of(directory) for directory in kept] == before
+    shutil.rmtree(kept.pop())
+    export_run(run, out)
+    assert [files_of(directory) for directory in kept] == before[:-1]
+    assert out.is_dir()
 
 
 def test_a_model_that_was_not_exported_here_is_not_replaced(run, model, tmp_path):

@@ -5,11 +5,13 @@ import shutil
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import DiffusionGemmaForBlockDiffusion
 
 from ds_dgemma.checkpoint.export import merge_adapter
 from ds_dgemma.checkpoint.load import find_places, materialise, plain
@@ -119,6 +121,14 @@ def test_shards_under_an_index_give_what_one_file_gives(single: Path, sharded: P
         assert torch.equal(one[name], expected["model.decoder." + name])
     scalar = expected["model.encoder.language_model.layers.1.layer_scalar"]
     assert torch.equal(one["layers.1.encoder_layer_scalar"], scalar)
+
+
+def test_of_a_file_and_an_index_that_are_both_there_the_file_is_read_as_transformers_reads_it(single, sharded):
+    shutil.copy(single / SINGLE, sharded)
+    name = "model.decoder.norm.weight"
+    rewrite(sharded / SINGLE, lambda tensors: tensors[name].add_(1))
+    loaded: Any = DiffusionGemmaForBlockDiffusion.from_pretrained(sharded, dtype=torch.float32)
+    assert torch.equal(WeightReader(sharded).read(name), loaded.model.decoder.norm.weight)
 
 
 def test_every_parameter_is_given_memory_and_keeps_whether_it_trains(single: Path):

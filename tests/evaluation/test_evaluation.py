@@ -120,6 +120,25 @@ def test_a_checkpoint_without_the_encoders_scalars_is_refused(tmp_path: Path) ->
         load_generator(Source(str(tmp_path / "model")))
 
 
+@pytest.mark.parametrize(
+    ("prompt", "said"), [("12<|image|>", r"--prompt holds <\|image\|>"), ("what?", "no token for a part of it")]
+)
+def test_a_prompt_that_would_lose_a_part_is_refused(prompt: str, said: str, model: str, tmp_path: Path) -> None:
+    unreadable = Path(shutil.copytree(model, tmp_path / "unreadable"))
+    (unreadable / "model.safetensors").write_bytes(b"not weights")  # told before they are read
+    with pytest.raises(UserError, match=said):
+        answer_text(Source(str(unreadable)), prompt, seed=0)
+
+
+def test_a_model_that_has_diverged_is_told(model: str, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(model, tmp_path / "broken"))
+    weights = load_file(broken / "model.safetensors")
+    weights["model.decoder.norm.weight"].fill_(torch.nan)
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="broken answers with NaN or infinity"):
+        answer_text(Source(str(broken)), PUZZLE, seed=0)
+
+
 def test_peft_adds_an_adapter_and_answers_as_the_merged_model_does(tmp_path: Path, model: str, capsys) -> None:
     experts = ("experts.gate_up_proj", "experts.down_proj")
     write_random_adapter(tmp_path / "adapter", Path(model), target_parameters=experts)
@@ -133,14 +152,16 @@ def test_peft_adds_an_adapter_and_answers_as_the_merged_model_does(tmp_path: Pat
     assert "was made for" not in capsys.readouterr().err
 
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    strange = {"target_parameters": None, "base_model_name_or_path": "another/model"}
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**settings, **strange}))
+    settings["base_model_name_or_path"] = "another/model"
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
     warning = f"The adapter {tmp_path / 'adapter'} was made for another/model, here it is put on {model}.\n"
     merge_adapter(model, tmp_path / "adapter", tmp_path / "merged")
     assert warning in capsys.readouterr().err
-    with pytest.raises(UserError, match="does not fit this model"):
-        load_generator(Source(model, adapter=tmp_path / "adapter"))
+    load_generator(Source(model, adapter=tmp_path / "adapter"))
     assert warning in capsys.readouterr().err
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**settings, "target_parameters": None}))
+    with pytest.raises(UserError, match="target_parameters does not name it: PEFT would not read them"):
+        load_generator(Source(model, adapter=tmp_path / "adapter"))
 
 
 def test_an_adapter_that_cannot_be_used_is_refused_before_the_model_is_read(tmp_path: Path, model: str) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, DiffusionGemmaForBlockDiffusion
 
+from ds_dgemma.checkpoint.export import export_run
 from ds_dgemma.cli import main
 from ds_dgemma.config_file import load_config
 from ds_dgemma.data.batch import FirstPass
@@ -25,6 +27,8 @@ from ds_dgemma.plan.setup import Shape
 from tests.benchmarks.step import make_batch
 from tests.gpu import shapes
 from tests.gpu.real_shapes import step_flops
+from tests.reference.adapters import write_random_adapter
+from tests.reference.trained_run import write_run
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
@@ -103,6 +107,19 @@ def test_a_verdict_holds_for_the_setup_that_it_names(tmp_path):
     assert f"{sum(memory.host.values()) * setup.gpus / GIB:.0f} GiB of a node's host memory)" in verdict(offloaded)
 
 
+def test_less_than_a_canvas_is_refused_as_training_would(tmp_path):
+    with pytest.raises(UserError, match=r"data\.max_length = 255 is less than a canvas, 256 tokens"):
+        plan(tmp_path, "data.max_length=255")
+    assert plan(tmp_path, "data.max_length=256").shape.clean == 256
+
+
+def test_a_micro_batch_of_any_size_is_divided(tmp_path):
+    found = plan(tmp_path, "train.global_batch_size=10000000", "train.micro_batch_size=10000000", gpus=1)
+    assert found.nearest is not None
+    _, setup, _ = found.nearest
+    assert found.setup.global_batch_size % (setup.micro_batch_size * setup.gpus) == 0
+
+
 def test_a_group_that_training_would_refuse_is_refused(tmp_path):
     lora = "lora={r: 8, target_parameters: [experts.down_proj]}"
     for match in ("*.lora_B", "*.experts.down_proj.lora_A"):
@@ -151,6 +168,25 @@ def test_a_proposal_of_zero3_needs_what_that_json_needs(offload, gpu_memory, tmp
     settings = [change.replace(": ", "=") for change in changes if re.match(r"(train|parallel)\.", change)]
     advised = plan(tmp_path, f"deepspeed={tmp_path / 'advised.json'}", *settings, gpus=setup.gpus)
     assert (advised.setup, advised.memory) == (setup, memory)
+
+
+@pytest.mark.parametrize("settings", [{"target_parameters": ["experts.down_proj"]}, {"target_modules": "all-linear"}])
+def test_the_export_of_an_adapter_is_as_large_as_planned(settings, sudoku_run, tmp_path):
+    write_random_adapter(tmp_path, sudoku_run.parent / "model", **settings)  # some of it for the decoder alone
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    config = load_config(sudoku_run, [f"lora={json.dumps({'r': 4, **settings})}", "parallel.grouped_matmul=off"])
+    found = make_plan(config, 1, Limits(80, None, 8), MACHINE)
+    assert found.disk["export"] == sum(tensor.nbytes for tensor in written.values())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_export_of_a_model_is_as_large_as_planned(precision, sudoku_run, tmp_path):
+    out = export_run(write_run(tmp_path / "run", sudoku_run.parent / "model", precision), tmp_path / "out")
+    written = load_file(out / "model.safetensors")
+    config = load_config(sudoku_run, [f"train.precision={precision}", "model.train_router=true"])
+    found = make_plan(config, 1, Limits(80, None, 8), MACHINE)
+    buffers = sum(tensor.nbytes for name, tensor in written.items() if name.endswith("layer_scalar"))
+    assert found.disk["export"] == sum(tensor.nbytes for tensor in written.values()) - buffers
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -220,6 +256,9 @@ def test_the_command_prints_a_table_or_json(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["fits"]
     assert found["gpu"]["peak_bytes"] < found["gpu"]["needed_bytes"] < 80 * GIB
+    with pytest.raises(SystemExit):
+        main([*common, "--length", str(10**21)])
+    assert "above 0 and at most" in capsys.readouterr().err
     assert main([*common, "--gpus", "4"]) == 2  # EP 8 on 4 ranks
     assert "does not divide 4 ranks" in capsys.readouterr().err
     assert main([*common[:3], "--gpu-memory", "24"]) == 1
