@@ -65,6 +65,7 @@ def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tra
     create_moments(engine, 0)  # before the first step, or a checkpoint after skipped ones would find none
     if prepared.resumed:
         restore(engine, ranks, prepared.resumed)
+        prepared.resumed.close()
         count_steps_done(engine, prepared.start)
     elif prepared.model.adapters and prepared.model.adapters.continued:
         continue_adapter(engine, ranks, prepared.model.adapters.continued)

@@ -149,6 +149,10 @@ class StateReader:
         """Elements of a logical tensor."""
         return max(stop for _, stop, _ in self._pieces[name])
 
+    def close(self) -> None:
+        """Let go of the files: while they are open, a checkpoint that is removed gives no room back."""
+        self._pieces.clear()
+
     def check_fits(self, sizes: dict[str, int]) -> None:
         """Refuse a state of other tensors than `sizes`, the elements of every logical tensor that is trained.
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -168,6 +169,16 @@ def look(rank: int, root: Path) -> tuple[int, list[str]]:
     found, problems = newest(root)
     assert found is not None
     return found.checkpoint.step, problems
+
+
+def test_a_reader_that_is_closed_holds_no_space(root):
+    reader = newest(root)[0]
+    assert reader is not None
+    held = lambda: [one for one in psutil.Process().memory_maps() if one.path.startswith(str(root))]  # noqa: E731
+    assert reader.read("model.a", "fp32").shape == (SIZE,)
+    assert held()
+    reader.close()
+    assert not held()
 
 
 @pytest.mark.parametrize("file", [0, 5])  # the first rank's share, and the last one's
