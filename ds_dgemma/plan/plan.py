@@ -17,6 +17,7 @@ from ds_dgemma.engine.ds_config import deepspeed_config, read_json
 from ds_dgemma.engine.trainable import all_names, check_groups, check_router_balance, check_stage, trained_names
 from ds_dgemma.errors import UserError
 from ds_dgemma.model.spec import read_spec, text_spec
+from ds_dgemma.model.stack import DiffusionGemmaStack
 from ds_dgemma.plan.activations import StackActivations, trace
 from ds_dgemma.plan.cost import Cost, Machine, bytes_on_disk, cost
 from ds_dgemma.plan.inventory import Inventory, build_stack_for, take_inventory
@@ -27,6 +28,7 @@ RELEASED = "google/diffusiongemma-26B-A4B-it"
 RELEASED_SHAPES = Path(__file__).with_name("released_26b.json")
 ZERO3 = Path(__file__).parents[2] / "ds_configs" / "zero3.json"  # what a change of stage is advised as
 MOST_GPUS = 64
+SMALL_CHUNK = 64  # MiB of logits: less would not help, and slow a run down
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Plan:
     disk: dict[str, int]
     problems: tuple[str, ...]  # why it does not fit; empty: it fits
     nearest: tuple[tuple[str, ...], Setup, Memory] | None  # what to change, when it does not
+    advice: str  # what else could help, when nothing near fits
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ def make_plan(config: RunConfig, gpus: int, limits: Limits, machine: Machine, le
     subject = _Subject(inventory, activations, shape, limits, config.objective.logits_chunk_mib)
     needed = subject.memory(setup)
     problems = _problems(needed, setup, limits)
+    nearest = _nearest(subject, setup) if problems else None
     return Plan(
         source=source,
         inventory=inventory,
@@ -97,7 +101,8 @@ def make_plan(config: RunConfig, gpus: int, limits: Limits, machine: Machine, le
         cost=cost(inventory, setup, shape, config, machine),
         disk=bytes_on_disk(inventory, config),
         problems=problems,
-        nearest=_nearest(subject, setup) if problems else None,
+        nearest=nearest,
+        advice=_advice(subject, stack, setup) if problems and nearest is None else "",
     )
 
 
@@ -145,6 +150,25 @@ def _nearest(subject: _Subject, setup: Setup) -> tuple[tuple[str, ...], Setup, M
         if not _problems(needed, candidate, subject.limits):
             best, least = (changes, candidate, needed), effort
     return best
+
+
+def _advice(subject: _Subject, stack: DiffusionGemmaStack, setup: Setup) -> str:
+    """What of the config is to blame where no setup near fits; the GPU's size when nothing of it is."""
+    shape = Shape(subject.shape.canvas_length, 1, subject.shape.canvas_length)
+    shortest = {"shape": shape, "activations": trace(stack, shape.tokens, setup.dtype)}
+    small_chunk = {"chunk_mib": min(SMALL_CHUNK, subject.chunk_mib)}
+    length, chunk = (
+        f"data.max_length below {subject.shape.clean}",
+        f"objective.logits_chunk_mib below {subject.chunk_mib}",
+    )
+    for advice, smaller in (
+        (chunk, small_chunk),
+        (length, shortest),
+        (f"{length} and {chunk}", shortest | small_chunk),
+    ):
+        if _nearest(replace(subject, **smaller), setup):
+            return f"set {advice}"
+    return "take GPUs of more memory"
 
 
 def _variants(subject: _Subject, setup: Setup) -> Iterator[tuple[tuple[str, ...], float, Setup]]:

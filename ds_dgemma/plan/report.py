@@ -57,8 +57,7 @@ def verdict(plan: Plan) -> str:
     text = f"Does not fit on {on}: {'; '.join(plan.problems)}."
     if plan.nearest is None:
         return (
-            f"{text} Nothing near it does, on up to {MOST_GPUS} GPUs of this size: set data.max_length below "
-            f"{plan.shape.clean}, or train less of it."
+            f"{text} Nothing near it does, on up to {MOST_GPUS} GPUs of this size: {plan.advice}, or train less of it."
         )
     changes, setup, memory = plan.nearest
     lines = "".join(f"\n  {change}" for change in changes)

@@ -263,8 +263,20 @@ def test_the_command_prints_a_table_or_json(tmp_path, capsys):
     assert "does not divide 4 ranks" in capsys.readouterr().err
     assert main([*common[:3], "--gpu-memory", "24"]) == 1
     assert re.search(r"Does not fit on 8 GPUs of 24 GiB", capsys.readouterr().out)
-    assert main([*common[:3], "--length", "512", "--gpu-memory", "3"]) == 1
-    assert "set data.max_length below 512" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("length", "chunk", "gpu_memory", "advice"),
+    [
+        (32768, 256, 12, "set data.max_length below 32768,"),
+        (4096, 20000, 24, "set objective.logits_chunk_mib below 20000,"),
+        (32768, 20000, 12, "set data.max_length below 32768 and objective.logits_chunk_mib below 20000,"),
+        (512, 256, 3, "take GPUs of more memory,"),
+    ],
+)
+def test_where_nothing_near_fits_what_is_to_blame_is_named(length, chunk, gpu_memory, advice, tmp_path):
+    settings = [f"data.max_length={length}", f"objective.logits_chunk_mib={chunk}"]
+    assert f"GPUs of this size: {advice} or train less" in verdict(plan(tmp_path, *settings, gpu_memory=gpu_memory))
 
 
 READY = sorted(path for path in (ROOT / "ds_configs" / "runs").glob("*.yaml") if "ds-dgemma plan" in path.read_text())
