@@ -33,6 +33,9 @@ from ds_dgemma.errors import UserError, first_line, one_line_each
 # Settings that leave the numbers of a run alone; every other one is fixed by the run directory's config.yaml.
 MAY_CHANGE_WITHIN_A_RUN = (
     "run",
+    "model.path",  # another place of the same model: its digest is compared, as the data's is
+    "model.revision",
+    "data.train",
     "data.validation",
     "data.validation_split",
     "data.workers",

@@ -79,7 +79,7 @@ def find_start(config: RunConfig) -> Start:
         raise UserError(
             f"run.dir: {directory} holds a run, and run.resume is never. Choose another run.dir, or resume."
         )
-    if used and (problems := same_run_problems(read_yaml(directory / CONFIG), config)):
+    if used and (problems := same_run_problems(_settings(directory / CONFIG), config)):
         advice = "Choose another run.dir for another run, or set these back."
         raise one_line_each(f"{directory}, which belongs to another config", problems, advice)
     if not used and (any((directory / CHECKPOINTS).glob("step-*")) or (directory / METRICS).exists()):
@@ -89,6 +89,16 @@ def find_start(config: RunConfig) -> Start:
     if config.run.resume in ("auto", "never"):
         return Start(*newest(directory / CHECKPOINTS))
     return _named_start(Path(config.run.resume), directory / CHECKPOINTS, config.train.max_steps)
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        return read_yaml(path)
+    except UserError as error:
+        raise UserError(
+            f"run.dir: {error} It is this run's record of its settings: put it back (a copy of the run's YAML with "
+            "every --set written out does), or choose another directory."
+        ) from error
 
 
 def _named_start(path: Path, own: Path, max_steps: int) -> Start:
@@ -190,11 +200,7 @@ def mark_complete(directory: Path, step: int) -> None:
     path = directory / COMPLETE
     try:
         if not path.is_file() or path.read_text() != text:
-            beside = path.with_name(path.name + ".tmp")
-            beside.write_text(text)
-            flush(beside)
-            beside.replace(path)
-            sync_directory(directory)
+            _replace(path, text)
     except OSError as error:
         raise UserError(f"run.dir: {directory} cannot be written: {told(error)}.") from error
 
@@ -215,6 +221,12 @@ def mark_unfinished(directory: Path) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
+    """Write a file durably, whole or not at all."""
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text)
-    beside.replace(path)
+    try:
+        beside.write_text(text)
+        flush(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    sync_directory(path.parent)

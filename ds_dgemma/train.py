@@ -136,17 +136,17 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def open_tracker(config: RunConfig, ranks: RankLayout, start: int) -> Tracker:
+def open_tracker(config: RunConfig, ranks: RankLayout, start: int, stop: StopRequest) -> Tracker:
     """Rank 0's sinks; the metrics file is cut back to the step that the run continues from."""
     if not ranks.is_main:
-        return Tracker([])
+        return Tracker([], stop.wish)
     sinks: list[Sink] = [
-        JsonlSink(config.run.dir / METRICS, keep_through_step=start),
+        JsonlSink(config.run.dir / METRICS, start, patient=config.checkpoint.on_error == "continue"),
         ConsoleSink(config.train.max_steps, start, config.tracking.console_every),
     ]
     if config.tracking.wandb.mode != "disabled":
         sinks.append(WandbSink(config.tracking.wandb, config.run.dir, config.model_dump(mode="json")))
-    return Tracker(sinks)
+    return Tracker(sinks, stop.wish)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -202,7 +202,7 @@ def run(config: RunConfig, ranks: RankLayout, stop: StopRequest) -> int:
             write_settings(config, prepared.deepspeed)
             if prepared.start < last:
                 mark_unfinished(config.run.dir)
-        tracker = open_tracker(config, ranks, prepared.start)
+        tracker = open_tracker(config, ranks, prepared.start, stop)
     if ranks.is_main and prepared.start >= last:
         print(f"{config.run.dir} is complete at step {prepared.start}: nothing is left to train", flush=True)
     with lock:

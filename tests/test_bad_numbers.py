@@ -39,7 +39,7 @@ def records(run_dir: Path, kind: str) -> list[dict]:
 
 
 @slow
-def test_a_bad_loss_on_one_rank_leaves_one_update_out_on_all_and_replays(sudoku_run, tmp_path):
+def test_a_bad_loss_on_one_rank_leaves_one_update_out_on_all_and_replays(sudoku_run, tmp_path, capsys):
     run_dir = tmp_path / "poisoned"
     poisoned = ("tests.poisoned", "loss", str(BAD))
     seen = train(sudoku_run, run_dir, RUN, processes=2, program=(*poisoned, "train"))
@@ -76,6 +76,14 @@ def test_a_bad_loss_on_one_rank_leaves_one_update_out_on_all_and_replays(sudoku_
         if line.startswith("rank") and "nan" not in line:
             now, then = line.split()[5], line.split()[-1].rstrip(")")
             assert float(now) == pytest.approx(float(then), abs=2e-4)
+
+    checkpoint = moved / "checkpoints/step-000002"  # NaN of a damaged checkpoint would be no reproduction
+    file = next(checkpoint.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 0x40
+    file.write_bytes(content)
+    assert main(["replay", str(moved / "replay/step-000003.json"), "--checkpoint", str(checkpoint)]) == EXIT_USER_ERROR
+    assert "step-000002 is damaged" in capsys.readouterr().err
 
 
 @slow

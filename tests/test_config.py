@@ -221,6 +221,7 @@ def test_a_topology_that_does_not_fit_is_told_with_those_that_do(overrides, rank
         ("model.freeze=['*']", "model.freeze: run directory has []"),
         ("optimizer.groups=[{match: '*', lr: 1}]", "optimizer.groups: run directory has []"),
         ("run.resume=never", None),
+        ("model.path=elsewhere", None),
         ("train.micro_batch_size=1", None),
         ("parallel.expert_parallel_size=8", None),
         ("objective.logits_chunk_mib=1", None),

@@ -84,6 +84,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         UserError: missing, unreadable, or a file missing, superfluous, or of another size than was written.
     """
     state = read_state(path)
+    if (named := _STEP.fullmatch(path.name)) and int(named[1]) != state["step"]:
+        raise UserError(f"checkpoint {path} is of step {state['step']}. Give it its name back, or move it away.")
     check_sizes(path, state["files"])
     return Checkpoint(path, int(state["step"]), state)
 

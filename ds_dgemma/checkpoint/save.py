@@ -180,4 +180,4 @@ def _fresh(directory: Path) -> None:
     """Make an empty directory, in the room that killed writers took."""
     for debris in directory.parent.glob(f"step-*{PARTIAL}"):
         shutil.rmtree(debris, ignore_errors=True)
-    directory.mkdir(parents=True)
+    directory.mkdir()  # not its parents: a run directory that was moved or unmounted is not made again elsewhere

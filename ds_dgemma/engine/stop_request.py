@@ -78,6 +78,10 @@ class StopRequest:
         elif now - self._asked > ONE_WISH_SECONDS:
             self.leave(128 + number, f"ended by a second signal ({number.name}), without a checkpoint")
 
+    def wish(self, reason: str) -> None:
+        """Ask for a stop at the end of this step, for a reason that is no signal."""
+        self.reason = self.reason or reason
+
     def agreed(self, ranks: RankLayout) -> bool:
         """Whether any rank wishes to stop; a collective."""
         return sum_over_ranks([float(self.reason is not None)], ranks.device)[0] > 0

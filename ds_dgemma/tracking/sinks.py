@@ -9,8 +9,7 @@ import secrets
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,17 +38,23 @@ class Sink(Protocol):
 
 
 class Tracker:
-    """Every sink in turn; a context, so that terminal and files are left in order however a run ends."""
+    """Every sink in turn; a context, so that terminal and files are left in order however a run ends.
 
-    def __init__(self, sinks: Sequence[Sink]) -> None:
-        self._sinks = sinks
+    What a sink refuses is told to `refused`, for a rank that left a step here would leave the others in it.
+    """
+
+    def __init__(self, sinks: Sequence[Sink], refused: Callable[[str], None]) -> None:
+        self._sinks, self._refused = sinks, refused
 
     def track(self, record: StepMetrics | Record) -> None:
         """Hand a step's metrics, or a record of another kind, to every sink."""
         flat = asdict(record) if isinstance(record, StepMetrics) else dict(record)
         flat = {name: value for name, value in flat.items() if value is not None}
         for sink in self._sinks:
-            sink.write(flat)
+            try:
+                sink.write(flat)
+            except UserError as error:
+                self._refused(str(error))
 
     def __enter__(self) -> "Tracker":
         return self
@@ -60,32 +65,65 @@ class Tracker:
 
 
 class JsonlSink:
-    """Appends to `metrics.jsonl`; a line is with the kernel, safe from SIGKILL, when `write` returns."""
+    """Appends to `metrics.jsonl`, whole lines only; a line is with the kernel, safe from SIGKILL, when `write` returns.
 
-    def __init__(self, path: Path, keep_through_step: int) -> None:
-        self._path = path
+    A line that the disk refuses is kept and tried again with the next and at the end. `patient` says so and goes on;
+    otherwise `write` raises, for a run that is not recorded does not go on.
+    """
+
+    def __init__(self, path: Path, keep_through_step: int, patient: bool = False) -> None:
+        self._path, self._patient = path, patient
+        self._pending: list[str] = []
         try:
             if path.exists():
                 _cut_back(path, keep_through_step)
-            self._file = path.open("a", encoding="utf-8")
+            self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise UserError(f"metrics cannot be written: {path}: {error.strerror}.") from error
 
     def write(self, record: Record) -> None:
-        """Append one line; a run that is not recorded does not go on."""
+        """Append one line, after those that were refused before.
+
+        Raises:
+            UserError: the disk refuses.
+        """
+        self._pending.append(to_line(record))
         try:
-            self._file.write(to_line(record))
-            self._file.flush()
+            self._append("".join(self._pending).encode())
         except OSError as error:
-            raise UserError(
-                f"metrics cannot be written: {self._path}: {error.strerror}. Make room and start again: the run "
-                "continues from its newest checkpoint."
-            ) from error
+            if not self._patient:
+                raise self._refused(error) from error
+            if len(self._pending) == 1:
+                print(f"warning: {self._refused(error)} Kept until then.", file=sys.stderr, flush=True)
+        else:
+            self._pending.clear()
 
     def close(self, failed: bool) -> None:
-        """Close the file."""
-        with suppress(OSError):  # the line that a full disk refused is still in the buffer
+        """Close the file.
+
+        Raises:
+            UserError: a run that went on could not write its last lines.
+        """
+        try:
+            if self._pending:
+                self._append("".join(self._pending).encode())
+        except OSError as error:
+            if self._patient and not failed:
+                raise self._refused(error) from error
+        finally:
             self._file.close()
+
+    def _append(self, data: bytes) -> None:
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            while data:  # a disk that fills up takes a part
+                data = data[self._file.write(data) :]
+        except OSError:
+            self._file.truncate(end)
+            raise
+
+    def _refused(self, error: OSError) -> UserError:
+        return UserError(f"metrics cannot be written: {self._path}: {error.strerror}. Make room.")
 
 
 def _cut_back(path: Path, keep_through_step: int) -> None:

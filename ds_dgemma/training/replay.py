@@ -5,6 +5,7 @@ step followed it they are not the very ones that the step had.
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from ds_dgemma.checkpoint.run_state import Checkpoint, StateReader, check_same_model, open_checkpoint
+from ds_dgemma.checkpoint.run_state import Checkpoint, StateReader, check_same_model, open_state
 from ds_dgemma.checkpoint.weights import local_directory, model_digest
 from ds_dgemma.config import RunConfig
 from ds_dgemma.config_file import read_yaml
@@ -123,7 +124,7 @@ def replay(file: Path, checkpoint: Path | None = None, from_model: bool = False)
     if model_digest(directory) != step.model_digest:
         raise UserError(f"model.path: {config.model.path} has changed since {file} was written. Restore it.")
     if trained is not None:
-        check_same_model(config.model.path, step.model_digest, trained)
+        check_same_model(config.model.path, step.model_digest, trained.checkpoint)
     spec = read_spec(str(directory))
     text = text_spec(spec)
     tokenizer = load_tokenizer(directory, text.vocab_size)
@@ -133,11 +134,12 @@ def replay(file: Path, checkpoint: Path | None = None, from_model: bool = False)
     corruption = Corruption.of(step.seed, config.objective, text.vocab_size, text.pad_token_id or 0)
     batches = [_batch(seen, examples, corruption, file) for seen in step.micro_batches]
     model = outline_run(config, spec, directory, ranks, trained is not None)
+    if trained is not None:
+        trained.check_fits(model.trained_sizes(ranks))
     with _alone(ranks, config):
-        reader = StateReader(trained) if trained else None
-        stack = fill_model(model, ranks, {}, config.train.precision, reader, config.seed)
+        stack = fill_model(model, ranks, {}, config.train.precision, trained, config.seed)
         objective = DenoisingObjective(stack, config.objective.logits_chunk_mib)
-        print(_heading(step, config, trained))
+        print(_heading(step, config, trained.checkpoint if trained else None))
 
         def make(one: SeenExample) -> tuple[Batch, str]:
             where = conversations.where(row_of(one.id, config.data.assistant_turns))
@@ -200,19 +202,22 @@ def _config(step: SkippedStep, file: Path) -> RunConfig:
     return config.model_copy(update={"run": config.run.model_copy(update={"dir": path.parent})})
 
 
-def _weights(step: SkippedStep, config: RunConfig, chosen: Path | None) -> Checkpoint | None:
-    """The checkpoint to read; None for the model."""
+def _weights(step: SkippedStep, config: RunConfig, chosen: Path | None) -> StateReader | None:
+    """The checkpoint to read, whole to its last bit; None for the model."""
     if chosen is not None:
-        return open_checkpoint(chosen)
-    newest = next(iter(checkpoints_until(config.run.dir, step.step)), step.checkpoint)
-    if newest is None:  # there was none yet
+        return open_state(chosen)
+    candidates = checkpoints_until(config.run.dir, step.step) or ([step.checkpoint] if step.checkpoint else [])
+    for path in candidates:
+        try:
+            return open_state(path)
+        except UserError as error:
+            print(f"warning: {error}", file=sys.stderr, flush=True)
+    if not candidates:  # there was none yet
         return None
-    if not newest.is_dir():
-        raise UserError(
-            f"no checkpoint from before step {step.step} is left in {config.run.dir}. Name one with --checkpoint, or "
-            "say --model for the weights that the run started from."
-        )
-    return open_checkpoint(newest)
+    raise UserError(
+        f"no whole checkpoint from before step {step.step} is left in {config.run.dir}. Name one with --checkpoint, or "
+        "say --model for the weights that the run started from."
+    )
 
 
 def _batch(seen: SeenMicroBatch, examples: ExampleSet, corruption: Corruption, file: Path) -> Batch:

@@ -54,6 +54,7 @@ def whole(name: str, kind: str) -> torch.Tensor:
 def write(rank: int, root: Path, steps: tuple[int, ...], world: int = 1, full: bool = False) -> None:
     """Save steps, a tensor a file; with `full` the last rank finds its quota used up in the midst of the last step."""
     saving.FILE_BYTES = 1
+    root.mkdir(parents=True, exist_ok=True)
     bounds = (rank * SIZE // world, (rank + 1) * SIZE // world)
     for step in steps:
         refused = full and step == steps[-1] and rank == world - 1
@@ -125,6 +126,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "state.json is not what was written",
     ),
+    "another step's name": (lambda step: step.rename(step.with_name("step-000012")), "step-000012 is of step 8"),
     "a file elsewhere": (
         lambda step: remake(step, lambda files: files.update({f"../{step.name}/x.safetensors": files.popitem()[1]})),
         "Refused",
@@ -146,7 +148,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_one_line(damage, root):
     assert found.checkpoint.step == 4
     (problem,) = problems
     assert said in problem
-    assert "step-000008" in problem
+    assert problem.startswith(f"checkpoint {root}/step-0000")
     assert "\n" not in problem
     assert contents(root / "step-000004") == older
     with pytest.raises(UserError, match="step-000008"):

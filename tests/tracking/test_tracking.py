@@ -21,6 +21,7 @@ from ds_dgemma.errors import UserError
 from ds_dgemma.tracking.metrics import StepMetrics, memory_gib, read_lines
 from ds_dgemma.tracking.plots import plot_runs, smooth
 from ds_dgemma.tracking.sinks import ConsoleSink, JsonlSink, Tracker, WandbSink
+from tests.training import REPOSITORY
 
 NAMES = "step loss loss_diffusion loss_ar grad_norm lr samples tokens seconds tokens_per_second memory_gib"
 
@@ -30,7 +31,7 @@ def metrics(step: int, loss: float = 1.5) -> StepMetrics:
 
 
 def write_steps(path: Path, steps: range) -> None:
-    with Tracker([JsonlSink(path, keep_through_step=steps.start - 1)]) as tracker:
+    with Tracker([JsonlSink(path, keep_through_step=steps.start - 1)], pytest.fail) as tracker:
         for step in steps:
             tracker.track(metrics(step))
 
@@ -43,6 +44,30 @@ def test_a_step_is_written_under_the_fixed_names(tmp_path: Path) -> None:
     write_steps(tmp_path / "metrics.jsonl", range(1, 2))
     assert list(json.loads((tmp_path / "metrics.jsonl").read_text())) == NAMES.split()
     assert [field.name for field in fields(StepMetrics)] == [*NAMES.split(), "loss_router"]  # written where it is on
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from ds_dgemma.tracking.sinks import JsonlSink, Tracker
+path, patient, refusals = Path(sys.argv[1]), sys.argv[2] == "patient", []
+tracker = Tracker([JsonlSink(path, 0, patient)], refusals.append)
+for step in range(1, 9):
+    room = 100 if 3 <= step <= 6 else resource.RLIM_INFINITY  # as a disk that fills up and gets room again
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    tracker.track({"step": step, "loss": 0.5, "text": "x" * 20})
+tracker.__exit__(None)
+print(len(refusals))
+"""
+
+
+@pytest.mark.parametrize(("patience", "refused"), [("patient", 0), ("impatient", 4)])
+def test_a_line_that_a_full_disk_refuses_is_told_and_written_later_whole(patience, refused, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" + FULL]
+    ended = subprocess.run([*command, tmp_path / "m.jsonl", patience], capture_output=True, text=True, cwd=REPOSITORY)
+    assert (ended.returncode, ended.stdout) == (0, f"{refused}\n"), ended.stderr
+    assert ended.stderr.count("metrics cannot be written") == (1 if patience == "patient" else 0)
+    assert steps_in(tmp_path / "m.jsonl") == list(range(1, 9))
 
 
 def test_floats_come_back_bit_for_bit(tmp_path: Path) -> None:
@@ -59,7 +84,7 @@ def test_floats_come_back_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_a_line_stays_valid_json_when_the_loss_is_not_finite(tmp_path: Path) -> None:
-    with Tracker([JsonlSink(tmp_path / "m.jsonl", 0)]) as tracker:
+    with Tracker([JsonlSink(tmp_path / "m.jsonl", 0)], pytest.fail) as tracker:
         tracker.track(metrics(1, loss=float("-inf")))
 
     def refuse(constant: str) -> None:
@@ -111,7 +136,7 @@ def test_a_killed_process_has_written_every_step_it_reported(tmp_path: Path) -> 
 
 
 def test_without_a_terminal_the_console_gets_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    with Tracker([ConsoleSink(total_steps=25, start_step=3, every=10)]) as tracker:
+    with Tracker([ConsoleSink(total_steps=25, start_step=3, every=10)], pytest.fail) as tracker:
         for step in range(4, 26):
             tracker.track(metrics(step))
         tracker.track({"kind": "validation", "step": 25, "loss_diffusion": 0.125})
@@ -136,7 +161,7 @@ def test_on_a_terminal_the_console_shows_a_bar_with_losses_speed_and_time_left(m
     leader, follower = os.openpty()
     with os.fdopen(follower, "w") as terminal:
         monkeypatch.setattr(sys, "stdout", terminal)
-        with Tracker([ConsoleSink(total_steps=3, start_step=0, every=1)]) as tracker:
+        with Tracker([ConsoleSink(total_steps=3, start_step=0, every=1)], pytest.fail) as tracker:
             for step in (1, 2, 3):
                 tracker.track(metrics(step))
         monkeypatch.undo()
@@ -156,7 +181,7 @@ def test_wandb_offline_keeps_the_run_id_and_survives_a_step_it_has_seen(tmp_path
         monkeypatch.setenv(name, secret)
     config = WandbSection(mode="offline", project="tests")
     for steps in (range(1, 6), range(3, 8)):  # the second one resumed from step 2
-        with Tracker([WandbSink(config, tmp_path, {"seed": 1, "train": {"max_steps": 7}})]) as tracker:
+        with Tracker([WandbSink(config, tmp_path, {"seed": 1, "train": {"max_steps": 7}})], pytest.fail) as tracker:
             for step in steps:
                 tracker.track(metrics(step))
                 tracker.track({"kind": "validation", "step": step, "loss": 1.0})
