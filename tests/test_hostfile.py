@@ -1,5 +1,6 @@
 """Several nodes: a hostfile that cannot work is refused before anything starts, and two nodes train as one machine."""
 
+import json
 import os
 import re
 import shlex
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from base64 import urlsafe_b64decode
 from pathlib import Path
 
 import psutil
@@ -18,7 +20,7 @@ from ds_dgemma.engine.hostfile import read_hostfile, select_hosts
 from ds_dgemma.errors import UserError
 from ds_dgemma.launch.environment import environment_files, for_pdsh, rank_environment, write_for_deepspeed
 from ds_dgemma.launch.job import Nodes
-from ds_dgemma.launch.multinode import plan
+from ds_dgemma.launch.multinode import Plan, commands, plan
 from ds_dgemma.launch.nodes import Expected, check_nodes
 from tests.nodes import HOSTS, ssh_config, steady_port  # noqa: F401 (a fixture)
 from tests.training import REPOSITORY, read_metrics, train
@@ -46,6 +48,7 @@ def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (b"node1 slots=8\nnode2 slots=\n", "hosts:2: .* has slots=: a whole number"),
         (b"node1 slots=-1\n", "has slots=-1: a whole number"),
         (b"node1 slots=8GPUs\n", "has slots=8GPUs: a whole number"),
+        (b"node1 slots=" + b"9" * 5000 + b"\n", "has slots=9{20}: a whole number"),
         (b"node1 slots=0\n", "has no slots: a host without ranks is left out"),
         (b"node1 slots=1\nnode1 slots=1\n", "hosts:2: .* a host that an earlier line has: node1"),
         (b"me@node1 slots=1\n", "no name of a host: 'me@node1'"),
@@ -72,12 +75,31 @@ def test_a_good_hostfile_means_what_deepspeed_reads(tmp_path: Path) -> None:
     hosts = read_hostfile(tmp_path / "hosts")
     assert hosts == _parse_hostfile(text.splitlines())
     assert list(hosts) == ["node1", "node-2.cluster", "10.0.0.3"]
-    assert select_hosts(hosts, include="10.0.0.3:0,2@node1") == {"node1": 8, "10.0.0.3": 2}
-    assert select_hosts(hosts, exclude="node1") == {"node-2.cluster": 4, "10.0.0.3": 16}
-    assert select_hosts(hosts, num_nodes=2, num_gpus=4) == {"node1": 4, "node-2.cluster": 4}
+    assert select_hosts(hosts, include="10.0.0.3:0,2@node1") == {"node1": [*range(8)], "10.0.0.3": [0, 2]}
+    assert select_hosts(hosts, exclude="node1@10.0.0.3:0") == {
+        "node-2.cluster": [*range(4)],
+        "10.0.0.3": [*range(1, 16)],
+    }
+    assert select_hosts(hosts, num_nodes=2, num_gpus=2) == {"node1": [0, 1], "node-2.cluster": [0, 1]}
+    assert select_hosts(hosts) == {host: [*range(slots)] for host, slots in hosts.items()}
     for wrong in ({"include": "node9"}, {"num_gpus": 5}, {"num_nodes": 4}, {"include": "node1", "num_gpus": 1}):
         with pytest.raises(UserError, match="--"):
             select_hosts(hosts, **wrong)
+    for wrong in ("node1:a", "node1:", "node1:0-3", "node1:0:1", f"node1:{'9' * 5000}"):
+        with pytest.raises(UserError, match="is not NODE, all slots of a host, or NODE:0,2"):
+            select_hosts(hosts, include=wrong)
+
+
+def job_over(launcher: str, slots: dict[str, list[int]]) -> Plan:
+    return Plan(launcher, slots, "node1", 29500, Nodes(tuple(slots)), {"UCX_TLS": "rc"}, [], ["--config", "C"])
+
+
+def test_ssh_starts_the_slots_that_were_chosen() -> None:
+    """By the description of the job that DeepSpeed's per-node launcher reads its GPUs from."""
+    chosen = select_hosts({"node1": 8, "node2": 8}, include="node1:4,5@node2:6")
+    with commands(job_over("ssh", chosen), "job") as (lines, _):
+        encoded = [re.findall(r"--world_info=(\S+)", line[-1])[0] for line in lines]
+    assert [json.loads(urlsafe_b64decode(text)) for text in encoded] == 2 * [{"node1": [4, 5], "node2": [6]}]
 
 
 def test_what_pdsh_is_given_arrives_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +181,7 @@ def test_a_node_that_is_not_like_the_others_is_told(ssh_config: Path, tmp_path: 
             **expected,
         }
         try:
-            check_nodes(nodes, Expected(dict.fromkeys(HOSTS, 1), **asked))
+            check_nodes(nodes, Expected({host: [0] for host in HOSTS}, **asked))
         except UserError as error:
             return str(error)
         return ""

@@ -47,7 +47,7 @@ class Plan:
     """A job that passed all checks."""
 
     launcher: str
-    slots: dict[str, int]
+    slots: dict[str, list[int]]  # of every host in the order of the ranks: which of its GPUs
     address: str
     port: int
     nodes: Nodes
@@ -89,8 +89,8 @@ def plan(argv: Sequence[str]) -> Plan:
         raise UserError(f"{stray[0]}: launch/multinode.sh starts {TRAIN} and nothing else. Leave it out.")
     config = load_config(args.config, args.set)
     slots = select_hosts(read_hostfile(args.hostfile), args.include, args.exclude, args.num_nodes, args.num_gpus)
-    check_topology(config, sum(slots.values()))
-    check_expert_groups(config.parallel, slots)
+    check_topology(config, sum(map(len, slots.values())))
+    check_expert_groups(config.parallel, {host: len(used) for host, used in slots.items()})
     launcher = args.launcher or ("pdsh" if shutil.which("pdsh") else "ssh")
     if not shutil.which(launcher) or not shutil.which("ssh"):
         raise UserError(f"--launcher {launcher}: not installed here. On Debian and Ubuntu: apt-get install pdsh ssh")
@@ -147,8 +147,7 @@ def _over_pdsh(job: Plan) -> list[str]:
 
 def _over_ssh(job: Plan, values: dict[str, str], rank: int) -> list[str]:
     """DeepSpeed's per-node launcher on one node: what its pdsh runner starts there, with the same arguments."""
-    world = {host: list(range(slots)) for host, slots in job.slots.items()}
-    encoded = urlsafe_b64encode(json.dumps(world).encode()).decode()
+    encoded = urlsafe_b64encode(json.dumps(job.slots).encode()).decode()
     exports = "".join(f"export {name}={quoted(value)}; " for name, value in values.items())
     command = [
         *(job.nodes.python, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={encoded}"),
@@ -162,7 +161,7 @@ def _over_ssh(job: Plan, values: dict[str, str], rank: int) -> list[str]:
 def run(job: Plan, signals: Signals) -> int:
     """Start a job that passed its checks, and wait for its end."""
     name = new_job()
-    print(f"{sum(job.slots.values())} ranks on {len(job.slots)} nodes over {job.launcher}", flush=True)
+    print(f"{sum(map(len, job.slots.values()))} ranks on {len(job.slots)} nodes over {job.launcher}", flush=True)
     with commands(job, name) as (lines, environment):
         return run_job(lines, environment, signals, job.nodes, name)
 

@@ -22,7 +22,7 @@ ADVICE = "Nothing was started. Mend the nodes, or take them out of the hostfile 
 class Expected:
     """What every node must agree on."""
 
-    slots: dict[str, int]
+    slots: dict[str, list[int]]
     files: tuple[Path, ...]
     address: str  # where rank 0 will listen
     port: int
@@ -83,8 +83,11 @@ def _check_node(nodes: Nodes, host: str, expected: Expected, here: dict[str, Any
         raise UserError(f"cannot look up {expected.address}, where rank 0 will listen. Name an address: --master_addr")
     if not there["port_is_free"]:
         raise UserError(f"port {expected.port} is in use. Stop what has it, or choose another: --master_port")
-    if expected.on_gpus and there["gpus"] is not None and there["gpus"] < expected.slots[host]:
-        raise UserError(f"has {there['gpus']} GPUs, the hostfile says slots={expected.slots[host]}. Set it to that")
+    last = max(expected.slots[host])
+    if expected.on_gpus and there["gpus"] is not None and there["gpus"] <= last:
+        raise UserError(
+            f"has {there['gpus']} GPUs, and the job wants number {last}, from 0. Correct slots= or --include"
+        )
 
 
 def _question(expected: Expected, first: bool) -> dict[str, Any]:
