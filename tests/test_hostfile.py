@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from deepspeed.launcher.multinode_runner import PDSHRunner
-from deepspeed.launcher.runner import _parse_hostfile, parse_args
+from deepspeed.launcher.runner import EXPORT_ENVS, _parse_hostfile, parse_args
 
 from ds_dgemma.engine.hostfile import read_hostfile, select_hosts
 from ds_dgemma.errors import UserError
@@ -127,6 +127,17 @@ def test_what_pdsh_is_given_arrives_as_it_was(tmp_path: Path, monkeypatch: pytes
     shown = 'show() { printf "%s\\n" "$PLAIN" "$QUOTED" "$WANDB_API_KEY" "$@"; }; ' + sent
     done = subprocess.run(["sh", "-c", shown], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["1", "a b", "s3cret", *arguments]
+
+
+def test_over_pdsh_nothing_of_the_shell_is_exported_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's runner exports what begins so; a command line with a secret in it is everybody's to read."""
+    for beginning in EXPORT_ENVS:
+        monkeypatch.setenv(f"{beginning}_TRACKING_TOKEN", "s3cret")
+    monkeypatch.setenv("PYTHONPATH", "/ours")
+    with commands(job_over("pdsh", {"node1": [0]}), "job") as (_, environment):
+        assert "s3cret" not in environment.values()
+        assert {name for name in environment if name.startswith(tuple(EXPORT_ENVS))} == {"PYTHONPATH"}
+        assert "UCX_TLS=rc\n" in Path(environment["DS_ENV_FILE"]).read_text()  # the file's own are
 
 
 @pytest.mark.parametrize(

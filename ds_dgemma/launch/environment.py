@@ -13,6 +13,9 @@ from pathlib import Path
 
 from ds_dgemma.errors import UserError, one_line_each, told
 
+# What DeepSpeed's runner exports from the shell that starts it, secrets such as MLFLOW_TRACKING_TOKEN among it
+# (EXPORT_ENVS of deepspeed/launcher/runner.py).
+EXPORTED_UNASKED = ("MLFLOW", "PYTHON", "MV2", "UCX")
 SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)$", re.IGNORECASE)
 
 
@@ -56,6 +59,15 @@ def rank_environment(files: list[Path]) -> dict[str, str]:
     if problems:
         raise one_line_each("the ranks' environment", problems)
     return values
+
+
+def without_exports(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment for DeepSpeed's runner without what that would put on the ranks' command lines."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name == "PYTHONPATH" or not name.startswith(EXPORTED_UNASKED)
+    }
 
 
 def quoted(value: str) -> str:

@@ -30,6 +30,7 @@ from ds_dgemma.launch.environment import (
     for_pdsh,
     quoted,
     rank_environment,
+    without_exports,
     write_for_deepspeed,
 )
 from ds_dgemma.launch.job import JOB, Nodes, Signals, new_job, run_job
@@ -133,7 +134,8 @@ def commands(job: Plan, name: str) -> Iterator[tuple[list[list[str]], dict[str, 
         file = Path(folder) / "deepspeed_env"
         write_for_deepspeed(file, values)
         append = shlex.join(job.nodes.ssh[1:])
-        yield [_over_pdsh(job)], {**os.environ, "DS_ENV_FILE": str(file), "PDSH_SSH_ARGS_APPEND": append}
+        own = {"DS_ENV_FILE": str(file), "PDSH_SSH_ARGS_APPEND": append}
+        yield [_over_pdsh(job)], without_exports(os.environ) | own
 
 
 def _over_pdsh(job: Plan) -> list[str]:
