@@ -146,6 +146,12 @@ def test_over_pdsh_nothing_of_the_shell_is_exported_unasked(monkeypatch: pytest.
         ("export A=1", "deepspeed_env:1: is not NAME=VALUE, without `export`"),
         ("A", "is not NAME=VALUE"),
         ("HF_TOKEN=hf_abc", r"HF_TOKEN is written out.*HF_TOKEN=\$\(cat FILE\)"),
+        ('HF_TOKEN="hf_abc"', "HF_TOKEN is written out"),
+        ("DB_PASSWD=hf_abc", "DB_PASSWD is written out"),
+        ("GITHUB_PAT=hf_abc", "GITHUB_PAT is written out"),
+        ("AUTH=hf_abc", "AUTH is written out"),
+        ("WANDB_API_KEYS=hf_abc", "WANDB_API_KEYS is written out"),
+        ("HTTPS_PROXY=http://me:hf_abc@proxy:3128", "HTTPS_PROXY is written out"),
     ],
 )
 def test_an_environment_file_that_cannot_work_is_refused(line: str, said: str, tmp_path: Path) -> None:
@@ -153,6 +159,24 @@ def test_an_environment_file_that_cannot_work_is_refused(line: str, said: str, t
     with pytest.raises(UserError, match=said) as refused:
         rank_environment(environment_files())
     assert "hf_abc" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'WANDB_API_KEY="$(cat $HOME/key)"',
+        "HTTPS_PROXY=http://me:$(cat key)@proxy:3128",
+        "NO_PROXY=http://proxy:3128",
+        "TOKENIZERS_PARALLELISM=false",
+        "SSH_AUTH_SOCK=/run/agent",
+        "LD_LIBRARY_PATH=/opt/lib",
+        "HF_TOKEN=",
+    ],
+)
+def test_what_is_no_secret_written_out_is_taken(line: str, tmp_path: Path) -> None:
+    (tmp_path / "deepspeed_env").write_text(line + "\n")
+    name, _, value = line.partition("=")
+    assert rank_environment(environment_files())[name] == value.strip('"')
 
 
 def test_hosts_that_ssh_does_not_reach_are_all_told_before_anything_starts(sudoku_run: Path, tmp_path: Path) -> None:
