@@ -52,6 +52,7 @@ def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (b"node1 slots=0\n", "has no slots: a host without ranks is left out"),
         (b"node1 slots=1\nnode1 slots=1\n", "hosts:2: .* a host that an earlier line has: node1"),
         (b"me@node1 slots=1\n", "no name of a host: 'me@node1'"),
+        (b"node1 slots=1\nNODE1 slots=1\n", "hosts:2: .* a host that an earlier line has: NODE1"),
         (b"-oProxyCommand=reboot slots=1\n", "no name of a host"),
         (b"node1\0 slots=1\n", "no name of a host"),
         (b"node1 slots=0\nnode2\n", "2 problems in the hostfile"),
@@ -85,9 +86,9 @@ def test_a_good_hostfile_means_what_deepspeed_reads(tmp_path: Path) -> None:
     for wrong in ({"include": "node9"}, {"num_gpus": 5}, {"num_nodes": 4}, {"include": "node1", "num_gpus": 1}):
         with pytest.raises(UserError, match="--"):
             select_hosts(hosts, **wrong)
-    for wrong in ("node1:a", "node1:", "node1:0-3", "node1:0:1", f"node1:{'9' * 5000}"):
+    for text in ("node1:a", "node1:", "node1:0-3", "node1:0:1", f"node1:{'9' * 5000}"):
         with pytest.raises(UserError, match="is not NODE, all slots of a host, or NODE:0,2"):
-            select_hosts(hosts, include=wrong)
+            select_hosts(hosts, include=text)
 
 
 def job_over(launcher: str, slots: dict[str, list[int]]) -> Plan:
@@ -206,8 +207,8 @@ def test_a_node_that_is_not_like_the_others_is_told(ssh_config: Path, tmp_path: 
     bare.write_text(f'#!/bin/sh\nexec {os.path.realpath(sys.executable)} -I -S "$@"\n')  # without any package
     bare.chmod(0o755)
 
-    def told(directory: Path = REPOSITORY, python: str = sys.executable, **expected) -> str:
-        nodes = Nodes(HOSTS, ("ssh", "-oBatchMode=yes", "-F", str(ssh_config)), str(directory), python)
+    def told(directory: Path = REPOSITORY, python: str = sys.executable, hosts=HOSTS, **expected) -> str:
+        nodes = Nodes(hosts, ("ssh", "-oBatchMode=yes", "-F", str(ssh_config)), str(directory), python)
         asked = {
             "files": (tmp_path / "same",),
             "address": HOSTS[0],
@@ -216,7 +217,7 @@ def test_a_node_that_is_not_like_the_others_is_told(ssh_config: Path, tmp_path: 
             **expected,
         }
         try:
-            check_nodes(nodes, Expected({host: [0] for host in HOSTS}, **asked))
+            check_nodes(nodes, Expected({host: [0] for host in hosts}, **asked))
         except UserError as error:
             return str(error)
         return ""
@@ -234,6 +235,7 @@ def test_a_node_that_is_not_like_the_others_is_told(ssh_config: Path, tmp_path: 
         (tmp_path / "relative").write_text("here")
         patch.chdir(tmp_path)
         assert "relative is missing there" in told(files=(Path("relative"),))
+            "environment": {},
 
 
 @pytest.mark.slow
@@ -247,6 +249,11 @@ def test_nodes_that_do_not_share_the_run_directory_are_told(sudoku_run: Path, tm
         environment = {**os.environ, **addresses, "RANK": rank, "LOCAL_RANK": "0", "PYTHONPATH": str(REPOSITORY)}
         command = [sys.executable, "-m", "ds_dgemma.train", *settings]
         ranks.append(subprocess.Popen(command, cwd=tmp_path / rank, env=environment, stderr=subprocess.PIPE, text=True))
+    assert "localhost: is the same machine as 127.0.0.1" in told(hosts=(*HOSTS, "localhost"))
+    (tmp_path / "other/ds_dgemma").mkdir(parents=True)
+    (tmp_path / "other/ds_dgemma/__init__.py").touch()
+    assert "127.0.0.2: has other code" in told(tmp_path, environment={"PYTHONPATH": str(tmp_path / "other")})
+    assert told(tmp_path, environment={"PYTHONPATH": str(REPOSITORY)}) == ""
     try:
         said = [rank.communicate(timeout=200)[1] for rank in ranks]
     finally:

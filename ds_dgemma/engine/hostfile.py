@@ -59,7 +59,7 @@ def _problem(words: list[str], before: dict[str, int]) -> str | None:
         return f"has slots={slots[:20]}: a whole number of ranks is needed, such as its GPUs, below 10,000"
     if int(slots) == 0:
         return "has no slots: a host without ranks is left out (# before the line)"
-    if host in before:
+    if host.lower() in map(str.lower, before):
         return f"has a host that an earlier line has: {host}. One line for each, with all of its slots"
     if host.startswith("-") or not all(letter.isalnum() or letter in "-._:" for letter in host):
         return f"has no name of a host: {host!r}. ssh's users and ports belong in ~/.ssh/config"

@@ -86,6 +86,11 @@ def quoted(value: str) -> str:
     return '"' + value.replace('"', '\\"') + '"'
 
 
+def exports(values: Mapping[str, str]) -> str:
+    """The beginning of a shell's line that has this environment."""
+    return "".join(f"export {name}={quoted(value)}; " for name, value in values.items())
+
+
 def write_for_deepspeed(path: Path, values: Mapping[str, str]) -> None:
     """A file for DeepSpeed's launcher, which quotes what needs it and takes comments and blank lines for names."""
     lines = (f"{name}={_escaped(value)}\n" for name, value in values.items())

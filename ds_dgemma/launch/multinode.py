@@ -24,17 +24,17 @@ from pathlib import Path
 
 from ds_dgemma.config_file import check_topology, load_config
 from ds_dgemma.engine.hostfile import check_expert_groups, read_hostfile, select_hosts
-from ds_dgemma.errors import EXIT_USER_ERROR, UserError
+from ds_dgemma.errors import EXIT_UNREACHABLE, EXIT_USER_ERROR, UserError
 from ds_dgemma.launch.environment import (
     environment_files,
+    exports,
     for_pdsh,
-    quoted,
     rank_environment,
     without_exports,
     write_for_deepspeed,
 )
 from ds_dgemma.launch.job import JOB, Nodes, Signals, new_job, run_job
-from ds_dgemma.launch.nodes import Expected, address_of, check_nodes
+from ds_dgemma.launch.nodes import Expected, Unreachable, address_of, check_nodes
 
 PORT = 29500  # DeepSpeed's default
 CONNECT_SECONDS = 10
@@ -83,7 +83,7 @@ def plan(argv: Sequence[str]) -> Plan:
     """Check config, hostfile and environment here, then every node.
 
     Raises:
-        UserError: what is wrong, before anything was started.
+        UserError: what is wrong, before anything was started; `Unreachable` where nodes are away and all else is well.
     """
     args, rest = parser().parse_known_args(argv)
     if stray := [word for word in rest if word == "--module" or word.endswith(".py")]:
@@ -108,7 +108,7 @@ def plan(argv: Sequence[str]) -> Plan:
         )
     files = (args.config, config.deepspeed)
     on_gpus = environment.get("DS_ACCELERATOR", os.environ.get("DS_ACCELERATOR")) != "cpu"
-    check_nodes(nodes, Expected(slots, files, address, args.master_port, on_gpus))
+    check_nodes(nodes, Expected(slots, files, address, args.master_port, on_gpus, environment))
     filters = (("include", args.include), ("exclude", args.exclude))
     numbers = (("num_nodes", args.num_nodes), ("num_gpus", args.num_gpus))
     options = ["--hostfile", str(args.hostfile), *rest]
@@ -150,13 +150,12 @@ def _over_pdsh(job: Plan) -> list[str]:
 def _over_ssh(job: Plan, values: dict[str, str], rank: int) -> list[str]:
     """DeepSpeed's per-node launcher on one node: what its pdsh runner starts there, with the same arguments."""
     encoded = urlsafe_b64encode(json.dumps(job.slots).encode()).decode()
-    exports = "".join(f"export {name}={quoted(value)}; " for name, value in values.items())
     command = [
         *(job.nodes.python, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={encoded}"),
         *(f"--node_rank={rank}", f"--master_addr={job.address}", f"--master_port={job.port}"),
         *("--log_level=warning", "--module", TRAIN, *job.arguments),
     ]
-    line = f"cd {shlex.quote(job.nodes.directory)} && {exports}exec {shlex.join(command)}"
+    line = f"cd {shlex.quote(job.nodes.directory)} && {exports(values)}exec {shlex.join(command)}"
     return job.nodes.command(list(job.slots)[rank], line)
 
 
@@ -169,16 +168,15 @@ def run(job: Plan, signals: Signals) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check, train; 2 for a user's mistake, otherwise what the launcher says."""
+    """Check, train; 2 for a user's mistake, 69 where a node is only away, otherwise what the launcher says."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        job = plan(arguments)
+        return run(plan(arguments), Signals())
     except UserError as error:
         print(error, file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+        return EXIT_UNREACHABLE if isinstance(error, Unreachable) else EXIT_USER_ERROR
     except KeyboardInterrupt:  # nothing is started yet
         return 128 + signal.SIGINT
-    return run(job, Signals())
 
 
 if __name__ == "__main__":
