@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from deepspeed.launcher.multinode_runner import PDSHRunner
 from deepspeed.launcher.runner import EXPORT_ENVS, _parse_hostfile, parse_args
 
 from ds_dgemma.engine.hostfile import read_hostfile, select_hosts
-from ds_dgemma.errors import UserError
+from ds_dgemma.errors import EXIT_UNREACHABLE, EXIT_USER_ERROR, UserError
 from ds_dgemma.launch.environment import environment_files, for_pdsh, rank_environment, write_for_deepspeed
 from ds_dgemma.launch.job import Nodes
 from ds_dgemma.launch.multinode import Plan, commands, plan
@@ -51,8 +52,8 @@ def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (b"node1 slots=" + b"9" * 5000 + b"\n", "has slots=9{20}: a whole number"),
         (b"node1 slots=0\n", "has no slots: a host without ranks is left out"),
         (b"node1 slots=1\nnode1 slots=1\n", "hosts:2: .* a host that an earlier line has: node1"),
-        (b"me@node1 slots=1\n", "no name of a host: 'me@node1'"),
         (b"node1 slots=1\nNODE1 slots=1\n", "hosts:2: .* a host that an earlier line has: NODE1"),
+        (b"me@node1 slots=1\n", "no name of a host: 'me@node1'"),
         (b"-oProxyCommand=reboot slots=1\n", "no name of a host"),
         (b"node1\0 slots=1\n", "no name of a host"),
         (b"node1 slots=0\nnode2\n", "2 problems in the hostfile"),
@@ -181,24 +182,44 @@ def test_what_is_no_secret_written_out_is_taken(line: str, tmp_path: Path) -> No
 
 
 def test_hosts_that_ssh_does_not_reach_are_all_told_before_anything_starts(sudoku_run: Path, tmp_path: Path) -> None:
-    if not Path("/usr/bin/ssh").exists():
+    done = over_closed_port("no-such-host.invalid slots=1\n127.0.0.1 slots=1\n", sudoku_run, tmp_path)
+    assert done.returncode == EXIT_USER_ERROR, done.stderr
+    head, unknown, unreachable, advice = done.stderr.splitlines()
+    assert head == "2 problems in the nodes"
+    assert unknown.strip().startswith("no-such-host.invalid: this name has no address.")
+    assert re.match("127.0.0.1: ssh does not reach it: .*Connection refused.*without a password", unreachable.strip())
+    assert "Nothing was started" in advice
+
+
+def test_a_node_that_is_away_is_waited_for_from_the_first_try(sudoku_run: Path, tmp_path: Path) -> None:
+    keep_going = [REPOSITORY / "launch/keep_going.sh", "--wait", "0.01", "--tries", "2"]
+    done = over_closed_port("127.0.0.1 slots=1\n", sudoku_run, tmp_path, *keep_going)
+    assert done.returncode == EXIT_UNREACHABLE, done.stderr
+    assert (
+        "keep_going: try 1 ended with exit code 69 and is not complete; newest checkpoint: step 0. Again" in done.stderr
+    )
+    assert "Given up: 2 tries" in done.stderr
+    (tmp_path / "deepspeed_env").write_text("A mistake\n")
+    done = over_closed_port("127.0.0.1 slots=1\n", sudoku_run, tmp_path, *keep_going)
+    assert done.returncode == EXIT_USER_ERROR, done.stderr
+    assert "Again" not in done.stderr
+
+
+def over_closed_port(hosts: str, config: Path, tmp_path: Path, *before: str | Path) -> subprocess.CompletedProcess:
+    """What becomes of a job on hosts where nothing answers."""
+    if not shutil.which("ssh"):
         pytest.skip("ssh is not installed (apt-get install openssh-client)")
-    (tmp_path / "hosts").write_text("no-such-host.invalid slots=1\n127.0.0.1 slots=1\n")
-    arguments = ["--hostfile", "hosts", "--config", str(sudoku_run), "--set", "train.micro_batch_size=4"]
-    done = subprocess.run(
-        ["bash", REPOSITORY / "launch/multinode.sh", *arguments, "--launcher", "ssh", "--ssh_port", str(steady_port())],
+    (tmp_path / "hosts").write_text(hosts)
+    command = [*before, REPOSITORY / "launch/multinode.sh", "--hostfile", "hosts", "--launcher", "ssh"]
+    command += ["--ssh_port", str(steady_port()), "--config", config, "--set", "train.micro_batch_size=4"]
+    return subprocess.run(
+        ["bash", *command, "--set", f"run.dir={tmp_path / 'run'}"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
         timeout=60,
     )
-    assert done.returncode == 2, done.stderr
-    head, unknown, unreachable, advice = done.stderr.splitlines()
-    assert head == "2 problems in the nodes"
-    assert unknown.strip().startswith("no-such-host.invalid: this name has no address.")
-    assert re.match("127.0.0.1: ssh does not reach it: .*Connection refused.*without a password", unreachable.strip())
-    assert "Nothing was started" in advice
 
 
 def test_a_node_that_is_not_like_the_others_is_told(ssh_config: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -214,6 +235,7 @@ def test_a_node_that_is_not_like_the_others_is_told(ssh_config: Path, tmp_path: 
             "address": HOSTS[0],
             "port": steady_port(),
             "on_gpus": False,
+            "environment": {},
             **expected,
         }
         try:
@@ -227,6 +249,11 @@ def test_a_node_that_is_not_like_the_others_is_told(ssh_config: Path, tmp_path: 
     assert f"127.0.0.1: there is no {tmp_path}/python3" in told(python=f"{tmp_path}/python3")
     assert f"{bare} there has no ds_dgemma" in told(tmp_path, python=str(bare))
     assert "127.0.0.2: cannot look up no.invalid, where rank 0 will listen" in told(address="no.invalid")
+    assert "localhost: is the same machine as 127.0.0.1" in told(hosts=(*HOSTS, "localhost"))
+    (tmp_path / "other/ds_dgemma").mkdir(parents=True)
+    (tmp_path / "other/ds_dgemma/__init__.py").touch()
+    assert "127.0.0.2: has other code" in told(tmp_path, environment={"PYTHONPATH": str(tmp_path / "other")})
+    assert told(tmp_path, environment={"PYTHONPATH": str(REPOSITORY)}) == ""
     with socket.create_server(("", 0)) as taken:
         said = told(port=taken.getsockname()[1])
         assert "127.0.0.1: port" in said
@@ -235,7 +262,6 @@ def test_a_node_that_is_not_like_the_others_is_told(ssh_config: Path, tmp_path: 
         (tmp_path / "relative").write_text("here")
         patch.chdir(tmp_path)
         assert "relative is missing there" in told(files=(Path("relative"),))
-            "environment": {},
 
 
 @pytest.mark.slow
@@ -249,11 +275,6 @@ def test_nodes_that_do_not_share_the_run_directory_are_told(sudoku_run: Path, tm
         environment = {**os.environ, **addresses, "RANK": rank, "LOCAL_RANK": "0", "PYTHONPATH": str(REPOSITORY)}
         command = [sys.executable, "-m", "ds_dgemma.train", *settings]
         ranks.append(subprocess.Popen(command, cwd=tmp_path / rank, env=environment, stderr=subprocess.PIPE, text=True))
-    assert "localhost: is the same machine as 127.0.0.1" in told(hosts=(*HOSTS, "localhost"))
-    (tmp_path / "other/ds_dgemma").mkdir(parents=True)
-    (tmp_path / "other/ds_dgemma/__init__.py").touch()
-    assert "127.0.0.2: has other code" in told(tmp_path, environment={"PYTHONPATH": str(tmp_path / "other")})
-    assert told(tmp_path, environment={"PYTHONPATH": str(REPOSITORY)}) == ""
     try:
         said = [rank.communicate(timeout=200)[1] for rank in ranks]
     finally:
