@@ -18,6 +18,7 @@ EXIT_USER_ERROR = 2
 EXIT_ORPHANED = 3  # the launcher is gone, and there was no time for a checkpoint
 EXIT_LOST_RANK = 4  # a rank died or hangs; rank 0 says which
 EXIT_BAD_NUMBERS = 5  # health.max_bad_steps were skipped in a row
+EXIT_UNREACHABLE = 69  # a node is away, nothing was started: later it may work (sysexits.h: EX_UNAVAILABLE)
 EXIT_STOPPED = 75  # stopped by a signal with nothing lost: the same command continues (sysexits.h: EX_TEMPFAIL)
 
 

@@ -1,24 +1,27 @@
 """Several nodes: a hostfile that cannot work is refused before anything starts, and two nodes train as one machine."""
 
+import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
 import time
+from base64 import urlsafe_b64decode
 from pathlib import Path
 
 import psutil
 import pytest
 from deepspeed.launcher.multinode_runner import PDSHRunner
-from deepspeed.launcher.runner import _parse_hostfile, parse_args
+from deepspeed.launcher.runner import EXPORT_ENVS, _parse_hostfile, parse_args
 
 from ds_dgemma.engine.hostfile import read_hostfile, select_hosts
-from ds_dgemma.errors import UserError
+from ds_dgemma.errors import EXIT_UNREACHABLE, EXIT_USER_ERROR, UserError
 from ds_dgemma.launch.environment import environment_files, for_pdsh, rank_environment, write_for_deepspeed
 from ds_dgemma.launch.job import Nodes
-from ds_dgemma.launch.multinode import plan
+from ds_dgemma.launch.multinode import Plan, commands, plan
 from ds_dgemma.launch.nodes import Expected, check_nodes
 from tests.nodes import HOSTS, ssh_config, steady_port  # noqa: F401 (a fixture)
 from tests.training import REPOSITORY, read_metrics, train
@@ -46,8 +49,10 @@ def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (b"node1 slots=8\nnode2 slots=\n", "hosts:2: .* has slots=: a whole number"),
         (b"node1 slots=-1\n", "has slots=-1: a whole number"),
         (b"node1 slots=8GPUs\n", "has slots=8GPUs: a whole number"),
+        (b"node1 slots=" + b"9" * 5000 + b"\n", "has slots=9{20}: a whole number"),
         (b"node1 slots=0\n", "has no slots: a host without ranks is left out"),
         (b"node1 slots=1\nnode1 slots=1\n", "hosts:2: .* a host that an earlier line has: node1"),
+        (b"node1 slots=1\nNODE1 slots=1\n", "hosts:2: .* a host that an earlier line has: NODE1"),
         (b"me@node1 slots=1\n", "no name of a host: 'me@node1'"),
         (b"-oProxyCommand=reboot slots=1\n", "no name of a host"),
         (b"node1\0 slots=1\n", "no name of a host"),
@@ -72,12 +77,31 @@ def test_a_good_hostfile_means_what_deepspeed_reads(tmp_path: Path) -> None:
     hosts = read_hostfile(tmp_path / "hosts")
     assert hosts == _parse_hostfile(text.splitlines())
     assert list(hosts) == ["node1", "node-2.cluster", "10.0.0.3"]
-    assert select_hosts(hosts, include="10.0.0.3:0,2@node1") == {"node1": 8, "10.0.0.3": 2}
-    assert select_hosts(hosts, exclude="node1") == {"node-2.cluster": 4, "10.0.0.3": 16}
-    assert select_hosts(hosts, num_nodes=2, num_gpus=4) == {"node1": 4, "node-2.cluster": 4}
+    assert select_hosts(hosts, include="10.0.0.3:0,2@node1") == {"node1": [*range(8)], "10.0.0.3": [0, 2]}
+    assert select_hosts(hosts, exclude="node1@10.0.0.3:0") == {
+        "node-2.cluster": [*range(4)],
+        "10.0.0.3": [*range(1, 16)],
+    }
+    assert select_hosts(hosts, num_nodes=2, num_gpus=2) == {"node1": [0, 1], "node-2.cluster": [0, 1]}
+    assert select_hosts(hosts) == {host: [*range(slots)] for host, slots in hosts.items()}
     for wrong in ({"include": "node9"}, {"num_gpus": 5}, {"num_nodes": 4}, {"include": "node1", "num_gpus": 1}):
         with pytest.raises(UserError, match="--"):
             select_hosts(hosts, **wrong)
+    for text in ("node1:a", "node1:", "node1:0-3", "node1:0:1", f"node1:{'9' * 5000}"):
+        with pytest.raises(UserError, match="is not NODE, all slots of a host, or NODE:0,2"):
+            select_hosts(hosts, include=text)
+
+
+def job_over(launcher: str, slots: dict[str, list[int]]) -> Plan:
+    return Plan(launcher, slots, "node1", 29500, Nodes(tuple(slots)), {"UCX_TLS": "rc"}, [], ["--config", "C"])
+
+
+def test_ssh_starts_the_slots_that_were_chosen() -> None:
+    """By the description of the job that DeepSpeed's per-node launcher reads its GPUs from."""
+    chosen = select_hosts({"node1": 8, "node2": 8}, include="node1:4,5@node2:6")
+    with commands(job_over("ssh", chosen), "job") as (lines, _):
+        encoded = [re.findall(r"--world_info=(\S+)", line[-1])[0] for line in lines]
+    assert [json.loads(urlsafe_b64decode(text)) for text in encoded] == 2 * [{"node1": [4, 5], "node2": [6]}]
 
 
 def test_what_pdsh_is_given_arrives_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,12 +131,29 @@ def test_what_pdsh_is_given_arrives_as_it_was(tmp_path: Path, monkeypatch: pytes
     assert done.stdout.splitlines() == ["1", "a b", "s3cret", *arguments]
 
 
+def test_over_pdsh_nothing_of_the_shell_is_exported_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's runner exports what begins so; a command line with a secret in it is everybody's to read."""
+    for beginning in EXPORT_ENVS:
+        monkeypatch.setenv(f"{beginning}_TRACKING_TOKEN", "s3cret")
+    monkeypatch.setenv("PYTHONPATH", "/ours")
+    with commands(job_over("pdsh", {"node1": [0]}), "job") as (_, environment):
+        assert "s3cret" not in environment.values()
+        assert {name for name in environment if name.startswith(tuple(EXPORT_ENVS))} == {"PYTHONPATH"}
+        assert "UCX_TLS=rc\n" in Path(environment["DS_ENV_FILE"]).read_text()  # the file's own are
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
         ("export A=1", "deepspeed_env:1: is not NAME=VALUE, without `export`"),
         ("A", "is not NAME=VALUE"),
         ("HF_TOKEN=hf_abc", r"HF_TOKEN is written out.*HF_TOKEN=\$\(cat FILE\)"),
+        ('HF_TOKEN="hf_abc"', "HF_TOKEN is written out"),
+        ("DB_PASSWD=hf_abc", "DB_PASSWD is written out"),
+        ("GITHUB_PAT=hf_abc", "GITHUB_PAT is written out"),
+        ("AUTH=hf_abc", "AUTH is written out"),
+        ("WANDB_API_KEYS=hf_abc", "WANDB_API_KEYS is written out"),
+        ("HTTPS_PROXY=http://me:hf_abc@proxy:3128", "HTTPS_PROXY is written out"),
     ],
 )
 def test_an_environment_file_that_cannot_work_is_refused(line: str, said: str, tmp_path: Path) -> None:
@@ -122,25 +163,63 @@ def test_an_environment_file_that_cannot_work_is_refused(line: str, said: str, t
     assert "hf_abc" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        'WANDB_API_KEY="$(cat $HOME/key)"',
+        "HTTPS_PROXY=http://me:$(cat key)@proxy:3128",
+        "NO_PROXY=http://proxy:3128",
+        "TOKENIZERS_PARALLELISM=false",
+        "SSH_AUTH_SOCK=/run/agent",
+        "LD_LIBRARY_PATH=/opt/lib",
+        "HF_TOKEN=",
+    ],
+)
+def test_what_is_no_secret_written_out_is_taken(line: str, tmp_path: Path) -> None:
+    (tmp_path / "deepspeed_env").write_text(line + "\n")
+    name, _, value = line.partition("=")
+    assert rank_environment(environment_files())[name] == value.strip('"')
+
+
 def test_hosts_that_ssh_does_not_reach_are_all_told_before_anything_starts(sudoku_run: Path, tmp_path: Path) -> None:
-    if not Path("/usr/bin/ssh").exists():
+    done = over_closed_port("no-such-host.invalid slots=1\n127.0.0.1 slots=1\n", sudoku_run, tmp_path)
+    assert done.returncode == EXIT_USER_ERROR, done.stderr
+    head, unknown, unreachable, advice = done.stderr.splitlines()
+    assert head == "2 problems in the nodes"
+    assert unknown.strip().startswith("no-such-host.invalid: this name has no address.")
+    assert re.match("127.0.0.1: ssh does not reach it: .*Connection refused.*without a password", unreachable.strip())
+    assert "Nothing was started" in advice
+
+
+def test_a_node_that_is_away_is_waited_for_from_the_first_try(sudoku_run: Path, tmp_path: Path) -> None:
+    keep_going = [REPOSITORY / "launch/keep_going.sh", "--wait", "0.01", "--tries", "2"]
+    done = over_closed_port("127.0.0.1 slots=1\n", sudoku_run, tmp_path, *keep_going)
+    assert done.returncode == EXIT_UNREACHABLE, done.stderr
+    assert (
+        "keep_going: try 1 ended with exit code 69 and is not complete; newest checkpoint: step 0. Again" in done.stderr
+    )
+    assert "Given up: 2 tries" in done.stderr
+    (tmp_path / "deepspeed_env").write_text("A mistake\n")
+    done = over_closed_port("127.0.0.1 slots=1\n", sudoku_run, tmp_path, *keep_going)
+    assert done.returncode == EXIT_USER_ERROR, done.stderr
+    assert "Again" not in done.stderr
+
+
+def over_closed_port(hosts: str, config: Path, tmp_path: Path, *before: str | Path) -> subprocess.CompletedProcess:
+    """What becomes of a job on hosts where nothing answers."""
+    if not shutil.which("ssh"):
         pytest.skip("ssh is not installed (apt-get install openssh-client)")
-    (tmp_path / "hosts").write_text("no-such-host.invalid slots=1\n127.0.0.1 slots=1\n")
-    arguments = ["--hostfile", "hosts", "--config", str(sudoku_run), "--set", "train.micro_batch_size=4"]
-    done = subprocess.run(
-        ["bash", REPOSITORY / "launch/multinode.sh", *arguments, "--launcher", "ssh", "--ssh_port", str(steady_port())],
+    (tmp_path / "hosts").write_text(hosts)
+    command = [*before, REPOSITORY / "launch/multinode.sh", "--hostfile", "hosts", "--launcher", "ssh"]
+    command += ["--ssh_port", str(steady_port()), "--config", config, "--set", "train.micro_batch_size=4"]
+    return subprocess.run(
+        ["bash", *command, "--set", f"run.dir={tmp_path / 'run'}"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
         timeout=60,
     )
-    assert done.returncode == 2, done.stderr
-    head, unknown, unreachable, advice = done.stderr.splitlines()
-    assert head == "2 problems in the nodes"
-    assert unknown.strip().startswith("no-such-host.invalid: this name has no address.")
-    assert re.match("127.0.0.1: ssh does not reach it: .*Connection refused.*without a password", unreachable.strip())
-    assert "Nothing was started" in advice
 
 
 def test_a_node_that_is_not_like_the_others_is_told(ssh_config: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -149,17 +228,18 @@ def test_a_node_that_is_not_like_the_others_is_told(ssh_config: Path, tmp_path: 
     bare.write_text(f'#!/bin/sh\nexec {os.path.realpath(sys.executable)} -I -S "$@"\n')  # without any package
     bare.chmod(0o755)
 
-    def told(directory: Path = REPOSITORY, python: str = sys.executable, **expected) -> str:
-        nodes = Nodes(HOSTS, ("ssh", "-oBatchMode=yes", "-F", str(ssh_config)), str(directory), python)
+    def told(directory: Path = REPOSITORY, python: str = sys.executable, hosts=HOSTS, **expected) -> str:
+        nodes = Nodes(hosts, ("ssh", "-oBatchMode=yes", "-F", str(ssh_config)), str(directory), python)
         asked = {
             "files": (tmp_path / "same",),
             "address": HOSTS[0],
             "port": steady_port(),
             "on_gpus": False,
+            "environment": {},
             **expected,
         }
         try:
-            check_nodes(nodes, Expected(dict.fromkeys(HOSTS, 1), **asked))
+            check_nodes(nodes, Expected({host: [0] for host in hosts}, **asked))
         except UserError as error:
             return str(error)
         return ""
@@ -169,6 +249,11 @@ def test_a_node_that_is_not_like_the_others_is_told(ssh_config: Path, tmp_path: 
     assert f"127.0.0.1: there is no {tmp_path}/python3" in told(python=f"{tmp_path}/python3")
     assert f"{bare} there has no ds_dgemma" in told(tmp_path, python=str(bare))
     assert "127.0.0.2: cannot look up no.invalid, where rank 0 will listen" in told(address="no.invalid")
+    assert "localhost: is the same machine as 127.0.0.1" in told(hosts=(*HOSTS, "localhost"))
+    (tmp_path / "other/ds_dgemma").mkdir(parents=True)
+    (tmp_path / "other/ds_dgemma/__init__.py").touch()
+    assert "127.0.0.2: has other code" in told(tmp_path, environment={"PYTHONPATH": str(tmp_path / "other")})
+    assert told(tmp_path, environment={"PYTHONPATH": str(REPOSITORY)}) == ""
     with socket.create_server(("", 0)) as taken:
         said = told(port=taken.getsockname()[1])
         assert "127.0.0.1: port" in said

@@ -13,11 +13,15 @@ from tests.training import REPOSITORY
 
 # A launcher with a rank and a worker of it, as the loop sees them: `train(try)` says what the rank does.
 PROGRAM = """
-import os, signal, subprocess, sys, time, json
+import os, shutil, signal, subprocess, sys, time, json
 from pathlib import Path
 run, case = Path(sys.argv[1]), sys.argv[2]
-def checkpoint(step): (run / f"checkpoints/step-{{step:06d}}").mkdir(parents=True)
-def complete(): (run / "complete.json").write_text(json.dumps({{"step": 20}}))
+def checkpoint(step): (run / f"checkpoints/step-{{step:06d}}").mkdir(parents=True, exist_ok=True)
+def complete(step=20):
+    config = Path(sys.argv[sys.argv.index("--config") + 1]).read_text()
+    (run / "config.yaml").write_text(config.replace("max_steps: 20", f"max_steps: {{step}}"))
+    (run / "complete.json").write_text(json.dumps({{"step": step}}))
+    checkpoint(step)
 def rank():
     signal.signal(signal.SIGTERM, lambda *_: open(run / "asked", "a").write("x"))
     worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
@@ -63,6 +67,8 @@ def keep_going(config: Path, tmp_path: Path, case: str, body: str, *options: str
         ("sys.exit(5)", 5, 1, "numbers gone bad"),
         ("sys.exit(75)", 75, 1, "asked to stop"),
         ("complete(); sys.exit(1)", 0, 1, "complete at step 20"),
+        ("complete(30)", 1, 3, "newest checkpoint: step 30. Given up: 3 tries"),  # another run's, a longer one
+        ("complete(); shutil.rmtree(run / 'checkpoints')", 1, 3, "newest checkpoint: step 0. Given up: 3 tries"),
     ],
 )
 def test_what_is_tried_again(body, code, tries, said, sudoku_run: Path, tmp_path: Path) -> None:
@@ -79,12 +85,25 @@ def test_a_command_that_cannot_be_kept_going_is_refused(sudoku_run: Path, tmp_pa
         loop = [sys.executable, "-m", "ds_dgemma.launch.keep_going", *command]
         done = subprocess.run(loop, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
         assert done.returncode == 2
+        assert "Traceback" not in done.stderr
         return done.stderr
 
     assert "a training with its --config" in told("deepspeed", "--module", "ds_dgemma.train")
     assert "nosuch: no such command" in told("nosuch", "--config", str(sudoku_run))
     assert "are kept by launch/multinode.sh" in told("deepspeed", "--hostfile", "H", "--config", str(sudoku_run))
     assert "train.max_stops" in told("deepspeed", "--config", str(sudoku_run), "--set", "train.max_stops=1")
+    script = tmp_path / "script"
+    script.write_text("deepspeed")
+    script.chmod(0o755)
+    run = ["--config", str(sudoku_run), "--set", f"run.dir={tmp_path / 'run'}"]
+    assert f"{script} cannot be started: it is a script without" in told(str(script), *run)
+    assert "hosts cannot be read" in told("bash", "launch/multinode.sh", "--hostfile", str(tmp_path / "hosts"), *run)
+    for resume in ("never", tmp_path / "run/checkpoints/step-000010"):
+        said = told("deepspeed", *run, "--set", f"run.resume={resume}")
+        assert said.startswith(f"run.resume = {resume}  would stop at the second try. Set run.resume: auto")
+    for wait in ("nan", "-1", "1e12"):
+        said = told("--wait", wait, "deepspeed", *run)
+        assert f"argument --wait: expected seconds, 0 to 604,800, found {wait}" in said
 
 
 @pytest.mark.slow

@@ -13,7 +13,13 @@ from pathlib import Path
 
 from ds_dgemma.errors import UserError, one_line_each, told
 
-SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)$", re.IGNORECASE)
+# What DeepSpeed's runner exports from the shell that starts it, secrets such as MLFLOW_TRACKING_TOKEN among it
+# (EXPORT_ENVS of deepspeed/launcher/runner.py).
+EXPORTED_UNASKED = ("MLFLOW", "PYTHON", "MV2", "UCX")
+SECRET_NAME = re.compile(
+    r"((KEY|SECRET|PASSWORD|CREDENTIAL)S?|TOKEN|PASSWD|PASSPHRASE|(^|_)(PASS|PWD|PAT|O?AUTH))$", re.IGNORECASE
+)
+SECRET_IN_ADDRESS = re.compile(r"://[^/@\s]*:[^$/@\s][^/@\s]*@")  # http://user:password@host
 
 
 def environment_files() -> list[Path]:
@@ -44,23 +50,45 @@ def rank_environment(files: list[Path]) -> dict[str, str]:
             if not line.strip() or line.lstrip().startswith("#"):
                 continue
             name, equals, value = (part.strip() for part in line.partition("="))
+            value = value[1:-1] if len(value) > 1 and value[0] == value[-1] == '"' else value
             if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 problems.append(f"{path}:{number}: is not NAME=VALUE, without `export`")
-            elif SECRET.search(name) and value and not value.startswith(("$(", "${", "$")):
+            elif _written_out(name, value):
                 problems.append(
                     f"{path}:{number}: {name} is written out, and every process list would show it. Write "
                     f"{name}=$(cat FILE), which the node reads, or log in on the nodes"
                 )
             else:
-                values[name] = value[1:-1] if len(value) > 1 and value[0] == value[-1] == '"' else value
+                values[name] = value
     if problems:
         raise one_line_each("the ranks' environment", problems)
     return values
 
 
+def _written_out(name: str, value: str) -> bool:
+    """Whether a value is, or holds, a secret that the node does not read from somewhere."""
+    if SECRET_IN_ADDRESS.search(value):
+        return True
+    return bool(SECRET_NAME.search(name)) and bool(value) and not value.startswith("$")
+
+
+def without_exports(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment for DeepSpeed's runner without what that would put on the ranks' command lines."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name == "PYTHONPATH" or not name.startswith(EXPORTED_UNASKED)
+    }
+
+
 def quoted(value: str) -> str:
     """A value inside double quotes: the shell still expands `$`."""
     return '"' + value.replace('"', '\\"') + '"'
+
+
+def exports(values: Mapping[str, str]) -> str:
+    """The beginning of a shell's line that has this environment."""
+    return "".join(f"export {name}={quoted(value)}; " for name, value in values.items())
 
 
 def write_for_deepspeed(path: Path, values: Mapping[str, str]) -> None:

@@ -10,6 +10,7 @@ SIGKILL included, and ends what is left of it.
     python -m ds_dgemma.launch.job guard ID NODES      wait for the end of standard input, then do so on all nodes
 """
 
+import errno
 import json
 import os
 import select
@@ -27,6 +28,8 @@ from threading import Event
 from types import FrameType
 
 import psutil
+
+from ds_dgemma.errors import UserError, told
 
 JOB = "DS_DGEMMA_JOB"  # in the environment of every process of a job: its id
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -83,6 +86,9 @@ def run_job(
 
     The first signal is passed on to the ranks, which all agree on it; a second one ends the job at once. Nothing of the
     job is alive on any node that can be reached when this returns.
+
+    Raises:
+        UserError: the system cannot start a command.
     """
     surroundings = {name: value for name, value in environment.items() if name not in LAUNCHERS_OWN}
     guard = _start_guard(job, nodes)
@@ -90,10 +96,7 @@ def run_job(
     seconds = UNASKED_SECONDS
     try:
         for command in commands:
-            process = subprocess.Popen(
-                command, env={**surroundings, JOB: job}, stdin=subprocess.DEVNULL, start_new_session=True
-            )
-            processes.append(process)
+            processes.append(_start(command, {**surroundings, JOB: job}))
         while any(process.poll() is None for process in processes):
             if signals.received and seconds == UNASKED_SECONDS:
                 seconds = ASKED_SECONDS if _ask_ranks(job, nodes) else 0  # no rank has begun: nothing to save
@@ -108,6 +111,16 @@ def run_job(
         _dismiss(guard, seconds, signals)
         codes = [process.wait() for process in processes]
     return max(code if code >= 0 else 128 - code for code in codes)
+
+
+def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen:
+    try:
+        return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+    except OSError as error:
+        reason = "it is a script without a first line such as #!/usr/bin/env bash"
+        raise UserError(
+            f"{command[0]} cannot be started: {reason if error.errno == errno.ENOEXEC else told(error)}."
+        ) from None
 
 
 def _dismiss(guard: subprocess.Popen, seconds: int, signals: Signals) -> None:

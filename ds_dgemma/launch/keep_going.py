@@ -3,8 +3,9 @@
     launch/keep_going.sh [--tries 5] [--wait 10] COMMAND
 
 COMMAND is the training as it is started without this: `deepspeed --num_gpus 8 --module ds_dgemma.train --config ...`
-or `launch/multinode.sh --hostfile H --config ...`. It is complete when the run directory's complete.json says so, never
-by an exit code. Not tried again are a user's mistake (2), numbers gone bad (5), and a run that was asked to stop (75).
+or `launch/multinode.sh --hostfile H --config ...`. It is complete when the run directory has complete.json, this
+config's settings and the checkpoint of that step, never by an exit code. A node that is away is waited for. Not tried
+again are a user's mistake (2), numbers gone bad (5), and a run that was asked to stop (75).
 SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 to this process stops the run after a checkpoint, a second one at once.
 """
 
@@ -17,16 +18,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ds_dgemma.config_file import load_config
-from ds_dgemma.errors import EXIT_BAD_NUMBERS, EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from ds_dgemma.config import RunConfig
+from ds_dgemma.config_file import load_config, read_yaml, same_run_problems
+from ds_dgemma.errors import EXIT_BAD_NUMBERS, EXIT_STOPPED, EXIT_UNREACHABLE, EXIT_USER_ERROR, UserError
 from ds_dgemma.launch import multinode
 from ds_dgemma.launch.job import Nodes, Signals, new_job, run_job
+from ds_dgemma.launch.nodes import Unreachable
 
 FINAL = {
     EXIT_USER_ERROR: "a mistake that a new start would repeat",
     EXIT_BAD_NUMBERS: "numbers gone bad, which a new start would repeat",
     EXIT_STOPPED: "its ranks were asked to stop; the same command continues",
 }
+LONGEST_SECONDS = 7 * 24 * 3600  # between two tries
 
 
 @dataclass(frozen=True)
@@ -38,24 +42,23 @@ class Limits:
     longest_wait: float
 
 
-def keep_going(start: Callable[[], int], run_dir: Path, last_step: int, limits: Limits, signals: Signals) -> int:
+def keep_going(start: Callable[[], int], config: RunConfig, limits: Limits, signals: Signals) -> int:
     """Call `start` until the run is complete or there is a reason to stop; returns the exit code."""
+    run_dir = config.run.dir
     failures = tries = 0
     while True:
-        if is_complete(run_dir, last_step):
-            say(f"{run_dir} is complete at step {last_step}")
+        if done := completed_step(config):
+            say(f"{run_dir} is complete at step {done}")
             return 0
         before = newest_step(run_dir)
         if signals.received:
             return _stopped(signals, before)
         tries += 1
-        say(f"try {tries}, from {f'step {before}' if before else 'the start'} of {last_step}")
+        say(f"try {tries}, from {f'step {before}' if before else 'the start'} of {config.train.max_steps}")
         code = start()
-        if is_complete(run_dir, last_step):
+        if completed_step(config) or signals.received:
             continue
         step = newest_step(run_dir)
-        if signals.received:
-            continue
         if code in FINAL:
             say(f"ended with exit code {code}: {FINAL[code]}")
             return code
@@ -64,9 +67,9 @@ def keep_going(start: Callable[[], int], run_dir: Path, last_step: int, limits: 
         if failures >= limits.tries:
             say(f"{ended}. Given up: {failures} tries without a new one")
             return code or 1
-        seconds = min(limits.wait * 2 ** (failures - 1), limits.longest_wait)
-        say(f"{ended}. Again in {seconds:g} s")
-        signals.sleep(seconds)
+        pause = min(limits.wait * 2 ** min(failures - 1, 30), limits.longest_wait)
+        say(f"{ended}. Again in {pause:g} s")
+        signals.sleep(pause)
 
 
 def _stopped(signals: Signals, step: int) -> int:
@@ -80,12 +83,19 @@ def say(text: str) -> None:
     print(f"keep_going: {text}", file=sys.stderr, flush=True)
 
 
-def is_complete(run_dir: Path, last_step: int) -> bool:
-    """Whether the run's marker says that it reached its last step."""
+def completed_step(config: RunConfig) -> int:
+    """The last step of this very run, 0 unless its directory has all of it: marker, the same settings, checkpoint.
+
+    Whatever else is there, the training itself goes on from it or refuses it.
+    """
+    directory = config.run.dir
     try:
-        return json.loads((run_dir / "complete.json").read_text())["step"] >= last_step
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        step = int(json.loads((directory / "complete.json").read_text())["step"])
+        same = not same_run_problems(read_yaml(directory / "config.yaml"), config)
+    except (UserError, OSError, ValueError, KeyError, TypeError):
+        return 0
+    there = (directory / f"checkpoints/step-{step:06d}").is_dir()
+    return step if same and there and step >= config.train.max_steps else 0
 
 
 def newest_step(run_dir: Path) -> int:
@@ -100,18 +110,9 @@ def starter(command: list[str], signals: Signals) -> Callable[[], int]:
     Raises:
         UserError: it is none that can be kept going.
     """
-    if Path(command[0]).name == "multinode.sh":
-        checked = [multinode.plan(command[1:])]  # a mistake is told before the first start
-
-        def over_nodes() -> int:
-            try:
-                job = checked.pop() if checked else multinode.plan(command[1:])
-            except UserError as error:  # the first start was possible: a node is away, and may come back
-                say(str(error))
-                return 1
-            return EXIT_STOPPED if signals.received else multinode.run(job, signals)
-
-        return over_nodes
+    program, *arguments = command[1:] if command[1:] and Path(command[0]).name in ("bash", "sh") else command
+    if Path(program).name == "multinode.sh":
+        return _over_nodes(arguments, signals)
     before_module = command[: command.index("--module")] if "--module" in command else command
     if any(word.partition("=")[0] in ("--hostfile", "-H") for word in before_module):
         raise UserError(
@@ -122,14 +123,50 @@ def starter(command: list[str], signals: Signals) -> Callable[[], int]:
     return lambda: run_job([command], os.environ, signals, Nodes(), new_job())
 
 
+def _over_nodes(arguments: list[str], signals: Signals) -> Callable[[], int]:
+    possible = False  # a start, once: what is wrong since then may be a node that comes back
+
+    def start() -> int:
+        nonlocal possible
+        try:
+            job = multinode.plan(arguments)
+        except UserError as error:
+            say(str(error))
+            away = possible or isinstance(error, Unreachable)
+            return EXIT_UNREACHABLE if away else EXIT_USER_ERROR
+        possible = True
+        return EXIT_STOPPED if signals.received else multinode.run(job, signals)
+
+    return start
+
+
+def check_continues(config: RunConfig) -> None:
+    """Raise `UserError` where the second try would refuse what the first one left."""
+    resume, own = config.run.resume, config.run.dir / "checkpoints"
+    if resume == "never" or (resume != "auto" and Path(resume).resolve().parent == own.resolve()):
+        raise UserError(
+            f"run.resume = {resume}  would stop at the second try. Set run.resume: auto to keep a run going."
+        )
+
+
+def seconds(text: str) -> float:
+    """A time to wait, for argparse."""
+    value = float(text)
+    if not 0 <= value <= LONGEST_SECONDS:
+        raise argparse.ArgumentTypeError(f"expected seconds, 0 to {LONGEST_SECONDS:,}, found {text}")
+    return value
+
+
 def parser() -> argparse.ArgumentParser:
     """The options before the command."""
     options = argparse.ArgumentParser(
         prog="launch/keep_going.sh", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     options.add_argument("--tries", type=int, default=5, help="in a row without a new checkpoint (default: 5)")
-    options.add_argument("--wait", type=float, default=10, help="seconds before the second, then doubled (default: 10)")
-    options.add_argument("--longest-wait", type=float, default=600, help="seconds (default: 600)")
+    options.add_argument(
+        "--wait", type=seconds, default=10, help="seconds before the second, then doubled (default: 10)"
+    )
+    options.add_argument("--longest-wait", type=seconds, default=600, help="seconds (default: 600)")
     options.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND")
     return options
 
@@ -144,15 +181,15 @@ def main(argv: list[str] | None = None) -> int:
     settings, _ = training.parse_known_args(command)
     signals = Signals()
     try:
-        if settings.config is None or args.tries < 1 or args.wait < 0:
+        if settings.config is None or not command or args.tries < 1:
             raise UserError("launch/keep_going.sh [--tries N] [--wait SECONDS] COMMAND, a training with its --config C")
         config = load_config(settings.config, settings.set)
-        start = starter(command, signals)
+        check_continues(config)
+        limits = Limits(args.tries, args.wait, args.longest_wait)
+        return keep_going(starter(command, signals), config, limits, signals)
     except UserError as error:
         print(error, file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
-    limits = Limits(args.tries, args.wait, args.longest_wait)
-    return keep_going(start, config.run.dir, config.train.max_steps, limits, signals)
 
 
 if __name__ == "__main__":

@@ -24,16 +24,17 @@ from pathlib import Path
 
 from ds_dgemma.config_file import check_topology, load_config
 from ds_dgemma.engine.hostfile import check_expert_groups, read_hostfile, select_hosts
-from ds_dgemma.errors import EXIT_USER_ERROR, UserError
+from ds_dgemma.errors import EXIT_UNREACHABLE, EXIT_USER_ERROR, UserError
 from ds_dgemma.launch.environment import (
     environment_files,
+    exports,
     for_pdsh,
-    quoted,
     rank_environment,
+    without_exports,
     write_for_deepspeed,
 )
 from ds_dgemma.launch.job import JOB, Nodes, Signals, new_job, run_job
-from ds_dgemma.launch.nodes import Expected, address_of, check_nodes
+from ds_dgemma.launch.nodes import Expected, Unreachable, address_of, check_nodes
 
 PORT = 29500  # DeepSpeed's default
 CONNECT_SECONDS = 10
@@ -47,7 +48,7 @@ class Plan:
     """A job that passed all checks."""
 
     launcher: str
-    slots: dict[str, int]
+    slots: dict[str, list[int]]  # of every host in the order of the ranks: which of its GPUs
     address: str
     port: int
     nodes: Nodes
@@ -82,15 +83,15 @@ def plan(argv: Sequence[str]) -> Plan:
     """Check config, hostfile and environment here, then every node.
 
     Raises:
-        UserError: what is wrong, before anything was started.
+        UserError: what is wrong, before anything was started; `Unreachable` where nodes are away and all else is well.
     """
     args, rest = parser().parse_known_args(argv)
     if stray := [word for word in rest if word == "--module" or word.endswith(".py")]:
         raise UserError(f"{stray[0]}: launch/multinode.sh starts {TRAIN} and nothing else. Leave it out.")
     config = load_config(args.config, args.set)
     slots = select_hosts(read_hostfile(args.hostfile), args.include, args.exclude, args.num_nodes, args.num_gpus)
-    check_topology(config, sum(slots.values()))
-    check_expert_groups(config.parallel, slots)
+    check_topology(config, sum(map(len, slots.values())))
+    check_expert_groups(config.parallel, {host: len(used) for host, used in slots.items()})
     launcher = args.launcher or ("pdsh" if shutil.which("pdsh") else "ssh")
     if not shutil.which(launcher) or not shutil.which("ssh"):
         raise UserError(f"--launcher {launcher}: not installed here. On Debian and Ubuntu: apt-get install pdsh ssh")
@@ -107,7 +108,7 @@ def plan(argv: Sequence[str]) -> Plan:
         )
     files = (args.config, config.deepspeed)
     on_gpus = environment.get("DS_ACCELERATOR", os.environ.get("DS_ACCELERATOR")) != "cpu"
-    check_nodes(nodes, Expected(slots, files, address, args.master_port, on_gpus))
+    check_nodes(nodes, Expected(slots, files, address, args.master_port, on_gpus, environment))
     filters = (("include", args.include), ("exclude", args.exclude))
     numbers = (("num_nodes", args.num_nodes), ("num_gpus", args.num_gpus))
     options = ["--hostfile", str(args.hostfile), *rest]
@@ -133,7 +134,8 @@ def commands(job: Plan, name: str) -> Iterator[tuple[list[list[str]], dict[str, 
         file = Path(folder) / "deepspeed_env"
         write_for_deepspeed(file, values)
         append = shlex.join(job.nodes.ssh[1:])
-        yield [_over_pdsh(job)], {**os.environ, "DS_ENV_FILE": str(file), "PDSH_SSH_ARGS_APPEND": append}
+        own = {"DS_ENV_FILE": str(file), "PDSH_SSH_ARGS_APPEND": append}
+        yield [_over_pdsh(job)], without_exports(os.environ) | own
 
 
 def _over_pdsh(job: Plan) -> list[str]:
@@ -147,37 +149,34 @@ def _over_pdsh(job: Plan) -> list[str]:
 
 def _over_ssh(job: Plan, values: dict[str, str], rank: int) -> list[str]:
     """DeepSpeed's per-node launcher on one node: what its pdsh runner starts there, with the same arguments."""
-    world = {host: list(range(slots)) for host, slots in job.slots.items()}
-    encoded = urlsafe_b64encode(json.dumps(world).encode()).decode()
-    exports = "".join(f"export {name}={quoted(value)}; " for name, value in values.items())
+    encoded = urlsafe_b64encode(json.dumps(job.slots).encode()).decode()
     command = [
         *(job.nodes.python, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={encoded}"),
         *(f"--node_rank={rank}", f"--master_addr={job.address}", f"--master_port={job.port}"),
         *("--log_level=warning", "--module", TRAIN, *job.arguments),
     ]
-    line = f"cd {shlex.quote(job.nodes.directory)} && {exports}exec {shlex.join(command)}"
+    line = f"cd {shlex.quote(job.nodes.directory)} && {exports(values)}exec {shlex.join(command)}"
     return job.nodes.command(list(job.slots)[rank], line)
 
 
 def run(job: Plan, signals: Signals) -> int:
     """Start a job that passed its checks, and wait for its end."""
     name = new_job()
-    print(f"{sum(job.slots.values())} ranks on {len(job.slots)} nodes over {job.launcher}", flush=True)
+    print(f"{sum(map(len, job.slots.values()))} ranks on {len(job.slots)} nodes over {job.launcher}", flush=True)
     with commands(job, name) as (lines, environment):
         return run_job(lines, environment, signals, job.nodes, name)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check, train; 2 for a user's mistake, otherwise what the launcher says."""
+    """Check, train; 2 for a user's mistake, 69 where a node is only away, otherwise what the launcher says."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        job = plan(arguments)
+        return run(plan(arguments), Signals())
     except UserError as error:
         print(error, file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+        return EXIT_UNREACHABLE if isinstance(error, Unreachable) else EXIT_USER_ERROR
     except KeyboardInterrupt:  # nothing is started yet
         return 128 + signal.SIGINT
-    return run(job, Signals())
 
 
 if __name__ == "__main__":
