@@ -124,8 +124,10 @@ def lora_section(case: Case) -> Iterator[LoraSection | None]:
         copies = {PEFT + name: value for name, value in case.lora.factors.items()}
         copies |= {name.replace(*PREFIXES): value.clone() for name, value in copies.items()}
         save_file(copies, Path(folder, TENSORS))
-        Path(folder, CONFIG).write_text(json.dumps({"peft_type": "LORA", **settings}))
-        yield LoraSection(**settings, target_parameters=experts, path=Path(folder))
+        lora = LoraSection(**settings, target_parameters=experts, path=Path(folder))
+        targets = {"target_modules": lora.target_modules, "target_parameters": experts}
+        Path(folder, CONFIG).write_text(json.dumps({"peft_type": "LORA", **settings, **targets}))
+        yield lora
 
 
 def run_engine(case: Case, ranks: RankLayout, args: argparse.Namespace) -> Iterator[Observed]:

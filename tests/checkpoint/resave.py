@@ -15,7 +15,8 @@ from ds_dgemma.engine.optimizer_state import KINDS, owned_shards
 from ds_dgemma.engine.ranks import RankLayout, connect, disconnect
 from ds_dgemma.objective.denoising import DenoisingObjective
 from ds_dgemma.run_directory import find_start
-from ds_dgemma.training.prepare import prepare, restore
+from ds_dgemma.training.prepare import prepare
+from ds_dgemma.training.restore import restore
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--config", type=Path)
