@@ -34,6 +34,7 @@ engine = start_engine(
 )
 restore(engine, ranks, prepared.resumed)
 facts = {"adam_step": prepared.resumed.checkpoint.state["adam_step"], "model": config.model.path}
+args.out.mkdir(parents=True, exist_ok=True)
 save(args.out, prepared.start, owned_shards(engine, ranks), KINDS, ranks.rank, facts)
 disconnect()
 sys.exit(0)

@@ -255,6 +255,8 @@ def test_an_export_through_a_link_replaces_what_it_names_and_keeps_the_link(run,
 def test_a_damaged_checkpoint_is_not_exported_but_an_older_one_in_its_place(run, tmp_path, capsys):
     checkpoints = run / "checkpoints"
     shutil.copytree(checkpoints / "step-000003", checkpoints / "step-000004")
+    state = read_state(checkpoints / "step-000003")
+    write_state(checkpoints / "step-000004", {**state, "step": 4}, state["files"])
     shard = checkpoints / "step-000004/1.safetensors"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
