@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ds_dgemma.checkpoint.run_state import step_directories
 from ds_dgemma.errors import UserError, first_fault, told
 from ds_dgemma.run_directory import CHECKPOINTS
 
@@ -94,6 +95,5 @@ def read_skipped(path: Path) -> SkippedStep:
 
 def checkpoints_until(run_dir: Path, step: int) -> list[Path]:
     """The run's checkpoints of a step and before, newest first; that of a skipped step has the weights it read."""
-    numbered = [(path.name.removeprefix("step-"), path) for path in (run_dir / CHECKPOINTS).glob("step-*")]
-    found = [(int(number), path) for number, path in numbered if number.isdigit() and int(number) <= step]
-    return [path for _, path in sorted(found, reverse=True)]
+    found = step_directories(run_dir / CHECKPOINTS)
+    return [path for number, path in reversed(found) if number <= step]
