@@ -166,7 +166,11 @@ class TrainSection(Section):
         default="bf16", description="compute type; master weights and accumulated gradients are fp32 in both"
     )
     gradient_clipping: float = Field(default=1.0, ge=0, description="largest global gradient norm; 0 clips nothing")
-    activation_checkpointing: bool = Field(default=True, description="recompute every layer in the backward pass")
+    activation_checkpointing: Literal["full", "selective", "none"] = Field(
+        default="full",
+        description="full: keep a layer's input, compute the rest again in the backward pass; selective: keep its "
+        "attention's output too, which is dear at length; none: keep everything",
+    )
 
 
 class ParallelSection(Section):
@@ -204,9 +208,6 @@ class ObjectiveSection(Section):
     )
     logits_chunk_mib: int = Field(
         default=256, ge=1, le=2**20, description="largest piece of fp32 logits held at once, MiB"
-    )
-    first_pass_bucket: int = Field(
-        default=64, ge=1, le=10**7, description="tokens: the first pass's clean prefix is rounded up to a multiple"
     )
 
     @model_validator(mode="after")

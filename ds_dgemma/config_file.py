@@ -43,7 +43,6 @@ MAY_CHANGE_WITHIN_A_RUN = (
     "train.activation_checkpointing",
     "parallel",
     "objective.logits_chunk_mib",
-    "objective.first_pass_bucket",
     "validation",
     "checkpoint",
     "health",

@@ -79,7 +79,7 @@ def capture_hidden(objective: DenoisingObjective) -> list[Tensor]:
 
 def open_float64(model: Path, train_router: bool, lora: LoraSection | None = None) -> DenoisingObjective:
     """The objective in double precision, on transformers' own experts, or with `lora` on AutoEP's."""
-    stack = build_stack(read_spec(str(model)), train_router=train_router, activation_checkpointing=False)
+    stack = build_stack(read_spec(str(model)), train_router=train_router)
     if lora is not None:
         from ds_dgemma.engine.expert_parallel import place_experts
 

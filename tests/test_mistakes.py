@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ds_dgemma.data.batch import Batch, FirstPass
 from ds_dgemma.model import masks, stack, vocabulary
-from ds_dgemma.model.masks import TokenLayout
+from tests.reference.masks import TokenLayout
 from ds_dgemma.objective import denoising
 from ds_dgemma.objective.denoising import DenoisingObjective
 from tests.parity import open_float64, step_float64

@@ -153,7 +153,7 @@ def _settings(run_dir: Path) -> RunConfig:
 
 
 def _outline(directory: Path):
-    return build_stack(read_spec(str(directory)), train_router=False, activation_checkpointing=False)
+    return build_stack(read_spec(str(directory)))
 
 
 def _targets(run: Run) -> tuple[Target, ...]:

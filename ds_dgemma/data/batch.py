@@ -1,7 +1,8 @@
 """Example and Batch: the two containers between data, objective and model.
 
 Shapes: B examples, S clean tokens (prompt, response, EOS fill, then padding), K scored canvases per example, L
-canvas tokens. A batch holds its noise already: the objective that reads it draws nothing.
+canvas tokens, M canvases of all examples that get a first guess. A batch holds its noise already: the objective that
+reads it draws nothing. What decides the shape of a computation is there as host integers too, so no device is asked.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -26,16 +27,6 @@ class Example:
 
 
 @dataclass(frozen=True)
-class FirstPass:
-    """Which examples the no-gradient pass runs on, and how much clean prefix it reads: host integers, so no device
-    sync.
-    """
-
-    rows: tuple[int, ...]  # never empty: every rank runs the pass, so that its collectives stay in step
-    prefix: int  # clean tokens kept, at least every chosen canvas's start
-
-
-@dataclass(frozen=True)
 class Batch:
     """A micro-batch, noise included."""
 
@@ -45,10 +36,20 @@ class Batch:
     target_ids_BKL: torch.Tensor  # int64, clean
     supervised_BKL: torch.Tensor  # bool
     canvas_start_BK: torch.Tensor  # int64, position of a canvas's first token
-    self_condition_BK: torch.Tensor  # bool, the coin
-    first_pass: FirstPass
+    starts: tuple[tuple[int, ...], ...]  # [B][K], canvas_start_BK on the host
+    # The canvases that get a first guess, numbered among B * K: those whose self-conditioning coin is true, or the
+    # first, whose guess counts for nothing, so that every rank makes one and collectives stay in step
+    guessed: tuple[int, ...]  # on the host
+    guessed_M: torch.Tensor  # int64, the same
+    coin_M: torch.Tensor  # bool
     sample_ids: tuple[int, ...]
     noise_levels: tuple[tuple[float, ...], ...]  # [B][K]
+
+    def with_coins(self, coin_BK: torch.Tensor) -> "Batch":
+        """The same batch with other self-conditioning coins, bool [B, K] on the CPU."""
+        guessed = tuple(coin_BK.flatten().nonzero().flatten().tolist()) or (0,)
+        guessed_M = torch.tensor(guessed)
+        return replace(self, guessed=guessed, guessed_M=guessed_M, coin_M=coin_BK.flatten()[guessed_M])
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copy the tensors to `device`."""
@@ -65,10 +66,10 @@ class Batch:
         return self.clean_valid_BS[:, 1:] & self.clean_valid_BS[:, :-1]
 
     @property
-    def is_real_BT(self) -> torch.Tensor:
-        """Bool [B, S + K * L]: clean tokens and scored canvases' tokens, without padding."""
+    def is_real_N(self) -> torch.Tensor:
+        """Bool [B * S + B * K * L]: all clean tokens, then all canvases' tokens, False on padding."""
         scored_BKL = self.supervised_BKL.any(-1, keepdim=True).expand_as(self.supervised_BKL)
-        return torch.cat([self.clean_valid_BS, scored_BKL.flatten(1)], dim=1)
+        return torch.cat([self.clean_valid_BS.flatten(), scored_BKL.flatten()])
 
     def counts(self) -> tuple[int, int]:
         """Tokens scored by the diffusion loss and by the AR loss."""
@@ -76,4 +77,4 @@ class Batch:
 
     def tokens(self) -> int:
         """Tokens read by the model, padding left out: clean ones, and those of scored canvases."""
-        return int(self.is_real_BT.sum())
+        return int(self.is_real_N.sum())

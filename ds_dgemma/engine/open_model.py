@@ -27,6 +27,7 @@ from ds_dgemma.errors import UserError
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
+from ds_dgemma.model.sweep import Checkpointing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -79,7 +80,7 @@ def outline_model(
     *,
     grouped_matmul: bool,
     train_router: bool = False,
-    activation_checkpointing: bool = True,
+    activation_checkpointing: Checkpointing = "full",
     copy_decoder_scalars: bool = False,
     frozen: Sequence[str] = (),
     lora: LoraSection | None = None,

@@ -77,7 +77,7 @@ def load_generator(source: Source) -> Generator:
     spec = read_spec(str(directory))
     tokenizer = load_tokenizer(directory, text_spec(spec).vocab_size)
     if adapter is not None:  # looked at before the model is read
-        outline = build_stack(spec, train_router=False, activation_checkpointing=False)
+        outline = build_stack(spec)
         if warning := AdapterReader(adapter, possible_targets(outline)).base_warning(path):
             print(warning, file=sys.stderr)
     on_gpu = torch.cuda.is_available()

@@ -4,12 +4,14 @@ import torch
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
 from ds_dgemma.errors import UserError, first_line
+from ds_dgemma.model import attention
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
+from ds_dgemma.model.sweep import Checkpointing
 
 
 def build_stack(
-    config: DiffusionGemmaConfig, *, train_router: bool, activation_checkpointing: bool
+    config: DiffusionGemmaConfig, *, train_router: bool = False, activation_checkpointing: Checkpointing = "none"
 ) -> DiffusionGemmaStack:
     """Return the stack with meta parameters; what is computed rather than stored (rotary frequencies) is real and
     fp32.
@@ -17,7 +19,7 @@ def build_stack(
     Raises:
         UserError: the config does not describe a model that transformers can build.
     """
-    config._attn_implementation = "sdpa"  # any mask, any head size; with a mask transformers expands the keys itself
+    config._attn_implementation = attention.NAME
     config._experts_implementation = "eager"
     with torch.device("meta"):
         try:

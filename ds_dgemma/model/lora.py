@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ds_dgemma.config import ATTENTION_AND_MLP, LoraSection
 from ds_dgemma.errors import did_you_mean, one_line_each
+from ds_dgemma.model.dropout import PartDropout
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
 
@@ -131,27 +132,23 @@ class Adapter(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(*leading, lora.r, target.inputs))
         self.lora_B = nn.Parameter(torch.empty(*leading, target.outputs, lora.r))
         self.scaling = scaling(lora)
-        self.dropout = lora.lora_dropout
 
     def forward(self, inputs: Tensor, product: Callable[[Tensor, Tensor], Tensor] = F.linear) -> Tensor:
-        """Return scaling * B A x; `product` multiplies with a weight [out, in], or each expert's rows with its own.
-
-        No dropout without a gradient: self-conditioning's first pass guesses with the whole adapter.
-        """
-        if self.dropout and self.training and torch.is_grad_enabled():
-            inputs = F.dropout(inputs, self.dropout)
+        """Return scaling * B A x; `product` multiplies with a weight [out, in], or each expert's rows with its own."""
         return product(product(inputs, self.lora_A), self.lora_B) * self.scaling
 
 
 class LoraLinear(Adapter):
     """A frozen linear, its weight named as before, with its adapter."""
 
-    def __init__(self, linear: nn.Linear, target: Target, lora: LoraSection) -> None:
+    def __init__(self, linear: nn.Linear, target: Target, lora: LoraSection, dropout: PartDropout) -> None:
         super().__init__(target, lora)
         self.weight, self.bias = linear.weight, linear.bias
+        self._p, self._dropout, self._key = lora.lora_dropout, dropout, _hash(f"dropout {target.name}")
 
     def forward(self, inputs: Tensor) -> Tensor:  # type: ignore[override]
-        return F.linear(inputs, self.weight, self.bias) + super().forward(inputs)
+        adapted = self._dropout(inputs, self._p, self._key) if self._p and self.training else inputs
+        return F.linear(inputs, self.weight, self.bias) + super().forward(adapted)
 
 
 def scaling(lora: LoraSection) -> float:
@@ -161,6 +158,7 @@ def scaling(lora: LoraSection) -> float:
 
 def adapt_linears(stack: DiffusionGemmaStack, targets: Iterable[Target], lora: LoraSection) -> None:
     """Put adapters, on meta, around the targeted linears; experts are their owner's to adapt."""
+    stack.has_dropout = lora.lora_dropout > 0
     for target in targets:
         if target.experts:
             continue
@@ -169,7 +167,7 @@ def adapt_linears(stack: DiffusionGemmaStack, targets: Iterable[Target], lora: L
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"{target.name} is a {type(linear).__name__}, no linear")
         with torch.device("meta"):
-            setattr(stack.get_submodule(owner), leaf, LoraLinear(linear, target, lora))
+            setattr(stack.get_submodule(owner), leaf, LoraLinear(linear, target, lora, stack.dropout))
 
 
 class FreshAdapters:

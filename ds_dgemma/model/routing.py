@@ -11,6 +11,7 @@ L layers, E experts, k experts per token.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch import Tensor
 class ExpertLoads:
     """Filled by a sweep: what the real tokens of a micro-batch asked of every layer's experts."""
 
-    is_real_BT: Tensor  # bool, False on padding
+    is_real_N: Tensor  # bool, False on padding; clean tokens, then canvases
     layers: list[Tensor] = field(default_factory=list)  # one [2, E] a layer, by `expert_load`
 
     def tokens_LE(self) -> Tensor:
@@ -30,6 +31,12 @@ class ExpertLoads:
     def probability_LE(self) -> Tensor:
         """An expert's probability, summed over tokens; has a gradient."""
         return torch.stack([load[1] for load in self.layers])
+
+
+def weights_of(router: Any, probability_NE: Tensor, chosen_Nk: Tensor) -> Tensor:
+    """The routing weights [N, k] of a choice that was made before, as transformers' router makes them of its own."""
+    weights = probability_NE.gather(-1, chosen_Nk)
+    return weights / weights.sum(-1, keepdim=True) * router.per_expert_scale[chosen_Nk]
 
 
 def expert_load(probability_NE: Tensor, chosen_Nk: Tensor, is_real_N: Tensor) -> Tensor:

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from ds_dgemma.data.batch import Batch
-from ds_dgemma.model.masks import clean_and_canvases
 from ds_dgemma.model.routing import ExpertLoads, balance_loss
 from ds_dgemma.model.spec import text_spec
-from ds_dgemma.model.stack import DiffusionGemmaStack, with_gradient
+from ds_dgemma.model.stack import DiffusionGemmaStack
+from ds_dgemma.model.sweep import Places, Sweep, with_gradient
 from ds_dgemma.model.vocabulary import WeightGradient
 
 
@@ -74,9 +74,8 @@ class DenoisingObjective(nn.Module):
     def forward(self, batch: Batch, weights: TokenWeights | None, balance: RouterBalance | None = None) -> LossParts:
         """Return the loss; without weights no more than the routers' part of it."""
         gradient = WeightGradient()
-        loads = None if balance is None else ExpertLoads(batch.is_real_BT)
-        first_pass_MH = self.first_pass(batch)
-        clean_BSH, canvas_BKLH = self.second_pass(batch, first_pass_MH, gradient, loads)
+        loads = None if balance is None else ExpertLoads(batch.is_real_N)
+        clean_BSH, canvas_BKLH = self.hidden_states(batch, gradient, loads)
 
         router = clean_BSH.new_zeros((), dtype=torch.float32)
         if balance is not None and loads is not None:
@@ -99,48 +98,30 @@ class DenoisingObjective(nn.Module):
             loss = loss + balance.weight * router
         return LossParts(loss, nll[:canvas_tokens].sum(), nll[canvas_tokens:].sum(), router.detach())
 
-    @torch.no_grad()
-    def first_pass(self, batch: Batch) -> Tensor:
-        """Hidden states [R * K * L, H] of the first guess, on the rows whose coin needs one, reading no more than
-        their prefix.
+    def hidden_states(
+        self, batch: Batch, gradient: WeightGradient, loads: ExpertLoads | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Final hidden states, clean [B, S, H] and canvas [B, K, L, H]: both passes of self-conditioning; fills
+        `loads`.
         """
-        rows, prefix = (
-            torch.tensor(batch.first_pass.rows, device=batch.clean_ids_BS.device),
-            batch.first_pass.prefix,
-        )
-        ids, canvas_ids = batch.clean_ids_BS[rows, :prefix], batch.canvas_ids_BKL[rows]
-        L = canvas_ids.shape[-1]
-        inputs, _ = self._embed(ids, canvas_ids, None, WeightGradient())
-        clean, canvas = inputs[:, :prefix], inputs[:, prefix:]
-        canvas = self.model.self_conditioning(canvas, torch.zeros_like(canvas))
-        layout = clean_and_canvases(batch.clean_valid_BS[rows, :prefix], batch.canvas_start_BK[rows], L)
-        hidden = self.model(torch.cat([clean, canvas], dim=1), layout)
-        return hidden[:, prefix:].reshape(-1, self._hidden_size)
+        (B, S), (_, K, L) = batch.clean_ids_BS.shape, batch.canvas_ids_BKL.shape
+        n, block = B * S, self.model.self_conditioning
+        canvas_ids = batch.canvas_ids_BKL.flatten(0, 1)
+        places = Places(S, L, batch.starts, batch.canvas_start_BK, batch.guessed, batch.guessed_M)
+        with torch.no_grad():
+            ids = torch.cat([batch.clean_ids_BS.flatten(), canvas_ids[batch.guessed_M].flatten()])
+            inputs, _ = self.model.embed_tokens.embed(ids, None, self.chunk, WeightGradient())
+            clean, guess = inputs[:n], inputs[n:]
+            guess = block(guess, torch.zeros_like(guess))
+        sweep = Sweep(self.model, places, inputs, loads)
+        guess = sweep.read(clean, guess, differentiates=torch.is_grad_enabled())
 
-    def second_pass(
-        self, batch: Batch, first_pass_MH: Tensor, gradient: WeightGradient, loads: ExpertLoads | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The sweep that is differentiated: clean [B, S, H] and canvas [B, K, L, H] hidden states; fills `loads`."""
-        S, (B, K, L) = batch.clean_ids_BS.shape[1], batch.canvas_ids_BKL.shape
-        inputs, soft_MH = self._embed(batch.clean_ids_BS, batch.canvas_ids_BKL, first_pass_MH, gradient)
-        clean, canvas = inputs[:, :S], inputs[:, S:]
-        rows = torch.tensor(batch.first_pass.rows, device=canvas.device)
+        ids = torch.cat([batch.clean_ids_BS.flatten(), canvas_ids.flatten()])
+        inputs, soft = self.model.embed_tokens.embed(ids, guess, self.chunk, gradient)
+        canvas = inputs[n:]
         # An unconditioned canvas gets zeros, not the mean embedding; the block still runs on them.
-        coin = batch.self_condition_BK[rows].repeat_interleave(L, dim=1).unsqueeze(-1)
-        soft = soft_MH.view(len(rows), K * L, self._hidden_size) * coin.to(soft_MH.dtype)
-        soft = torch.zeros_like(canvas).index_copy(0, rows, soft)
-        block = self.model.self_conditioning
-        canvas = block(with_gradient(canvas, block), soft)
-        layout = clean_and_canvases(batch.clean_valid_BS, batch.canvas_start_BK, L)
-        hidden = self.model(torch.cat([clean, canvas], dim=1), layout, loads)
-        return hidden[:, :S], hidden[:, S:].view(B, K, L, self._hidden_size)
-
-    @property
-    def _hidden_size(self) -> int:
-        return text_spec(self.model.config).hidden_size
-
-    def _embed(
-        self, clean_ids: Tensor, canvas_ids_BKL: Tensor, first_pass_MH: Tensor | None, gradient: WeightGradient
-    ) -> tuple[Tensor, Tensor]:
-        ids = torch.cat([clean_ids, canvas_ids_BKL.flatten(1)], dim=1)
-        return self.model.embed_tokens.embed(ids, first_pass_MH, self.chunk, gradient)
+        soft = soft.view(len(batch.guessed), L, canvas.shape[-1]) * batch.coin_M[:, None, None].to(soft.dtype)
+        soft = canvas.new_zeros(B * K, *soft.shape[1:]).index_copy(0, batch.guessed_M, soft)
+        canvas = block(with_gradient(canvas, block), soft.flatten(0, 1))
+        clean, canvas = sweep.denoise(inputs[:n], canvas)
+        return clean.view(B, S, -1), canvas.view(B, K, L, -1)

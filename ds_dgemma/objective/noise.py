@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ds_dgemma.config import ObjectiveSection
-from ds_dgemma.data.batch import Batch, Example, FirstPass
+from ds_dgemma.data.batch import Batch, Example
 
 
 def generator(seed: int, purpose: str, *key: int) -> np.random.Generator:
@@ -47,7 +47,6 @@ class Corruption:
     noise_eps: float
     self_conditioning_probability: float
     canvases_per_example: int | Literal["all"]
-    first_pass_bucket: int
     pad_id: int
 
     @classmethod
@@ -59,7 +58,6 @@ class Corruption:
             noise_eps=objective.noise_eps,
             self_conditioning_probability=objective.self_conditioning_probability,
             canvases_per_example=objective.canvases_per_example,
-            first_pass_bucket=objective.first_pass_bucket,
             pad_id=pad_id,
         )
 
@@ -101,6 +99,7 @@ class Corruption:
             for k, canvas in enumerate(canvases[b]):
                 ids[b, k], targets[b, k], supervised[b, k] = canvas.noised_L, canvas.target_L, True
                 start[b, k], coin[b, k] = canvas.start, canvas.self_condition
+        nobody = torch.empty(0, dtype=torch.int64)
         return Batch(
             clean_ids_BS=torch.from_numpy(clean_ids),
             clean_valid_BS=torch.from_numpy(clean_valid),
@@ -108,15 +107,10 @@ class Corruption:
             target_ids_BKL=torch.from_numpy(targets),
             supervised_BKL=torch.from_numpy(supervised),
             canvas_start_BK=torch.from_numpy(start),
-            self_condition_BK=torch.from_numpy(coin),
-            first_pass=first_pass(coin, start, S, self.first_pass_bucket),
+            starts=tuple(tuple(row) for row in start.tolist()),
+            guessed=(),
+            guessed_M=nobody,
+            coin_M=nobody.bool(),
             sample_ids=tuple(example.sample_id for example in rows),
             noise_levels=tuple(tuple(canvas.noise_level for canvas in row) for row in canvases),
-        )
-
-
-def first_pass(coin_BK: np.ndarray, start_BK: np.ndarray, clean_length: int, bucket: int) -> FirstPass:
-    """Rows with any coin, or row 0 when there is none; the prefix up to their last canvas start, in whole buckets."""
-    rows = tuple(int(row) for row in np.flatnonzero(coin_BK.any(axis=1))) or (0,)
-    needed = int(start_BK[list(rows)].max())
-    return FirstPass(rows, min(clean_length, -(-needed // bucket) * bucket))
+        ).with_coins(torch.from_numpy(coin))

@@ -83,7 +83,7 @@ def build_stack_for(config: RunConfig, spec: DiffusionGemmaConfig) -> DiffusionG
     Raises:
         UserError: patterns of `model.freeze` or `lora` that do not fit the model.
     """
-    stack = build_stack(spec, train_router=config.model.train_router, activation_checkpointing=False)
+    stack = build_stack(spec, train_router=config.model.train_router)
     place_experts(stack, size=1, rank=0, grouped=False)
     freeze(stack, config.model.freeze, list(shapes_outside(spec)))
     if config.lora is not None:

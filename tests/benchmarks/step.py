@@ -27,7 +27,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +40,11 @@ from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 from transformers.cache_utils import DynamicCache
 
 from ds_dgemma.data.batch import Batch, Example
-from ds_dgemma.model.masks import attention_masks, clean_and_canvases
-from ds_dgemma.objective.noise import Corruption, first_pass
+from tests.reference.masks import attention_masks, clean_and_canvases
+from ds_dgemma.objective.noise import Corruption
 
-VARIANTS = ("ds_dgemma", "ds_dgemma, kept", "transformers")
+CHECKPOINTING = {"ds_dgemma": "full", "ds_dgemma, selective": "selective", "ds_dgemma, kept": "none"}
+VARIANTS = (*CHECKPOINTING, "transformers")
 CANVAS = 64  # tokens
 Step = Callable[[Batch], tuple[float, float]]  # one forward and backward: diffusion and AR loss, nats per scored token
 
@@ -97,15 +97,12 @@ def make_batch(prompt: int, response: int, size: int, vocabulary: int, canvas: i
     ]
     corruption = Corruption(
         seed=0, vocab_size=vocabulary, noise_eps=1e-3, self_conditioning_probability=0.5,
-        canvases_per_example=1, first_pass_bucket=64, pad_id=0,
+        canvases_per_example=1, pad_id=0,
     )  # fmt: skip
-    batch = corruption.collate(rows)
-    coin = np.arange(size)[:, None] % 2 == 0
-    part = first_pass(coin, batch.canvas_start_BK.numpy(), prompt + response, corruption.first_pass_bucket)
-    return replace(batch, self_condition_BK=torch.from_numpy(coin), first_pass=part)
+    return corruption.collate(rows).with_coins(torch.arange(size)[:, None] % 2 == 0)
 
 
-def open_ours(directory: Path, args: argparse.Namespace, recompute: bool) -> Step:
+def open_ours(directory: Path, args: argparse.Namespace, checkpointing: Any) -> Step:
     """The stack with its objective, as one rank without ZeRO holds it."""
     from ds_dgemma.checkpoint.load import find_places, materialise, plain
     from ds_dgemma.checkpoint.weights import WeightReader
@@ -114,7 +111,7 @@ def open_ours(directory: Path, args: argparse.Namespace, recompute: bool) -> Ste
     from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
 
     spec, dtype = read_spec(str(directory)), getattr(torch, args.dtype)
-    stack = build_stack(spec, train_router=False, activation_checkpointing=recompute)
+    stack = build_stack(spec, activation_checkpointing=checkpointing)
     if args.experts == "expert_parallel":
         from ds_dgemma.engine.expert_parallel import place_experts
 
@@ -159,9 +156,11 @@ def open_transformers(directory: Path, args: argparse.Namespace) -> Step:
             decoder_attention_mask={kind: mask[..., S:, :] for kind, mask in masks.items()},
             decoder_position_ids=layout.position_BT[:, S:],
         )
+        coin = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        coin[batch.guessed_M] = batch.coin_M
         with torch.no_grad():
             guess = model(**canvas).logits
-        logits = model(self_conditioning_logits=guess, self_conditioning_mask=batch.self_condition_BK[:, 0], **canvas)
+        logits = model(self_conditioning_logits=guess, self_conditioning_mask=coin, **canvas)
         del guess
         diffusion = F.cross_entropy(logits.logits.flatten(0, 1), batch.target_ids_BKL.flatten())
         del logits
@@ -181,7 +180,7 @@ def measure(variant: str, directory: Path, args: argparse.Namespace) -> dict:
     if variant == "transformers":
         step = open_transformers(directory, args)
     else:
-        step = open_ours(directory, args, recompute=variant == "ds_dgemma")
+        step = open_ours(directory, args, CHECKPOINTING[variant])
     batch = make_batch(args.prompt, args.response, args.batch, args.vocabulary).to(args.device)
     wall, cpu, losses = [], [], (0.0, 0.0)
     for _ in range(1 + args.steps):
@@ -228,7 +227,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--prompt", type=int, default=128, help="tokens")
     parser.add_argument("--response", type=int, default=256, help=f"tokens, a multiple of {CANVAS}")
     parser.add_argument("--batch", type=int, default=4, help="examples")
-    parser.add_argument("--vocabulary", type=int, default=32768, help="tokens")
+    parser.add_argument("--vocabulary", type=int, default=4096, help="tokens; 4096: a fifth of the arithmetic, as at 26B")
     parser.add_argument("--experts", choices=["expert_parallel", "plain"], default="expert_parallel", help="our layer")
     parser.add_argument("--logits-chunk-mib", type=int, default=256, help="objective.logits_chunk_mib")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")

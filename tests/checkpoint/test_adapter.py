@@ -42,7 +42,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def possible() -> dict[str, Target]:
-    return possible_targets(build_stack(make_config(CASE), train_router=False, activation_checkpointing=False))
+    return possible_targets(build_stack(make_config(CASE)))
 
 
 def load(folder: Path) -> Any:
@@ -255,6 +255,6 @@ def test_a_run_that_would_continue_another_adapter_is_refused(settings, said, ba
     write_random_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
     reader = AdapterReader(tmp_path / "adapter", possible())
     lora = LoraSection(**{"r": 4, "lora_alpha": 6, "target_modules": ["q_proj"], **settings})
-    stack = build_stack(make_config(CASE), train_router=False, activation_checkpointing=False)
+    stack = build_stack(make_config(CASE))
     with pytest.raises(UserError, match=said):
         check_continues(reader, choose_targets(stack, lora), lora)

@@ -46,7 +46,7 @@ def sharded(single: Path, tmp_path: Path) -> Path:
 
 
 def outline(folder: Path) -> DiffusionGemmaStack:
-    return build_stack(read_spec(str(folder)), train_router=True, activation_checkpointing=False)
+    return build_stack(read_spec(str(folder)), train_router=True)
 
 
 def rewrite(file: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -132,7 +132,7 @@ def test_of_a_file_and_an_index_that_are_both_there_the_file_is_read_as_transfor
 
 
 def test_every_parameter_is_given_memory_and_keeps_whether_it_trains(single: Path):
-    stack = build_stack(read_spec(str(single)), train_router=False, activation_checkpointing=False)
+    stack = build_stack(read_spec(str(single)))
     reader = WeightReader(single)
     materialise(stack, reader, find_places(stack, reader), plain(torch.bfloat16, "cpu"), device="cpu")
     assert not any(tensor.is_meta for tensor in [*stack.parameters(), *stack.buffers()])

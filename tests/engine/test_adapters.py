@@ -77,7 +77,7 @@ def test_factors_are_tagged_as_the_weights_are_so_that_zero_shares_them_as_it_sh
 
 
 def test_a_rank_that_grouped_products_refuse_is_told_early():
-    stack = build_stack(make_config(Case()), train_router=False, activation_checkpointing=False)
+    stack = build_stack(make_config(Case()))
     lora = LoraSection(r=12, target_parameters=("experts.down_proj",))
     assert choose_adapters(stack, lora, grouped_matmul=False).targets
     with pytest.raises(UserError, match=r"lora.r = 12 is not a multiple of 8.*Set lora.r: 16"):

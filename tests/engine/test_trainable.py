@@ -17,7 +17,7 @@ VISION = ["model.encoder.vision_tower.patch_embedder.input_proj.weight"]
 @pytest.fixture
 def stack() -> DiffusionGemmaStack:
     """Two layers on DeepSpeed's experts, whose tensors are apart where the checkpoint's are not."""
-    stack = build_stack(make_config(Case()), train_router=True, activation_checkpointing=False)
+    stack = build_stack(make_config(Case()), train_router=True)
     place_experts(stack, size=1, rank=0, grouped=False)
     return stack
 

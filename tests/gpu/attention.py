@@ -18,7 +18,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from ds_dgemma.model.build import build_stack
-from ds_dgemma.model.masks import clean_and_canvases
+from tests.reference.masks import clean_and_canvases
 from ds_dgemma.model.stack import DiffusionGemmaStack
 from tests.gpu import shapes
 
@@ -30,7 +30,7 @@ MATH = "scaled_dot_product_attention_math"
 def open_stack(rehearse: bool) -> DiffusionGemmaStack:
     """A sliding and a full layer with random weights in bf16."""
     small = {"num_experts": 8, "vocab_size": 512}
-    stack = build_stack(shapes.config(rehearse, layers=2, **small), train_router=False, activation_checkpointing=False)
+    stack = build_stack(shapes.config(rehearse, layers=2, **small))
     text: Any = stack.config.get_text_config()
     rotary = type(stack.rotary_emb)
     stack = stack.to_empty(device=shapes.device(rehearse)).to(torch.bfloat16)

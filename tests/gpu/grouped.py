@@ -24,7 +24,7 @@ NAMES = ("output", "input gradient", "weight gradient")
 
 def open_layer(rehearse: bool, grouped: bool) -> ExpertParallelExperts:
     """One layer's experts, one rank, fresh weights in bf16."""
-    stack = build_stack(shapes.config(rehearse, layers=1), train_router=False, activation_checkpointing=False)
+    stack = build_stack(shapes.config(rehearse, layers=1))
     place_experts(stack, 1, 0, grouped)
     layer = stack.layers[0].experts
     assert isinstance(layer, ExpertParallelExperts)

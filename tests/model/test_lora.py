@@ -16,7 +16,7 @@ EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 @pytest.fixture(scope="module")
 def stack() -> DiffusionGemmaStack:
     """Two layers, sliding and full; the full one has no v_proj."""
-    return build_stack(make_config(Case()), train_router=False, activation_checkpointing=False)
+    return build_stack(make_config(Case()))
 
 
 def chosen(stack: DiffusionGemmaStack, **settings) -> set[str]:

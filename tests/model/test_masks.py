@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from ds_dgemma.model.masks import CLEAN, PADDING, TokenLayout, attention_masks, clean_and_canvases
+from tests.reference.masks import CLEAN, PADDING, TokenLayout, attention_masks, clean_and_canvases
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ds_dgemma.cli import main
 from ds_dgemma.config_file import load_config
 from ds_dgemma.data.batch import FirstPass
 from ds_dgemma.errors import UserError
-from ds_dgemma.model.masks import attention_masks, clean_and_canvases
+from tests.reference.masks import attention_masks, clean_and_canvases
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.plan.activations import trace
 from ds_dgemma.plan.cost import Machine, visible_pairs

@@ -21,7 +21,7 @@ def write_random_adapter(
 ) -> tuple[tuple[Target, ...], LoraSection, ReadFactor]:
     """Write an adapter of rank 4 for a model; its targets, settings, and factors."""
     lora = LoraSection(r=4, lora_alpha=6, init_lora_weights=False, **settings)
-    stack = build_stack(read_spec(str(model)), train_router=False, activation_checkpointing=False)
+    stack = build_stack(read_spec(str(model)))
     targets = choose_targets(stack, lora)
     fresh = FreshAdapters(targets, lora, seed=5)
 

@@ -24,7 +24,6 @@ from ds_dgemma.engine.ranks import RankLayout
 from ds_dgemma.errors import UserError, first_line
 from ds_dgemma.model.spec import read_spec
 from ds_dgemma.model.vocabulary import capped_logits
-from ds_dgemma.objective.noise import first_pass
 
 COINS = ("none", "all", "mixed")
 QUANTITIES = ("diffusion loss", "AR loss", "pass-2 logits", "encoder lse", "gradient norm", "gradient")
@@ -151,7 +150,7 @@ def share(rows: int, ranks: RankLayout) -> slice:
     return slice(ranks.rank * rows // ranks.world, (ranks.rank + 1) * rows // ranks.world)
 
 
-def to_batch(tensors: dict[str, Tensor], coins: str, rows: slice = slice(None), bucket: int = 16) -> Batch:
+def to_batch(tensors: dict[str, Tensor], coins: str, rows: slice = slice(None)) -> Batch:
     """`rows` of a case's batch in our container; no rows: the first one, with nothing in it that counts."""
     counts = rows.start is None or rows.start < rows.stop
     picked = rows if counts else slice(0, 1)
@@ -164,11 +163,13 @@ def to_batch(tensors: dict[str, Tensor], coins: str, rows: slice = slice(None), 
         target_ids_BKL=part["target_ids"][:, None],
         supervised_BKL=part["canvas_loss_mask"][:, None] & counts,
         canvas_start_BK=start,
-        self_condition_BK=coin,
-        first_pass=first_pass(coin.numpy(), start.numpy(), part["input_ids"].shape[1], bucket),
+        starts=tuple(tuple(row) for row in start.tolist()),
+        guessed=(),
+        guessed_M=torch.empty(0, dtype=torch.int64),
+        coin_M=torch.empty(0, dtype=torch.bool),
         sample_ids=tuple(range(len(coin))),
         noise_levels=(),
-    )
+    ).with_coins(coin)
 
 
 def compare(seen: Observed, case: Case, coins: str, dtype: str, rows: slice = slice(None)) -> list[float]:

@@ -1,0 +1,268 @@
+"""Who attends to whom, in parts that need no mask.
+
+The tokens of a call are one flat sequence, `[clean tokens of B rows, S each | M canvases of L]`:
+
+- clean tokens see clean tokens of their row, causally, on sliding layers the last `window` of them (itself included);
+- a canvas sees the clean tokens of its row before its start, on sliding layers the last `window - 1` of those, and all
+  of itself. Nothing else reads a canvas. Padding stands at the right of a row, where no real token looks.
+
+Each of these sets is cut into *parts*, rectangles and triangles of (queries, keys) that a kernel computes whole or
+causally: no mask exists, nothing grows with S * S, and nothing is computed that nobody sees. A sliding layer goes in
+blocks of a window, here 4 clean tokens in blocks of window 2 (c: causal part, t: triangle, read backwards):
+
+        c . . .        A part gives its output o_i and the logarithm l_i of its softmax's sum. They merge into
+        c c . .        l = log(sum exp l_i), o = sum of exp(l_i - l) o_i, and a part's own backward pass, given
+        . t c .        the merged o and l, yields its share of the gradients: exact, as in Ring Attention
+        . . c c        (arXiv 2310.01889) and FlashAttention 2 (arXiv 2307.08691).
+
+Shapes: N tokens, h heads (g of keys and values), d head size, T tokens of a part. `tests/reference/masks.py` has the
+same rules as dense masks. Sources: transformers `modeling_diffusion_gemma.py`
+(`create_diffusion_decoder_attention_mask`, sliding cache); gemma/diffusion
+`hackable_diffusion_adapter/hd/mask_helpers.py`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from ds_dgemma.model.kernels import Kernel, kernel_for
+
+NAME = "ds_dgemma"
+
+
+class Canvas(NamedTuple):
+    """A canvas's place: its row of clean tokens, and how many of them stand before it."""
+
+    row: int
+    start: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of one call, all as host integers: no device is asked."""
+
+    rows: int  # B
+    clean: int  # S; 0: canvases only, which read keys and values that were kept
+    canvases: tuple[Canvas, ...]
+    length: int  # L
+
+    @property
+    def clean_total(self) -> int:
+        """Clean tokens of all rows."""
+        return self.rows * self.clean
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens `begin` to `end` of `rows` neighbouring rows, each `length` tokens long, the first at `offset`."""
+
+    offset: int
+    rows: int
+    length: int
+    begin: int
+    end: int
+
+    def of(self, flat_Nhd: Tensor) -> Tensor:
+        """A view of them, [rows, h, T, d]."""
+        rows = flat_Nhd.narrow(0, self.offset, self.rows * self.length).unflatten(0, (self.rows, self.length))
+        return rows[:, self.begin : self.end].transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Queries and the keys that all of them see, or see causally."""
+
+    queries: Span
+    keys: Span | int  # in this call, or the number of a kept slice
+    causal: bool = False
+    backwards: bool = False  # the last query and key first: causally, that is the triangle above the diagonal
+    merges: bool = True  # into what earlier parts gave the same queries
+
+
+class Run(NamedTuple):
+    """Neighbouring canvases of neighbouring rows that start alike: one part serves all of them."""
+
+    first: int  # canvas
+    canvases: int
+    row: int
+    start: int
+
+
+def visible(start: int, window: int | None) -> tuple[int, int]:
+    """The clean tokens that a canvas sees, [begin, end): every token of the canvas the same."""
+    return (0 if window is None else max(0, start - window + 1)), start
+
+
+@lru_cache(maxsize=256)
+def runs(canvases: tuple[Canvas, ...]) -> tuple[Run, ...]:
+    """Canvases in runs, in order; those that see no clean token are in none."""
+    found: list[Run] = []
+    for number, (row, start) in enumerate(canvases):
+        last = found[-1] if found else None
+        if last and (last.first + last.canvases, last.row + last.canvases, last.start) == (number, row, start):
+            found[-1] = last._replace(canvases=last.canvases + 1)
+        elif start:
+            found.append(Run(number, 1, row, start))
+    return tuple(found)
+
+
+def parts(tokens: Tokens, window: int | None) -> Iterator[Part]:
+    """All parts of a call; the first that a query meets does not merge."""
+    yield from _clean_parts(tokens, window)
+    if not tokens.canvases:
+        return
+    own = Span(tokens.clean_total, len(tokens.canvases), tokens.length, 0, tokens.length)
+    yield Part(own, own, merges=False)
+    for number, run in enumerate(runs(tokens.canvases)):
+        begin, end = visible(run.start, window)
+        if end > begin:
+            queries = Span(own.offset + run.first * tokens.length, run.canvases, tokens.length, 0, tokens.length)
+            clean = Span(run.row * tokens.clean, run.canvases, tokens.clean, begin, end)
+            yield Part(queries, clean if tokens.clean else number)
+
+
+def _clean_parts(tokens: Tokens, window: int | None) -> Iterator[Part]:
+    length = tokens.clean
+    block = length if window is None else min(window, length)
+    for begin in range(0, length, block or 1):
+        end = min(begin + block, length)
+        span = lambda a, b: Span(0, tokens.rows, length, a, b)  # noqa: E731
+        yield Part(span(begin, end), span(begin, end), causal=True, merges=False)
+        if begin:
+            # A last, shorter block: what its last query still sees of the block before, all its queries see.
+            if end - block < begin:
+                yield Part(span(begin, end), span(end - block, begin))
+            if end - begin > 1:
+                yield Part(span(begin, end - 1), span(begin - block + 1, end - block), causal=True, backwards=True)
+
+
+class Attended(NamedTuple):
+    """What an attention leaves beside its output."""
+
+    keys: Tensor  # [N, g, d]
+    values: Tensor  # [N, g, d]
+    output: Tensor  # [N, h, d]
+    normaliser: Tensor  # [N, h], logarithm of the softmax's sum
+
+
+def keep(attended: Attended, tokens: Tokens, canvases: tuple[Canvas, ...], window: int | None) -> list[Tensor]:
+    """The clean keys and values that `canvases` see, two tensors for each of their runs, [rows, T, g, d]: copies where
+    they are less than the whole, which then need not be kept.
+    """
+    slices = []
+    for run in runs(canvases):
+        begin, end = visible(run.start, window)
+        for flat in (attended.keys, attended.values):
+            rows = flat[: tokens.clean_total].unflatten(0, (tokens.rows, tokens.clean))
+            slices.append(rows[run.row : run.row + run.canvases, begin:end])
+    if sum(kept.numel() for kept in slices) < attended.keys.numel() + attended.values.numel():
+        return [kept.clone() for kept in slices]
+    return slices
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernel: Kernel,
+        todo: tuple[Part, ...],
+        scale: float,
+        known: tuple[Tensor, Tensor] | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *kept: Tensor,
+    ):
+        ctx.kernel, ctx.todo, ctx.scale = kernel, todo, scale
+        output, normaliser = known or _forward(kernel, todo, scale, query, key, value, kept)
+        ctx.save_for_backward(query, key, value, output, normaliser, *kept)
+        ctx.mark_non_differentiable(normaliser)
+        return output, normaliser
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        query, key, value, output, normaliser, *kept = ctx.saved_tensors
+        d_query, d_key, d_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        d_kept = [torch.zeros_like(tensor) for tensor in kept]
+        lines = normaliser.unsqueeze(-1)
+        for part in ctx.todo:
+            at = part.queries.of
+            keys, values = _keys(part, key, value, kept)
+            inputs = (at(grads[0]), at(query), keys, values, at(output), at(lines))
+            if part.backwards:
+                inputs = tuple(tensor.flip(2) for tensor in inputs)
+            found = ctx.kernel.backward(*inputs[:5], inputs[5].squeeze(-1), part.causal, ctx.scale)
+            if part.backwards:
+                found = tuple(tensor.flip(2) for tensor in found)
+            for total, share in zip((at(d_query), *_keys(part, d_key, d_value, d_kept)), found, strict=True):
+                total.add_(share)
+        return None, None, None, None, d_query, d_key, d_value, *d_kept
+
+
+def _keys(part: Part, key: Tensor, value: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
+    """Views of a part's keys and values, [rows, g, T, d]."""
+    if isinstance(part.keys, Span):
+        return part.keys.of(key), part.keys.of(value)
+    return kept[2 * part.keys].transpose(1, 2), kept[2 * part.keys + 1].transpose(1, 2)
+
+
+def _forward(
+    kernel: Kernel, todo: tuple[Part, ...], scale: float, query: Tensor, key: Tensor, value: Tensor, kept: Any
+) -> tuple[Tensor, Tensor]:
+    """Output [N, h, d] and normaliser [N, h]."""
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lines = torch.empty(*query.shape[:2], 1, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
+    for part in todo:
+        inputs = (part.queries.of(query), *_keys(part, key, value, kept))
+        if part.backwards:
+            inputs = tuple(tensor.flip(2) for tensor in inputs)
+        out, log = kernel.forward(*inputs, part.causal, scale)
+        log = log.unsqueeze(-1)
+        if part.backwards:
+            out, log = out.flip(2), log.flip(2)
+        whole, line = part.queries.of(output), part.queries.of(lines)
+        if part.merges:
+            share = torch.sigmoid(log - line)
+            out = torch.lerp(whole.to(share.dtype), out.to(share.dtype), share)
+            log = torch.logaddexp(line, log)
+        whole.copy_(out)
+        line.copy_(log)
+    return output, lines.squeeze(-1)
+
+
+@lru_cache(maxsize=256)
+def _plan(tokens: Tokens, window: int | None) -> tuple[Part, ...]:
+    return tuple(parts(tokens, window))
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    tokens: Tokens,
+    kept: list[Tensor] | None = None,
+    known: tuple[Tensor, Tensor] | None = None,
+    scaling: float,
+    sliding_window: int | None,
+    **_: Any,
+) -> tuple[Tensor, Attended]:
+    """transformers' attention interface, for one flat sequence: query [1, h, N, d], key and value [1, g, N, d].
+
+    Returns the output, [1, N, h, d], and what may be used again. `kept`: keys and values by `keep`, for a call without
+    clean tokens; `known`: output and normaliser that an earlier call computed of the very same.
+    """
+    flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+    todo = _plan(tokens, sliding_window)
+    output, normaliser = _Attend.apply(kernel_for(query), todo, scaling, known, *flat, *(kept or ()))
+    return output.unsqueeze(0), Attended(flat[1], flat[2], output, normaliser)
+
+
+AttentionInterface.register(NAME, attention)

@@ -1,0 +1,295 @@
+"""Encode once: two visits of every layer make both decoder passes and the encoder's, a third all gradients.
+
+- `read`, without gradient: clean tokens of all rows, and beside them the canvases that get a first guess. It leaves
+  each layer's clean output and the clean keys and values that canvases see. It is pass 1 of self-conditioning and the
+  forward of activation checkpointing at once.
+- `denoise`: canvases alone, against those keys and values.
+- The backward pass takes a layer once, over `[clean | canvases]`, so under ZeRO-3 a layer is gathered three times, and
+  its gradients are final when it is left. What it needs is computed again, once, from the two saved inputs; or it was
+  kept, for clean tokens and canvases each, when nothing is to be recomputed.
+
+A recomputation runs other shapes than the forward did. So it takes the routers' choice from there (near ties would
+change sides in bf16), and LoRA's dropout is drawn by the token's part, not by the call: see `dropout.py`. Parameters
+are no inputs of the autograd function here: while they are partitioned, autograd would want their gradients empty.
+
+    activation_checkpointing   kept of a layer, beside K and V for the moment between the visits
+    full                       its input
+    selective                  its input, and the attention's output and normaliser: heads * head size + heads numbers a
+                               token, for a forward product of queries and keys that grows with the length
+    none                       everything that autograd keeps
+
+Shapes: N tokens of a call, all rows flat; H hidden, E experts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ds_dgemma.model.attention import Attended, Canvas, Tokens, keep
+from ds_dgemma.model.dropout import Sections
+from ds_dgemma.model.routing import ExpertLoads
+
+Checkpointing = Literal["full", "selective", "none"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of every layer: its tokens, and what a layer must be told of them."""
+
+    tokens: Tokens
+    rotary: dict[str, tuple[Tensor, Tensor]]  # cos and sin by layer type, [1, N, head size]
+    is_canvas_N1: Tensor  # bool
+    is_real_N: Tensor | None  # bool; None: routers are not balanced
+    dropout: Sections | None  # None: no adapter has dropout
+
+
+class LayerOutput(NamedTuple):
+    """What a layer computes."""
+
+    hidden_1NH: Tensor
+    load: Tensor  # `routing.expert_load` of the real tokens, [2, E]; empty when routers are not balanced
+    chosen_Nk: Tensor  # the experts of every token
+    attended: Attended
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the clean tokens and canvases of a micro-batch are, on the host, and what of it the device needs too."""
+
+    clean: int  # S
+    length: int  # L
+    starts: tuple[tuple[int, ...], ...]  # [B][K], clean tokens before each canvas
+    start_BK: Tensor
+    guessed: tuple[int, ...]  # canvases that get a first guess, numbered among B * K
+    guessed_M: Tensor
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The calls of a micro-batch."""
+
+    clean: Call
+    guesses: Call
+    clean_and_guesses: Call
+    canvases: Call
+    all: Call
+    checkpointing: Checkpointing
+
+    @property
+    def keeps_graph(self) -> bool:
+        """Whether layers keep their graph for the backward pass."""
+        return self.checkpointing == "none"
+
+
+def make_calls(stack: Any, places: Places, is_real_N: Tensor | None, like: Tensor) -> Calls:
+    """All calls of a micro-batch; `like` has the type and device of the hidden states."""
+    B, S, L = len(places.starts), places.clean, places.length
+    n, device = B * S, like.device
+    canvases = tuple(Canvas(row, start) for row, starts in enumerate(places.starts) for start in starts)
+    guesses = tuple(canvases[number] for number in places.guessed)
+    clean_position = torch.arange(S, device=device).repeat(B)
+    canvas_position = (places.start_BK.flatten()[:, None] + torch.arange(L, device=device)).flatten()
+    of_guesses = (n + places.guessed_M[:, None] * L + torch.arange(L, device=device)).flatten()
+    position_1N = torch.cat([clean_position, canvas_position])[None]
+    rotary = {kind: stack.rotary_emb(like, position_1N, kind) for kind in set(stack.layer_types)}
+    seed = int(torch.randint(2**62, ())) if stack.has_dropout and stack.training else None
+
+    def call(clean: bool, of_canvases: tuple[Canvas, ...], at: slice | Tensor, draws: Sections, real: bool) -> Call:
+        tokens = Tokens(B, S if clean else 0, of_canvases, L)
+        count = tokens.clean_total + len(of_canvases) * L
+        return Call(
+            tokens=tokens,
+            rotary={kind: (cos[:, at], sin[:, at]) for kind, (cos, sin) in rotary.items()},
+            is_canvas_N1=(torch.arange(count, device=device) >= tokens.clean_total).unsqueeze(-1),
+            is_real_N=None if is_real_N is None else is_real_N[at] if real else torch.zeros_like(is_real_N[at]),
+            dropout=None if seed is None else draws,
+        )
+
+    of_clean, of_guess, of_canvas = (n, seed), (len(guesses) * L, None), (len(canvases) * L, seed and seed + 1)
+    both = call(True, guesses, torch.cat([torch.arange(n, device=device), of_guesses]), (of_clean, of_guess), True)
+    if is_real_N is not None:
+        both = replace(both, is_real_N=torch.cat([is_real_N[:n], torch.zeros_like(is_real_N[of_guesses])]))
+    return Calls(
+        clean=call(True, (), slice(0, n), (of_clean,), True),
+        guesses=call(False, guesses, of_guesses, (of_guess,), False),
+        clean_and_guesses=both,
+        canvases=call(False, canvases, slice(n, None), (of_canvas,), True),
+        all=call(True, canvases, slice(None), (of_clean, of_canvas), True),
+        checkpointing=stack.activation_checkpointing,
+    )
+
+
+class Sweep:
+    """The layers over one micro-batch; `read`, then `denoise`."""
+
+    def __init__(self, stack: Any, places: Places, like: Tensor, loads: ExpertLoads | None = None) -> None:
+        self._loads = loads
+        self._calls = make_calls(stack, places, None if loads is None else loads.is_real_N, like)
+        self._norm = stack.norm
+        self._passes = [
+            LayerPass(layer, self._calls, stack.window if layer.kind == "sliding_attention" else None)
+            for layer in stack.sweep_layers()
+        ]
+
+    @torch.no_grad()
+    def read(self, clean_NH: Tensor, guess_NH: Tensor, differentiates: bool) -> Tensor:
+        """Read the clean tokens [B * S, H], and with them make the first guesses [M * L, H]: their normed hidden states."""
+        clean, guess = clean_NH[None], guess_NH[None]
+        for layer_pass in self._passes:
+            layer_pass.differentiates = differentiates
+            clean, guess = layer_pass.layer(clean, guess, job=layer_pass.read)
+            layer_pass.clean_out = clean
+        return self._norm(guess[0])
+
+    def denoise(self, clean_NH: Tensor, canvas_NH: Tensor) -> tuple[Tensor, Tensor]:
+        """Denoise the canvases [B * K * L, H]: normed hidden states of the clean tokens, the same that were read, and of
+        the canvases. Fills `loads`.
+        """
+        clean, canvas = clean_NH[None], canvas_NH[None]
+        for layer_pass in self._passes:
+            layer = layer_pass.layer
+            clean, canvas, load = _Both.apply(with_gradient(clean, layer), with_gradient(canvas, layer), layer_pass)
+            if self._loads is not None:
+                self._loads.layers.append(load)
+        return self._norm(clean[0]), self._norm(canvas[0])
+
+
+@dataclass
+class LayerPass:
+    """A layer's way through a micro-batch: what its visits leave for each other. All of it happens inside the layer's
+    forward, where ZeRO-3 has its weights whole.
+    """
+
+    layer: Any  # SweepLayer
+    calls: Calls
+    window: int | None
+    differentiates: bool = False
+    seen: list[Tensor] = field(default_factory=list)  # kept keys and values, by run of canvases
+    clean_out: Tensor | None = None
+    load: Tensor | None = None  # of clean tokens
+    chosen: list[Tensor] = field(default_factory=list)  # experts of clean tokens, of canvas tokens
+    known: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # attention's output and normaliser, of both
+    graph: list[tuple[Tensor, LayerOutput]] = field(default_factory=list)  # input and outputs, of both
+
+    def read(self, clean_1NH: Tensor, guess_1NH: Tensor) -> tuple[Tensor, Tensor]:
+        """Visit clean tokens and first guesses; returns the outputs of both, without a graph."""
+        if self.differentiates and self.calls.keeps_graph:
+            return self._read_with_graph(clean_1NH, guess_1NH)
+        calls, n = self.calls, clean_1NH.shape[1]
+        done = self.layer.block(torch.cat([clean_1NH, guess_1NH], dim=1), calls.clean_and_guesses)
+        self.seen = self._kept(done.attended, calls.clean_and_guesses)
+        self.load = done.load
+        if self.differentiates:
+            self._note(done, n)
+        return done.hidden_1NH[:, :n], done.hidden_1NH[:, n:]
+
+    def _read_with_graph(self, clean_1NH: Tensor, guess_1NH: Tensor) -> tuple[Tensor, Tensor]:
+        calls = self.calls
+        done = self._recorded(clean_1NH, calls.clean)
+        with torch.enable_grad():
+            self.seen = self._kept(done.attended, calls.clean)
+        self.load = done.load.detach()
+        for_guesses = keep(done.attended, calls.clean.tokens, calls.guesses.tokens.canvases, self.window)
+        guess = self.layer.block(guess_1NH, calls.guesses, kept=for_guesses)
+        return done.hidden_1NH.detach(), guess.hidden_1NH
+
+    def denoise(self, canvas_1NH: Tensor) -> tuple[Tensor, Tensor]:
+        """Visit the canvases; returns their output and the load of all tokens, without a graph."""
+        if self.differentiates and self.calls.keeps_graph:
+            done = self._recorded(canvas_1NH, self.calls.canvases, self.seen)
+        else:
+            done = self.layer.block(canvas_1NH, self.calls.canvases, kept=self.seen)
+            if self.differentiates:
+                self._note(done, canvas_1NH.shape[1])
+        self.seen = []
+        assert self.load is not None
+        return done.hidden_1NH.detach(), self.load + done.load.detach()
+
+    def again(self, all_1NH: Tensor) -> tuple[Tensor, Tensor]:
+        """All tokens, clean then canvases, differentiably: computed again, or as it was kept."""
+        if self.calls.keeps_graph:
+            return _Kept.apply(all_1NH, self)
+        known = tuple(torch.cat(pair) for pair in zip(*self.known, strict=True)) if self.known else None
+        done = self.layer.block(all_1NH, self.calls.all, chosen_Nk=torch.cat(self.chosen), known=known)
+        return done.hidden_1NH, done.load
+
+    def _kept(self, attended: Attended, call: Call) -> list[Tensor]:
+        return keep(attended, call.tokens, self.calls.canvases.tokens.canvases, self.window)
+
+    def _note(self, done: LayerOutput, n: int) -> None:
+        self.chosen.append(done.chosen_Nk[:n].clone())
+        if self.calls.checkpointing == "selective":
+            self.known.append((done.attended.output[:n].clone(), done.attended.normaliser[:n].clone()))
+
+    def _recorded(self, hidden_1NH: Tensor, call: Call, kept: Sequence[Tensor] = ()) -> LayerOutput:
+        leaf = hidden_1NH.detach().requires_grad_(True)
+        with torch.enable_grad():
+            done = self.layer.block(leaf, call, kept=kept)
+        self.graph.append((leaf, done))
+        return done
+
+
+class _Kept(torch.autograd.Function):
+    """A layer's outputs as they were computed; the backward pass goes through the graphs that were kept."""
+
+    @staticmethod
+    def forward(ctx: Any, all_1NH: Tensor, layer_pass: LayerPass) -> tuple[Tensor, Tensor]:
+        ctx.graph = layer_pass.graph
+        done = [output for _, output in ctx.graph]
+        return torch.cat([output.hidden_1NH for output in done], dim=1), done[0].load + done[1].load
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (clean, clean_done), (canvas, canvas_done) = ctx.graph
+        n = clean.shape[1]
+        outputs = [clean_done.hidden_1NH, canvas_done.hidden_1NH]
+        gradients = [grads[0][:, :n], grads[0][:, n:]]
+        if clean_done.load.requires_grad:
+            outputs += [clean_done.load, canvas_done.load]
+            gradients += [grads[1], grads[1]]
+        torch.autograd.backward(outputs, gradients)
+        return torch.cat([clean.grad, canvas.grad], dim=1), None
+
+
+class _Both(torch.autograd.Function):
+    """A layer over clean tokens, which were read, and canvases, which are denoised here."""
+
+    @staticmethod
+    def forward(ctx: Any, clean_1NH: Tensor, canvas_1NH: Tensor, layer_pass: LayerPass) -> tuple[Tensor, ...]:
+        ctx.layer_pass = layer_pass
+        ctx.save_for_backward(clean_1NH, canvas_1NH)
+        canvas_out, load = layer_pass.layer(canvas_1NH, job=layer_pass.denoise)
+        assert layer_pass.clean_out is not None
+        clean_out, layer_pass.clean_out = layer_pass.clean_out, None
+        return clean_out, canvas_out, load
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        clean, canvas = ctx.saved_tensors
+        inputs = torch.cat([clean, canvas], dim=1).requires_grad_(True)
+        with torch.enable_grad():
+            hidden, load = ctx.layer_pass.layer(inputs, job=ctx.layer_pass.again)
+        outputs, gradients = [hidden], [torch.cat(grads[:2], dim=1)]
+        if load.requires_grad:
+            outputs.append(load)
+            gradients.append(grads[2])
+        torch.autograd.backward(outputs, gradients)
+        n = clean.shape[1]
+        assert inputs.grad is not None
+        return inputs.grad[:, :n], inputs.grad[:, n:], None
+
+
+def with_gradient(inputs: Tensor, module: nn.Module) -> Tensor:
+    """The inputs of a module that trains, asked for a gradient where nothing before them trains.
+
+    The layers' parameters are no inputs of the function that differentiates them; and DeepSpeed finishes a leaf
+    module's backward pass at the gradient of its inputs, without one it reduces the leaf's gradients before they are
+    there: "0 != 256 Cannot reduce scatter".
+    """
+    if not torch.is_grad_enabled() or inputs.requires_grad:
+        return inputs
+    trains = any(parameter.requires_grad for parameter in module.parameters())
+    return inputs.detach().requires_grad_(True) if trains else inputs
