@@ -1,34 +1,32 @@
 """DiffusionGemma's experts on DeepSpeed's expert-parallel layer (AutoEP).
 
-The model's own router decides; a slot hands its result to AutoEP, which sends tokens to the ranks that hold their
-experts and back. `per_expert_scale` stays in the routing weights, so it is exact, and no token is ever dropped.
+The model's own router decides; tokens are sent to the ranks that hold their experts and back, by AutoEP's split plan
+and all-to-all. `per_expert_scale` stays in the routing weights, so it is exact, and no token is ever dropped.
 DeepSpeed has no preset for DiffusionGemma, so the layer is placed here, before `deepspeed.initialize`, and the
 DeepSpeed JSON has no `expert_parallel` block.
 
-Shapes: N tokens, H hidden, k experts per token, E experts. Source: deepspeed 0.19.8 `module_inject/auto_ep_layer.py`.
+Shapes: N tokens, H hidden, k experts per token, E experts, R = N * k rows.
+Source: deepspeed 0.19.8 `module_inject/auto_ep_layer.py`.
 """
+
+from typing import Any
 
 import torch
 from deepspeed.module_inject.auto_ep_config import AutoEPConfig, MoELayerSpec
-from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, RouterOutput
+from deepspeed.module_inject.auto_ep_layer import (
+    AutoEPMoELayer,
+    _AllToAllV,
+    compute_split_plan,
+    permute_by_local_expert,
+    unpermute_by_local_expert,
+)
 from deepspeed.moe.ep_count import count_tokens_per_expert
 from torch import Tensor, nn
 from transformers import DiffusionGemmaConfig
 
+from ds_dgemma.engine.experts import Experts
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
-
-
-class RoutingSlot(nn.Module):
-    """Stands where AutoEP has a router, and returns the decision that the model's own router made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.decision: RouterOutput | None = None
-
-    def forward(self, hidden_NH: Tensor, expert_bias: Tensor | None = None) -> RouterOutput:
-        assert self.decision is not None
-        return self.decision
 
 
 class ExpertParallelExperts(AutoEPMoELayer):
@@ -65,19 +63,73 @@ class ExpertParallelExperts(AutoEPMoELayer):
         source.gate = nn.Linear(text.hidden_size, text.num_experts, bias=False, device="meta")
         source.experts = experts
         super().__init__(spec, source, size, rank, AutoEPConfig(enabled=True, autoep_size=size, use_grouped_mm=grouped))
-        self.router = RoutingSlot()
-        self.tokens_per_expert = torch.zeros(text.num_experts)
+        self.router = nn.Module()  # the model's own decides
+        self.experts = Experts(self.experts)
 
     def forward(self, hidden_NH: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:  # type: ignore[override]
         """Return the weighted sum of each token's experts, [N, H]; index and weights are [N, k]."""
+        order_R = torch.argsort(top_k_index.flatten(), stable=True)
+        place_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
         counts = count_tokens_per_expert(top_k_index, self.num_experts)
-        self.router.decision = RouterOutput(top_k_weights, top_k_index, counts)
-        try:
-            mixed = super().forward(hidden_NH.unsqueeze(0))
-            assert isinstance(mixed, Tensor)  # router logits were not asked for
-            return mixed.squeeze(0)
-        finally:
-            self.router.decision = None  # or the routing weights' graph would outlive the step
+        rows = _Dispatch.apply(hidden_NH, order_R, place_R, self.top_k)
+        if self.ep_size == 1:
+            rows = self._compute(rows, counts)
+        else:
+            plan = compute_split_plan(
+                top_k_index, self.num_experts, self.ep_size, self.num_local_experts, self.ep_group, counts
+            )
+            rows = _AllToAllV.apply(self.ep_group, rows, plan.input_splits, plan.output_splits)
+            rows = self._compute(rows, plan.local_counts_by_source)
+            rows = _AllToAllV.apply(self.ep_group, rows, plan.output_splits, plan.input_splits)
+        return _Combine.apply(rows, top_k_weights, order_R, place_R)
+
+    def _compute(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Rows [R, H] through this rank's experts; `counts` of each expert, or of each source and expert."""
+        if counts.ndim == 1 and not self.experts.use_grouped_mm:
+            return self.experts(rows, counts)  # sorted, and a loop needs no padding
+        sorted_rows, places, aligned, count = permute_by_local_expert(rows, counts)
+        return unpermute_by_local_expert(self.experts(sorted_rows, aligned), places, count)
+
+
+class _Dispatch(torch.autograd.Function):
+    """Each token's row once for every expert that it chose, sorted by expert.
+
+    Backward a token's rows are gathered and summed. torch's own backward of the gather, which AutoEP's layer has, adds
+    rows into repeated places: atomics, or a sort, and in bf16 a rounding each.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_NH: Tensor, order_R: Tensor, place_R: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(place_R)
+        ctx.top_k = top_k
+        return hidden_NH.index_select(0, order_R // top_k)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (place_R,) = ctx.saved_tensors
+        return grads[0].index_select(0, place_R).unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """Each token's weighted sum of its experts' rows, in fp32 at least; gathers in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RH: Tensor, weight_Nk: Tensor, order_R: Tensor, place_R: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_RH, weight_Nk, order_R, place_R)
+        rows = rows_RH.index_select(0, place_R).unflatten(0, weight_Nk.shape)
+        return torch.bmm(weight_Nk.unsqueeze(1), rows.to(weight_Nk.dtype)).squeeze(1).to(rows_RH.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        rows_RH, weight_Nk, order_R, place_R = ctx.saved_tensors
+        grad = grads[0]
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            rows = rows_RH.index_select(0, place_R).unflatten(0, weight_Nk.shape).to(weight_Nk.dtype)
+            d_weight = torch.bmm(rows, grad.to(rows.dtype).unsqueeze(-1)).squeeze(-1)
+        weight_R1 = weight_Nk.flatten().index_select(0, order_R).unsqueeze(-1)
+        d_rows = grad.index_select(0, order_R // weight_Nk.shape[1]) * weight_R1.to(grad.dtype)
+        return d_rows, d_weight, None, None
 
 
 def place_experts(stack: DiffusionGemmaStack, size: int, rank: int, grouped: bool) -> None:

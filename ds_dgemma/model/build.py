@@ -5,6 +5,7 @@ from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
 from ds_dgemma.errors import UserError, first_line
 from ds_dgemma.model import attention
+from ds_dgemma.model.norm import replace_norms
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
 from ds_dgemma.model.sweep import Checkpointing
@@ -29,6 +30,7 @@ def build_stack(
                 f"model.path: no model can be built from config.json: {type(error).__name__}: {first_line(error)}"
             ) from error
         stack = DiffusionGemmaStack(source, activation_checkpointing)
+    replace_norms(stack)
     stack.rotary_emb = type(stack.rotary_emb)(text_spec(config))
     for layer in stack.sweep_layers():
         layer.router.requires_grad_(train_router)

@@ -136,7 +136,7 @@ class Sweep:
 
     @torch.no_grad()
     def read(self, clean_NH: Tensor, guess_NH: Tensor, differentiates: bool) -> Tensor:
-        """Read the clean tokens [B * S, H], and with them make the first guesses [M * L, H]: their normed hidden states."""
+        """Read the clean tokens [B * S, H], and with them make the first guesses, [M * L, H]: normed hidden states."""
         clean, guess = clean_NH[None], guess_NH[None]
         for layer_pass in self._passes:
             layer_pass.differentiates = differentiates
@@ -145,7 +145,7 @@ class Sweep:
         return self._norm(guess[0])
 
     def denoise(self, clean_NH: Tensor, canvas_NH: Tensor) -> tuple[Tensor, Tensor]:
-        """Denoise the canvases [B * K * L, H]: normed hidden states of the clean tokens, the same that were read, and of
+        """Denoise the canvases [B * K * L, H]: normed hidden states of the clean tokens, which were read before, and of
         the canvases. Fills `loads`.
         """
         clean, canvas = clean_NH[None], canvas_NH[None]

@@ -227,7 +227,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--prompt", type=int, default=128, help="tokens")
     parser.add_argument("--response", type=int, default=256, help=f"tokens, a multiple of {CANVAS}")
     parser.add_argument("--batch", type=int, default=4, help="examples")
-    parser.add_argument("--vocabulary", type=int, default=4096, help="tokens; 4096: a fifth of the arithmetic, as at 26B")
+    parser.add_argument(
+        "--vocabulary", type=int, default=4096, help="tokens; 4096: a fifth of the arithmetic, as at 26B"
+    )
     parser.add_argument("--experts", choices=["expert_parallel", "plain"], default="expert_parallel", help="our layer")
     parser.add_argument("--logits-chunk-mib", type=int, default=256, help="objective.logits_chunk_mib")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
