@@ -16,13 +16,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ds_dgemma.data.batch import Batch, FirstPass
 from ds_dgemma.model import masks, stack, vocabulary
-from tests.reference.masks import TokenLayout
 from ds_dgemma.objective import denoising
 from ds_dgemma.objective.denoising import DenoisingObjective
 from tests.parity import open_float64, step_float64
 from tests.reference.cases import QUANTITIES, TOLERANCES, compare, read_case, to_batch
 from tests.reference.cases import Case as ParityCase
 from tests.reference.fixtures import CASES, write_case
+from tests.reference.masks import TokenLayout
 
 CASE = CASES["base"]
 LENGTH = CASE.canvas

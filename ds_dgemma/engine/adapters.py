@@ -1,7 +1,6 @@
 """Adapters of a run: chosen before anything is loaded, put onto the loaded model, this rank's part of them filled.
 
-The factors of experts are tagged as AutoEP tags their weights, so that ZeRO shares them among the ranks that hold the
-same experts and reduces their gradients there; untagged they would be averaged over ranks that hold different experts.
+Those of the experts lie beside DeepSpeed's layer (`experts.py`).
 """
 
 from collections.abc import Iterable
@@ -19,7 +18,6 @@ from ds_dgemma.engine.experts import Experts
 from ds_dgemma.errors import UserError
 from ds_dgemma.model.lora import (
     FACTORS,
-    Adapter,
     FreshAdapters,
     Target,
     adapt_linears,
@@ -29,9 +27,6 @@ from ds_dgemma.model.lora import (
 from ds_dgemma.model.stack import DiffusionGemmaStack
 
 GROUPED_RANK = 8  # grouped products want the rows of a bf16 matrix to start at multiples of 16 bytes
-
-# AutoEP's marks of one rank's part of the experts.
-TAGS = ("allreduce", "group_name", "ds_zero_placement_family", "ds_zero_partition_group_name", "is_expert_group")
 
 
 @dataclass(frozen=True)
@@ -109,12 +104,7 @@ def adapt_experts(stack: DiffusionGemmaStack, targets: Iterable[Target], lora: L
             by_layer.setdefault(target.name.rpartition(".")[0], []).append(target)
     for name, chosen in by_layer.items():
         layer = stack.get_submodule(name)  # AutoEP's: the experts are below it
-        experts: Experts = layer.experts
-        held = getattr(experts.w1, "ds_shape", experts.w1.shape)[0]  # ZeRO-3's shards have no shape
-        for target in chosen:
-            with torch.device("meta"):
-                adapter = Adapter(target, lora, held)
-            for factor in adapter.parameters():
-                for tag in TAGS:
-                    setattr(factor, tag, getattr(experts.w1, tag))
-            setattr(experts, target.name.rpartition(".")[2], adapter)
+        assert isinstance(layer.experts, Experts)
+        with torch.device("meta"):
+            for target in chosen:
+                layer.experts.adapt(target, lora)

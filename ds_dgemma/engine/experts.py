@@ -17,7 +17,11 @@ import torch
 from deepspeed.moe.ep_experts import GroupedExperts, apply_expert_activation
 from torch import Tensor
 
-from ds_dgemma.model.lora import Adapter
+from ds_dgemma.config import LoraSection
+from ds_dgemma.model.lora import Adapter, Target
+
+# AutoEP's marks of one rank's part of the experts.
+TAGS = ("allreduce", "group_name", "ds_zero_placement_family", "ds_zero_partition_group_name", "is_expert_group")
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
@@ -40,6 +44,18 @@ class Experts(GroupedExperts):
         self.w1, self.w2, self.w3 = base.w1, base.w2, base.w3
         self.gate_up_proj: Adapter | None = None
         self.down_proj: Adapter | None = None
+
+    def adapt(self, target: Target, lora: LoraSection) -> None:
+        """Put an adapter beside one tensor of the experts.
+
+        Its factors are tagged as AutoEP tags the weights, so that ZeRO shares them among the ranks that hold the same
+        experts and reduces their gradients there; untagged they would be averaged over ranks that hold others.
+        """
+        adapter = Adapter(target, lora, getattr(self.w1, "ds_shape", self.w1.shape)[0])
+        for factor in adapter.parameters():
+            for tag in TAGS:
+                setattr(factor, tag, getattr(self.w1, tag))
+        setattr(self, target.name.rpartition(".")[2], adapter)
 
     def forward(self, x: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
         """Rows [R, H] to rows [R, H]; rows behind the last expert's are padding."""

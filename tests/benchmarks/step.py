@@ -40,8 +40,8 @@ from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 from transformers.cache_utils import DynamicCache
 
 from ds_dgemma.data.batch import Batch, Example
-from tests.reference.masks import attention_masks, clean_and_canvases
 from ds_dgemma.objective.noise import Corruption
+from tests.reference.masks import attention_masks, clean_and_canvases
 
 CHECKPOINTING = {"ds_dgemma": "full", "ds_dgemma, selective": "selective", "ds_dgemma, kept": "none"}
 VARIANTS = (*CHECKPOINTING, "transformers")

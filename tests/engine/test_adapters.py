@@ -7,7 +7,8 @@ from deepspeed.moe.ep_experts import GroupedExperts
 from torch import Tensor
 
 from ds_dgemma.config import LoraSection
-from ds_dgemma.engine.adapters import TAGS, AdaptedExperts, choose_adapters
+from ds_dgemma.engine.adapters import choose_adapters
+from ds_dgemma.engine.experts import TAGS, Experts
 from ds_dgemma.errors import UserError
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.lora import Target
@@ -21,13 +22,15 @@ TARGETS = {
 }
 
 
-def adapted(names: list[str], grouped: bool) -> AdaptedExperts:
+def adapted(names: list[str], grouped: bool) -> Experts:
     """Random weights and factors."""
     base = GroupedExperts(HIDDEN, INNER, EXPERTS, use_grouped_mm=grouped, activation="geglu_tanh")
     for weight in base.parameters():
         for tag in TAGS:
             setattr(weight, tag, f"of {tag}")
-    experts = AdaptedExperts(base, [TARGETS[name] for name in names], LoraSection(r=RANK, lora_alpha=12))
+    experts = Experts(base)
+    for name in names:
+        experts.adapt(TARGETS[name], LoraSection(r=RANK, lora_alpha=12))
     draw = torch.Generator().manual_seed(0)
     for name, parameter in experts.named_parameters():
         parameter.data = torch.randn(parameter.shape, generator=draw) / parameter.shape[-1] ** 0.5
@@ -35,7 +38,7 @@ def adapted(names: list[str], grouped: bool) -> AdaptedExperts:
     return experts
 
 
-def merged(experts: AdaptedExperts, rows: Tensor) -> Tensor:
+def merged(experts: Experts, rows: Tensor) -> Tensor:
     """The slow and obvious way, expert by expert."""
     outputs = []
     for e, part in enumerate(rows[: sum(COUNTS)].split(COUNTS)):

@@ -18,9 +18,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from ds_dgemma.model.build import build_stack
-from tests.reference.masks import clean_and_canvases
 from ds_dgemma.model.stack import DiffusionGemmaStack
 from tests.gpu import shapes
+from tests.reference.masks import clean_and_canvases
 
 OPERATOR = re.compile(r"aten::_(scaled_dot_product_\w+)|(flex_attention)")
 KERNEL = re.compile(r"fmha|flash|attention|attn|sdpa|mem_eff", re.IGNORECASE)

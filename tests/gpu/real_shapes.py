@@ -34,7 +34,6 @@ from ds_dgemma.engine.deepspeed_engine import start_engine
 from ds_dgemma.engine.ds_config import deepspeed_config
 from ds_dgemma.engine.open_model import fill_model, outline_model
 from ds_dgemma.engine.ranks import RankLayout, connect, disconnect
-from tests.reference.masks import attention_masks, clean_and_canvases
 from ds_dgemma.model.spec import read_spec
 from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
 from ds_dgemma.plan.cost import Machine
@@ -42,6 +41,7 @@ from ds_dgemma.plan.plan import Limits, make_plan
 from tests.benchmarks.real_checkpoint import make_checkpoint
 from tests.benchmarks.step import make_batch
 from tests.gpu import ROOT, shapes
+from tests.reference.masks import attention_masks, clean_and_canvases
 
 OUT_OF_MEMORY = 3
 GIB = 2**30

@@ -6,7 +6,8 @@ import torch
 from ds_dgemma.config import LoraSection
 from ds_dgemma.errors import UserError
 from ds_dgemma.model.build import build_stack
-from ds_dgemma.model.lora import Adapter, FreshAdapters, Target, choose_targets, seed_dropout
+from ds_dgemma.model.dropout import PartDropout
+from ds_dgemma.model.lora import FreshAdapters, LoraLinear, Target, choose_targets, seed_dropout
 from ds_dgemma.model.stack import DiffusionGemmaStack
 from tests.reference.fixtures import Case, make_config
 
@@ -105,20 +106,38 @@ def test_gaussian_and_random_starts_are_peft_s():
     assert both.values(f"{target.name}.lora_B", 0, 2400).abs().max() == pytest.approx(8**-0.5, rel=0.01)
 
 
-def test_dropout_is_for_gradients_only_and_keyed_by_the_step():
-    adapter = Adapter(Target("layers.0.mlp.up_proj", 64, 8), LoraSection(r=4, lora_dropout=0.5)).train()
-    torch.nn.init.normal_(adapter.lora_A)
-    torch.nn.init.normal_(adapter.lora_B)
-    inputs = torch.randn(3, 64)
+def test_dropout_falls_alike_on_a_part_whatever_stands_beside_it():
+    dropout, target = PartDropout(), Target("layers.0.mlp.up_proj", 64, 8)
+    linear = LoraLinear(torch.nn.Linear(64, 8, bias=False), target, LoraSection(r=4, lora_dropout=0.5), dropout)
+    torch.nn.init.normal_(linear.lora_A)
+    torch.nn.init.normal_(linear.lora_B)
+    clean, guess, canvas = (torch.randn(tokens, 64) for tokens in (5, 2, 3))
 
-    def outputs(step: int) -> torch.Tensor:
-        seed_dropout(0, step, rank=1)
-        return adapter(inputs)
+    def outputs(*parts: tuple[torch.Tensor, int | None]) -> torch.Tensor:
+        with dropout.of(tuple((len(part), seed) for part, seed in parts)), torch.no_grad():
+            return linear(torch.cat([part for part, _ in parts])[None])[0]
 
-    with torch.no_grad():
-        whole = outputs(1)
-    torch.testing.assert_close(whole, inputs @ adapter.lora_A.t() @ adapter.lora_B.t() * 2)
-    assert torch.equal(outputs(1), outputs(1))
-    assert not torch.allclose(outputs(1), outputs(2))
-    assert not torch.allclose(outputs(1), whole)
-    assert torch.equal(adapter.eval()(inputs), whole)
+    whole = linear.eval()(torch.cat([clean, guess, canvas]))
+    linear.train()
+    read, denoised = outputs((clean, 7), (guess, None)), outputs((canvas, 8))
+    torch.testing.assert_close(outputs((clean, 7), (canvas, 8)), torch.cat([read[:5], denoised]))
+    torch.testing.assert_close(read[5:], whole[5:7])  # self-conditioning guesses with the whole adapter
+    assert not torch.allclose(read[:5], whole[:5])
+    assert not torch.allclose(read[:5], outputs((clean, 9)))
+    masks = [dropout_mask(64, key) for key in (linear._key, linear._key + 1)]
+    assert not torch.equal(*masks)  # every adapter drops others
+
+
+def dropout_mask(features: int, key: int) -> torch.Tensor:
+    dropout = PartDropout()
+    with dropout.of(((1, 3),)):
+        return dropout(torch.ones(1, features), 0.5, key)
+
+
+def test_a_steps_draws_depend_on_seed_step_and_rank_alone():
+    drawn = []
+    for key in ((0, 1, 0), (0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1)):
+        seed_dropout(*key)
+        drawn.append(int(torch.randint(2**62, ())))
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn)) == 4

@@ -16,7 +16,6 @@ from ds_dgemma.cli import main
 from ds_dgemma.config_file import load_config
 from ds_dgemma.data.batch import FirstPass
 from ds_dgemma.errors import UserError
-from tests.reference.masks import attention_masks, clean_and_canvases
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.plan.activations import trace
 from ds_dgemma.plan.cost import Machine, visible_pairs
@@ -28,6 +27,7 @@ from tests.benchmarks.step import make_batch
 from tests.gpu import shapes
 from tests.gpu.real_shapes import step_flops
 from tests.reference.adapters import write_random_adapter
+from tests.reference.masks import attention_masks, clean_and_canvases
 from tests.reference.trained_run import write_run
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,86 @@
+"""Attention in parts equals softmax under the dense masks, for any rows, canvases, starts and window; float64."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from ds_dgemma.model.attention import Attended, Canvas, Tokens, attention, keep, parts
+from tests.reference.masks import attention_masks, clean_and_canvases
+
+HEADS, KV_HEADS, SIZE = 4, 2, 8
+
+
+def draw(seed: int) -> tuple[Tokens, list[list[int]], int]:
+    """Rows of clean tokens, canvases that start anywhere (at 0, at the very end, together), and a window."""
+    pick = random.Random(seed)
+    rows, clean, canvases = pick.randint(1, 3), pick.randint(3, 40), pick.randint(1, 3)
+    start = lambda: pick.choice([0, clean - 1, clean, clean // 2, pick.randint(0, clean)])  # noqa: E731
+    starts = [[start() for _ in range(canvases)] for _ in range(rows)]
+    placed = tuple(Canvas(row, at) for row in range(rows) for at in starts[row])
+    return Tokens(rows, clean, placed, pick.randint(1, 6)), starts, pick.choice([1, 2, 3, 5, 8, clean, 50])
+
+
+def attend(tokens: Tokens, window: int | None, inputs: list[Tensor], **more) -> tuple[Tensor, Attended]:
+    """Our attention, on [N, heads, d]."""
+    laid = [tensor.transpose(0, 1)[None] for tensor in inputs]
+    output, attended = attention(
+        torch.nn.Module(), *laid, None, tokens=tokens, scaling=0.7, sliding_window=window, **more
+    )
+    return output[0], attended
+
+
+def under_a_mask(tokens: Tokens, mask: Tensor, inputs: list[Tensor]) -> Tensor:
+    """Softmax attention of every row's [clean | canvases] under its dense mask; on [N, heads, d]."""
+    cut = tokens.clean_total
+
+    def by_row(flat: Tensor) -> Tensor:
+        clean, canvases = flat[:cut].unflatten(0, (tokens.rows, -1)), flat[cut:].unflatten(0, (tokens.rows, -1))
+        return torch.cat([clean, canvases], dim=1).transpose(1, 2).repeat_interleave(HEADS // flat.shape[1], dim=1)
+
+    query, key, value = map(by_row, inputs)
+    scores = 0.7 * query @ key.transpose(-1, -2)
+    out = (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value).transpose(1, 2)
+    return torch.cat([out[:, : tokens.clean].flatten(0, 1), out[:, tokens.clean :].flatten(0, 1)])
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_parts_equal_dense_masks_and_kept_keys_equal_those_in_the_call(seed: int):
+    tokens, starts, window = draw(seed)
+    torch.manual_seed(seed)
+    count = tokens.clean_total + len(tokens.canvases) * tokens.length
+    inputs = [torch.randn(count, n, SIZE, dtype=torch.float64, requires_grad=True) for n in (HEADS, KV_HEADS, KV_HEADS)]
+    valid = torch.ones(tokens.rows, tokens.clean, dtype=torch.bool)
+    masks = attention_masks(clean_and_canvases(valid, torch.tensor(starts), tokens.length), window)
+    for kind, limit in (("full_attention", None), ("sliding_attention", window)):
+        output, attended = attend(tokens, limit, inputs)
+        expected = under_a_mask(tokens, masks[kind], inputs)
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+        direction = torch.randn_like(output)
+        seen, wanted = (torch.autograd.grad(out, inputs, direction) for out in (output, expected))
+        torch.testing.assert_close(seen, wanted, rtol=0, atol=1e-12)
+
+        # Canvases alone, on keys and values kept from a call before; and a call that is told what came out
+        alone = Tokens(tokens.rows, 0, tokens.canvases, tokens.length)
+        kept = keep(attended, tokens, tokens.canvases, limit)
+        of_canvases = [tensor[tokens.clean_total :] for tensor in inputs]
+        torch.testing.assert_close(
+            attend(alone, limit, of_canvases, kept=kept)[0], expected[tokens.clean_total :], rtol=0, atol=1e-12
+        )
+        told, _ = attend(tokens, limit, inputs, known=(attended.output, attended.normaliser))
+        torch.testing.assert_close(torch.autograd.grad(told, inputs, direction), wanted, rtol=0, atol=1e-12)
+
+
+def test_a_sliding_layer_does_no_more_than_its_window_asks_for():
+    window, clean, length = 16, 256, 8
+    tokens = Tokens(1, clean, (Canvas(0, 200),), length)
+    area = 0
+    for part in parts(tokens, window):
+        queries = part.queries.end - part.queries.begin
+        keys = 15 if isinstance(part.keys, int) else part.keys.end - part.keys.begin
+        area += queries * (queries + 1) // 2 if part.causal else queries * keys
+    visible = attention_masks(
+        clean_and_canvases(torch.ones(1, clean, dtype=torch.bool), torch.tensor([[200]]), length), window
+    )["sliding_attention"]
+    assert area == int(visible.sum())
