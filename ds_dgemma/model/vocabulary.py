@@ -12,12 +12,15 @@ reaches the matrix), and the padding row gets no look-up gradient.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+WIDEST_CAP = 40.0  # exp(-2 * 40) is a normal number in fp32
+CPU_CHUNK = 4 * 2**20  # bytes of fp32 logits
 
 
 class WeightGradient:
@@ -46,6 +49,13 @@ class WeightGradient:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The type sums and logits are held in: fp32 at least."""
     return torch.promote_types(dtype, torch.float32)
+
+
+class Shift(NamedTuple):
+    """One logit of each row is raised before the softmax."""
+
+    token_N: Tensor  # int64, whose
+    amount_N: Tensor  # fp32, by how many nats
 
 
 class TiedVocabulary(nn.Module):
@@ -80,20 +90,65 @@ class TiedVocabulary(nn.Module):
         return self(_Embed, ids, first_pass_MH, chunk, gradient)
 
     def score(
-        self, hidden_NH: Tensor, target_N: Tensor, weight_N: Tensor, chunk: int, gradient: WeightGradient
+        self,
+        hidden_NH: Tensor,
+        target_N: Tensor,
+        weight_N: Tensor,
+        chunk: int,
+        gradient: WeightGradient,
+        shift: Shift | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Cross-entropy on soft-capped logits. Returns sum(weight_N * nll_N), differentiable, and nll_N, detached."""
-        return self(_Score, hidden_NH, target_N, weight_N, chunk, gradient, torch.is_grad_enabled())
+        return self(_Score, hidden_NH, target_N, weight_N, chunk, gradient, shift, torch.is_grad_enabled())
 
 
-def capped_logits(hidden_NH: Tensor, weight_VH: Tensor, softcap: float) -> Tensor:
-    """softcap * tanh(hidden @ weight.T / softcap), [N, V], in fp32 at least."""
-    logits = F.linear(hidden_NH, weight_VH)
-    return logits.to(wide(logits.dtype)).div_(softcap).tanh_().mul_(softcap)
+def squash(hidden_NH: Tensor, weight_VH: Tensor, softcap: float) -> Tensor:
+    """tanh(hidden @ weight.T / softcap), [N, V], in fp32 at least: the capped logits over the cap."""
+    if hidden_NH.dtype == wide(hidden_NH.dtype):
+        nothing = hidden_NH.new_empty(())
+        return torch.addmm(nothing, hidden_NH, weight_VH.t(), beta=0, alpha=1 / softcap).tanh_()
+    return F.linear(hidden_NH, weight_VH).to(wide(hidden_NH.dtype)).div_(softcap).tanh_()
 
 
-def _chunks(count: int, chunk: int) -> Iterator[slice]:
+def exponentials(squashed_NV: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """exp(capped logits - top) [N, V], and top: the cap itself, which no logit exceeds, or a row's largest where the
+    cap is so wide that others would vanish in fp32.
+    """
+    if softcap <= WIDEST_CAP:
+        top = squashed_NV.new_full((), softcap)
+        return torch.add(-top, squashed_NV, alpha=softcap).exp_(), top
+    logits = squashed_NV * softcap
+    top = logits.amax(-1, keepdim=True)
+    return logits.sub_(top).exp_(), top
+
+
+def times_slope(exponential_NV: Tensor, squashed_NV: Tensor) -> Tensor:
+    """In place: times the derivative of the soft cap, 1 - tanh^2; `squashed_NV` is used up."""
+    return exponential_NV.addcmul_(exponential_NV, squashed_NV.square_(), value=-1)
+
+
+def _chunks(count: int, chunk: int, weight: Tensor) -> Iterator[slice]:
+    if not weight.is_cuda:  # passes over a chunk that stays in the cache
+        chunk = min(chunk, max(1, CPU_CHUNK // (4 * weight.shape[0])))
     return (slice(start, min(start + chunk, count)) for start in range(0, count, chunk))
+
+
+def _raise(
+    exponential: Tensor, total: Tensor, logit: Tensor, target: Tensor, token_C: Tensor, amount_C: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Raise one logit of each row: in the exponentials, in place, and in their sum and the target's logit, returned."""
+    token, amount = token_C[:, None], amount_C[:, None].to(total.dtype)
+    of_token = exponential.gather(-1, token)
+    exponential.scatter_(-1, token, of_token * amount.exp())
+    return total + of_token * amount.expm1(), logit + amount * (token == target)
+
+
+def _add_product(total_VH: Tensor, rows_CV: Tensor, rows_CH: Tensor) -> None:
+    """Add rows_CV.T @ rows_CH, in the sum's own type where the product has it."""
+    if rows_CV.dtype == total_VH.dtype:
+        total_VH.addmm_(rows_CV.t(), rows_CH)
+    else:
+        total_VH += rows_CV.t() @ rows_CH
 
 
 class _Embed(torch.autograd.Function):
@@ -110,9 +165,10 @@ class _Embed(torch.autograd.Function):
         if first_pass_MH is None:
             first_pass_MH = weight.new_empty(0, weight.shape[1])
         soft_MH = torch.empty_like(first_pass_MH)
-        for part in _chunks(len(first_pass_MH), chunk):
-            probability = capped_logits(first_pass_MH[part], weight, owner.softcap).softmax(-1)
-            soft_MH[part] = probability.to(weight.dtype) @ weight
+        for part in _chunks(len(first_pass_MH), chunk, weight):
+            exponential, _ = exponentials(squash(first_pass_MH[part], weight, owner.softcap), owner.softcap)
+            soft = (exponential.to(weight.dtype) @ weight).to(exponential.dtype)
+            soft_MH[part] = soft.div_(exponential.sum(-1, keepdim=True))
         ctx.save_for_backward(weight, ids, first_pass_MH)
         ctx.owner, ctx.chunk, ctx.gradient = owner, chunk, gradient
         return F.embedding(ids, weight) * owner.scale, soft_MH * owner.scale
@@ -124,9 +180,10 @@ class _Embed(torch.autograd.Function):
             return (None,) * 6
         total = ctx.gradient.take(weight)
         d_embedding, d_soft = (grad * ctx.owner.scale for grad in grads)
-        for part in _chunks(len(first_pass_MH), ctx.chunk):
-            probability = capped_logits(first_pass_MH[part], weight, ctx.owner.softcap).softmax(-1)
-            total += probability.to(weight.dtype).t() @ d_soft[part]
+        for part in _chunks(len(first_pass_MH), ctx.chunk, weight):
+            exponential, _ = exponentials(squash(first_pass_MH[part], weight, ctx.owner.softcap), ctx.owner.softcap)
+            d_row = d_soft[part] / exponential.sum(-1, keepdim=True)
+            _add_product(total, exponential.to(weight.dtype), d_row.to(weight.dtype))
         looked_up = (ids != ctx.owner.padding_id).flatten().unsqueeze(-1)
         rows = d_embedding.reshape(-1, d_embedding.shape[-1]) * looked_up
         total.index_add_(0, ids.flatten(), rows.to(total.dtype))
@@ -144,24 +201,31 @@ class _Score(torch.autograd.Function):
         weight_N: Tensor,
         chunk: int,
         gradient: WeightGradient,
+        shift: Shift | None,
         differentiate: bool,
     ):
         nll_N = torch.empty(len(target_N), dtype=wide(hidden_NH.dtype), device=hidden_NH.device)
         d_hidden = torch.empty_like(hidden_NH) if differentiate else None
         d_weight = gradient.open(weight) if differentiate and weight.requires_grad else None
-        for part in _chunks(len(target_N), chunk):
-            logits, target = capped_logits(hidden_NH[part], weight, owner.softcap), target_N[part, None]
-            log_normaliser = logits.logsumexp(-1, keepdim=True)
-            nll_N[part] = (log_normaliser - logits.gather(-1, target)).squeeze(-1)
+        cap = owner.softcap
+        for part in _chunks(len(target_N), chunk, weight):
+            target, squashed = target_N[part, None], squash(hidden_NH[part], weight, cap)
+            exponential, top = exponentials(squashed, cap)
+            total, of_target = exponential.sum(-1, keepdim=True), squashed.gather(-1, target)
+            logit = of_target * cap
+            if shift is not None:
+                total, logit = _raise(exponential, total, logit, target, shift.token_N[part], shift.amount_N[part])
+            nll_N[part] = (total.log() + top - logit).squeeze(-1)
             if d_hidden is None:
                 continue
-            slope = logits.div(owner.softcap).square_().neg_().add_(1)  # of the soft cap: 1 - tanh^2
-            d_logits = logits.sub_(log_normaliser).exp_()
-            d_logits.scatter_add_(-1, target, torch.full_like(log_normaliser, -1.0))
-            d_logits = d_logits.mul_(slope).mul_(weight_N[part, None]).to(weight.dtype)
-            d_hidden[part] = d_logits @ weight
+            d_logits = times_slope(exponential, squashed)
+            d_logits.scatter_add_(-1, target, (of_target.square_() - 1) * total)
+            d_logits = d_logits.to(weight.dtype)
+            # A row's weight over its sum, which the logits' gradient lacks, is put on the narrow side of both products.
+            row = weight_N[part, None] / total
+            torch.mul(d_logits @ weight, row, out=d_hidden[part])
             if d_weight is not None:
-                d_weight += d_logits.t() @ hidden_NH[part]
+                _add_product(d_weight, d_logits, (hidden_NH[part] * row).to(weight.dtype))
         if d_hidden is not None:
             ctx.save_for_backward(d_hidden)
         ctx.gradient = gradient
@@ -172,4 +236,4 @@ class _Score(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (d_hidden,) = ctx.saved_tensors
         ctx.gradient.scale(grads[0])
-        return None, None, d_hidden * grads[0].to(d_hidden.dtype), None, None, None, None, None
+        return None, None, d_hidden * grads[0].to(d_hidden.dtype), None, None, None, None, None, None

@@ -23,7 +23,6 @@ from ds_dgemma.data.batch import Batch
 from ds_dgemma.engine.ranks import RankLayout
 from ds_dgemma.errors import UserError, first_line
 from ds_dgemma.model.spec import read_spec
-from ds_dgemma.model.vocabulary import capped_logits
 
 COINS = ("none", "all", "mixed")
 QUANTITIES = ("diffusion loss", "AR loss", "pass-2 logits", "encoder lse", "gradient norm", "gradient")
@@ -198,7 +197,8 @@ def read_hidden(hidden_NH: Tensor, case: Case, rows: slice) -> tuple[Tensor, Ten
     if not len(canvas):  # the rank computed a row that counts for nothing
         return torch.empty(*canvas.shape, case.text.vocab_size), torch.empty(clean.shape)
     weight = WeightReader(case.directory / "model").read(DECODER + "embed_tokens.weight").to(hidden_NH)
-    logits = capped_logits(hidden_NH, weight, case.text.final_logit_softcapping).cpu()
+    cap = case.text.final_logit_softcapping
+    logits = (torch.tanh(hidden_NH @ weight.t() / cap) * cap).cpu()
     canvas_logits = logits[: canvas.numel()].view(*canvas.shape, -1)
     return canvas_logits, logits[canvas.numel() :].logsumexp(-1).view(clean.shape)
 
