@@ -1,6 +1,6 @@
 """The comparison with transformers sees every usual mistake: each is made on purpose, and a loss or a gradient moves.
 
-Most were met in other implementations of this objective; the last ones belong to the one sweep that ours makes.
+Most were met in other implementations of this objective; the last ones belong to the one encode that ours makes.
 """
 
 from collections.abc import Callable
@@ -10,19 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ds_dgemma.data.batch import Batch, FirstPass
-from ds_dgemma.model import masks, stack, vocabulary
-from ds_dgemma.objective import denoising
+from ds_dgemma.data.batch import Batch
+from ds_dgemma.model import attention, sweep, vocabulary
+from ds_dgemma.model.attention import Tokens
+from ds_dgemma.model.sweep import Call, Sweep
 from ds_dgemma.objective.denoising import DenoisingObjective
 from tests.parity import open_float64, step_float64
 from tests.reference.cases import QUANTITIES, TOLERANCES, compare, read_case, to_batch
 from tests.reference.cases import Case as ParityCase
 from tests.reference.fixtures import CASES, write_case
-from tests.reference.masks import TokenLayout
+from tests.reference.masks import TokenLayout, attention_masks, clean_and_canvases
 
 CASE = CASES["base"]
 LENGTH = CASE.canvas
@@ -79,9 +80,46 @@ def furthest(run: Run, case: ParityCase) -> float:
 
 
 def change_masks(run: Run, change: Callable[[TokenLayout, int, dict[str, Tensor]], dict[str, Tensor]]) -> None:
-    """Let `change` (layout, window, right masks) make the masks."""
-    right = masks.attention_masks
-    run.patch.setattr(stack, "attention_masks", lambda layout, window: change(layout, window, right(layout, window)))
+    """Let `change` (layout, window, right masks) make dense masks, under which everything attends, in one sweep."""
+    batch, window = run.batch, run.objective.model.window
+    layout = clean_and_canvases(batch.clean_valid_BS, batch.canvas_start_BK, LENGTH)
+    wrong = change(layout, window, attention_masks(layout, window))
+    rows, clean = batch.clean_ids_BS.shape
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, _: None, *, tokens: Tokens, **more: Any) -> Any:
+        mask = wrong["sliding_attention" if module.is_sliding else "full_attention"]
+        of_row = [canvas.row for canvas in tokens.canvases]
+
+        def laid(flat: Tensor) -> Tensor:  # [1, h, N, d] to [rows, h, S + L, d]; a row without a canvas gets zeros
+            by_row = flat[0].transpose(0, 1)
+            canvases = by_row.new_zeros(rows, LENGTH, *by_row.shape[1:])
+            canvases = canvases.index_copy(0, torch.tensor(of_row), by_row[rows * clean :].unflatten(0, (-1, LENGTH)))
+            return torch.cat([by_row[: rows * clean].unflatten(0, (rows, clean)), canvases], dim=1).transpose(1, 2)
+
+        q, k, v = map(laid, (query, key, value))
+        k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], dim=1) for tensor in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, mask, scale=module.scaling).transpose(1, 2)
+        return torch.cat([out[:, :clean].flatten(0, 1), out[of_row, clean:].flatten(0, 1)])[None], None
+
+    def read(self: Any, clean_NH: Tensor, guess_NH: Tensor, differentiates: bool) -> Tensor:
+        with torch.no_grad():
+            return in_one_sweep(self, clean_NH, guess_NH, self._calls.clean_and_guesses)[1]
+
+    def denoise(self: Any, clean_NH: Tensor, canvas_NH: Tensor) -> tuple[Tensor, Tensor]:
+        return in_one_sweep(self, clean_NH, canvas_NH, self._calls.all)
+
+    AttentionInterface.register("masked", attend)
+    run.patch.setattr(run.objective.model.config.text_config, "_attn_implementation", "masked")
+    run.patch.setattr(Sweep, "read", read)
+    run.patch.setattr(Sweep, "denoise", denoise)
+
+
+def in_one_sweep(run: Any, clean_NH: Tensor, canvas_NH: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    hidden = torch.cat([clean_NH, canvas_NH])[None]
+    for layer_pass in run._passes:
+        hidden = layer_pass.layer.block(hidden, call).hidden_1NH
+    hidden = run._norm(hidden[0])
+    return hidden[: len(clean_NH)], hidden[len(clean_NH) :]
 
 
 def from_canvas(layout: TokenLayout) -> Tensor:
@@ -93,7 +131,7 @@ def replace_sliding(right: dict[str, Tensor], where: Tensor, wrong: Tensor) -> d
 
 
 def wider(layout: TokenLayout, window: int) -> Tensor:
-    return masks.attention_masks(layout, window + 1)["sliding_attention"]
+    return attention_masks(layout, window + 1)["sliding_attention"]
 
 
 @mistake
@@ -133,7 +171,7 @@ def the_decoder_has_no_window(run: Run):
 @mistake
 def a_canvas_reads_its_own_clean_text(run: Run):
     def change(layout: TokenLayout, window: int, right: dict[str, Tensor]) -> dict[str, Tensor]:
-        return masks.attention_masks(replace(layout, start_BT=layout.start_BT + LENGTH), window)
+        return attention_masks(replace(layout, start_BT=layout.start_BT + LENGTH), window)
 
     change_masks(run, change)
 
@@ -141,29 +179,16 @@ def a_canvas_reads_its_own_clean_text(run: Run):
 # Positions
 
 
-def change_canvas_positions(run: Run, first: Callable[[int, int], Tensor]) -> None:
-    """Let a canvas's positions begin at `first(rows, clean tokens)`, [B]; what sees what stays right."""
-    right = denoising.clean_and_canvases
-
-    def lay_out(clean_valid: Tensor, start: Tensor, length: int) -> TokenLayout:
-        layout = right(clean_valid, start, length)
-        wrong = first(*clean_valid.shape)[:, None] + torch.arange(length)
-        position = torch.cat([layout.position_BT[:, :-length], wrong.expand(len(start), length)], dim=1)
-        return replace(layout, position_BT=position)
-
-    run.patch.setattr(denoising, "clean_and_canvases", lay_out)
-
-
 @mistake
 def canvas_positions_start_at_the_prompts_end(run: Run):
-    prompts = torch.tensor([row.prompt for row in CASE.rows])
-    conditioned = torch.tensor(run.batch.first_pass.rows)
-    change_canvas_positions(run, lambda rows, _: prompts if rows == len(prompts) else prompts[conditioned])
+    prompts = torch.tensor([[row.prompt] for row in CASE.rows])
+    run.batch = replace(run.batch, canvas_start_BK=prompts)  # what sees what goes by the host's `starts`
 
 
 @mistake
 def canvas_positions_start_after_the_padded_batch(run: Run):
-    change_canvas_positions(run, lambda rows, clean: torch.full((rows,), clean))
+    clean = run.batch.clean_ids_BS.shape[1]
+    run.batch = replace(run.batch, canvas_start_BK=torch.full_like(run.batch.canvas_start_BK, clean))
 
 
 def rope_frequencies(run: Run, count: int, divisor: int) -> None:
@@ -237,15 +262,8 @@ def routing_weights_are_detached(run: Run):
 
 @mistake
 def clean_keys_and_values_are_detached(run: Run):
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options):
-        clean = query.shape[2] - LENGTH
-        cut_key, cut_value = (torch.cat([s[:, :, :clean].detach(), s[:, :, clean:]], dim=2) for s in (key, value))
-        encoded, _ = sdpa_attention_forward(module, query, key, value, mask, **options)
-        decoded, _ = sdpa_attention_forward(module, query, cut_key, cut_value, mask, **options)
-        return torch.cat([encoded[:, :clean], decoded[:, clean:]], dim=1), None
-
-    AttentionInterface.register("detached_clean", attend)
-    run.patch.setattr(run.objective.model.config.text_config, "_attn_implementation", "detached_clean")
+    keep = sweep.keep
+    run.patch.setattr(sweep, "keep", lambda *args: [kept.detach() for kept in keep(*args)])
 
 
 # Self-conditioning
@@ -262,9 +280,7 @@ def an_unconditioned_canvas_skips_the_block(run: Run):
 
 @mistake
 def the_coin_is_ignored(run: Run):
-    everything = FirstPass(tuple(range(len(CASE.rows))), prefix=run.batch.clean_ids_BS.shape[1])
-    coins = torch.ones_like(run.batch.self_condition_BK)
-    run.batch = replace(run.batch, self_condition_BK=coins, first_pass=everything)
+    run.batch = run.batch.with_coins(torch.ones(len(CASE.rows), 1, dtype=torch.bool))
 
 
 def change_embed(run: Run, change: Callable[[Tensor], Tensor]) -> None:
@@ -290,11 +306,11 @@ def the_soft_embedding_is_detached(run: Run):
 
 @mistake
 def the_first_guess_has_a_temperature(run: Run):
-    right, embed = vocabulary.capped_logits, run.objective.model.embed_tokens.embed
+    right, embed = vocabulary.exponentials, run.objective.model.embed_tokens.embed
 
     def changed(*args) -> tuple[Tensor, Tensor]:
         with run.patch.context() as during_embed:
-            during_embed.setattr(vocabulary, "capped_logits", lambda *inputs: right(*inputs) / 0.6)
+            during_embed.setattr(vocabulary, "exponentials", lambda *inputs: (right(*inputs)[0] ** (1 / 0.6), None))
             return embed(*args)
 
     run.patch.setattr(run.objective.model.embed_tokens, "embed", changed)
@@ -345,7 +361,7 @@ def the_padding_row_gets_a_gradient(run: Run):
     run.objective.model.embed_tokens.padding_id = -1
 
 
-# One sweep
+# Clean tokens and canvases
 
 
 @mistake
@@ -367,22 +383,120 @@ def the_canvas_is_causal(run: Run):
     change_masks(run, change)
 
 
-@mistake
-def the_first_pass_reads_too_little(run: Run):
-    needed = int(run.batch.canvas_start_BK[list(run.batch.first_pass.rows)].max())
-    run.batch = replace(run.batch, first_pass=replace(run.batch.first_pass, prefix=needed - 1))
+# Encode once
+
+
+def change_parts(run: Run, name: str, wrong: Callable[..., Any]) -> None:
+    """Cut attention into parts with `wrong` in the place of one of the functions that do."""
+    run.patch.setattr(attention, name, wrong)
+    run.patch.setattr(attention, "_plan", lambda tokens, window: tuple(attention.parts(tokens, window)))
+
+
+def change_visible(run: Run, change: Callable[[int, int, int], tuple[int, int]]) -> None:
+    """Let `change` (start, begin, end) say which clean tokens a canvas sees on sliding layers."""
+    right = attention.visible
+
+    def wrong(start: int, window: int | None) -> tuple[int, int]:
+        begin, end = right(start, window)
+        return (begin, end) if window is None else change(start, begin, end)
+
+    change_parts(run, "visible", wrong)
 
 
 @mistake
-def the_first_pass_takes_other_rows(run: Run):
-    rows = tuple(range(len(run.batch.first_pass.rows)))
-    run.batch = replace(run.batch, first_pass=replace(run.batch.first_pass, rows=rows))
+def a_canvas_reads_one_clean_key_too_many(run: Run):
+    change_visible(run, lambda start, begin, end: (max(0, begin - 1), end))
+
+
+@mistake
+def a_canvas_reads_one_clean_key_too_few(run: Run):
+    change_visible(run, lambda start, begin, end: (begin + 1 if begin else 0, end))
+
+
+@mistake
+def a_canvas_reads_its_own_first_clean_token(run: Run):
+    change_visible(run, lambda start, begin, end: (begin, end + 1))
+
+
+@mistake
+def a_canvas_reads_the_end_of_its_padded_row(run: Run):
+    clean = run.batch.clean_ids_BS.shape[1]
+    change_visible(run, lambda start, begin, end: (clean - (end - begin), clean))
+
+
+def change_clean_parts(run: Run, change: Callable[[attention.Part], attention.Part | None]) -> None:
+    """Let `change` spoil or leave out parts of the clean tokens' attention on sliding layers."""
+    right = attention._clean_parts
+
+    def wrong(tokens: Tokens, window: int | None):
+        spoilt = right(tokens, window) if window is None else map(change, right(tokens, window))
+        return (part for part in spoilt if part is not None)
+
+    change_parts(run, "_clean_parts", wrong)
+
+
+@mistake
+def a_block_does_not_read_the_block_before(run: Run):
+    change_clean_parts(run, lambda part: None if part.backwards else part)
+
+
+@mistake
+def a_block_reads_all_of_the_block_before(run: Run):
+    change_clean_parts(run, lambda part: replace(part, causal=part.causal and not part.backwards))
+
+
+@mistake
+def only_the_first_window_is_read(run: Run):
+    """Blocks that all read the keys of the first one."""
+    first = lambda span: replace(span, begin=0, end=span.end - span.begin)  # noqa: E731
+    change_clean_parts(run, lambda part: replace(part, keys=first(part.keys)) if part.backwards else part)
+
+
+@mistake
+def kept_keys_are_another_layers(run: Run):
+    denoise = Sweep.denoise
+
+    def swapped(self: Any, clean: Tensor, canvas: Tensor) -> tuple[Tensor, Tensor]:
+        first, second, *_ = (layer_pass for layer_pass in self._passes if layer_pass.window)
+        first.seen, second.seen = second.seen, first.seen
+        return denoise(self, clean, canvas)
+
+    run.patch.setattr(Sweep, "denoise", swapped)
+
+
+def change_guesses(run: Run, change: Callable[[Call], Call]) -> None:
+    """Let `change` make other calls of the first guesses."""
+    right = sweep.make_calls
+
+    def wrong(*args: Any) -> sweep.Calls:
+        calls = right(*args)
+        return replace(calls, guesses=change(calls.guesses), clean_and_guesses=change(calls.clean_and_guesses))
+
+    run.patch.setattr(sweep, "make_calls", wrong)
+
+
+@mistake
+def the_first_guess_reads_too_little(run: Run):
+    def shorten(call: Call) -> Call:
+        canvases = tuple(canvas._replace(start=canvas.start - 1) for canvas in call.tokens.canvases)
+        return replace(call, tokens=replace(call.tokens, canvases=canvases))
+
+    change_guesses(run, shorten)
+
+
+@mistake
+def the_first_guess_is_of_other_rows(run: Run):
+    others = tuple(range(len(run.batch.guessed)))
+    assert others != run.batch.guessed
+    run.batch = replace(run.batch, guessed=others, guessed_M=torch.tensor(others))
 
 
 # All of them
 
 
 def test_without_a_mistake_nothing_moves(run: Run, case: ParityCase):
+    assert furthest(run, case) < 0.1
+    change_masks(run, lambda layout, window, right: right)
     assert furthest(run, case) < 0.1
 
 

@@ -13,8 +13,8 @@ change sides in bf16), and LoRA's dropout is drawn by the token's part, not by t
 are no inputs of the autograd function here: while they are partitioned, autograd would want their gradients empty.
 
     activation_checkpointing   kept of a layer, beside K and V for the moment between the visits
-    full                       its input
-    selective                  its input, and the attention's output and normaliser: heads * head size + heads numbers a
+    full                       its input; of the last layer everything, for the backward pass begins with it
+    selective                  the same, and the attention's output and normaliser: heads * head size + heads numbers a
                                token, for a forward product of queries and keys that grows with the length
     none                       everything that autograd keeps
 
@@ -78,11 +78,6 @@ class Calls:
     all: Call
     checkpointing: Checkpointing
 
-    @property
-    def keeps_graph(self) -> bool:
-        """Whether layers keep their graph for the backward pass."""
-        return self.checkpointing == "none"
-
 
 def make_calls(stack: Any, places: Places, is_real_N: Tensor | None, like: Tensor) -> Calls:
     """All calls of a micro-batch; `like` has the type and device of the hidden states."""
@@ -130,8 +125,13 @@ class Sweep:
         self._calls = make_calls(stack, places, None if loads is None else loads.is_real_N, like)
         self._norm = stack.norm
         self._passes = [
-            LayerPass(layer, self._calls, stack.window if layer.kind == "sliding_attention" else None)
-            for layer in stack.sweep_layers()
+            LayerPass(
+                layer=layer,
+                calls=self._calls,
+                window=stack.window if layer.kind == "sliding_attention" else None,
+                is_last=number == len(stack.layer_types) - 1,
+            )
+            for number, layer in enumerate(stack.sweep_layers())
         ]
 
     @torch.no_grad()
@@ -166,6 +166,7 @@ class LayerPass:
     layer: Any  # SweepLayer
     calls: Calls
     window: int | None
+    is_last: bool
     differentiates: bool = False
     seen: list[Tensor] = field(default_factory=list)  # kept keys and values, by run of canvases
     clean_out: Tensor | None = None
@@ -174,9 +175,14 @@ class LayerPass:
     known: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # attention's output and normaliser, of both
     graph: list[tuple[Tensor, LayerOutput]] = field(default_factory=list)  # input and outputs, of both
 
+    @property
+    def keeps_graph(self) -> bool:
+        """Whether the layer keeps its graph for the backward pass; the last one may, for that begins with it."""
+        return self.differentiates and (self.is_last or self.calls.checkpointing == "none")
+
     def read(self, clean_1NH: Tensor, guess_1NH: Tensor) -> tuple[Tensor, Tensor]:
         """Visit clean tokens and first guesses; returns the outputs of both, without a graph."""
-        if self.differentiates and self.calls.keeps_graph:
+        if self.keeps_graph:
             return self._read_with_graph(clean_1NH, guess_1NH)
         calls, n = self.calls, clean_1NH.shape[1]
         done = self.layer.block(torch.cat([clean_1NH, guess_1NH], dim=1), calls.clean_and_guesses)
@@ -198,7 +204,7 @@ class LayerPass:
 
     def denoise(self, canvas_1NH: Tensor) -> tuple[Tensor, Tensor]:
         """Visit the canvases; returns their output and the load of all tokens, without a graph."""
-        if self.differentiates and self.calls.keeps_graph:
+        if self.keeps_graph:
             done = self._recorded(canvas_1NH, self.calls.canvases, self.seen)
         else:
             done = self.layer.block(canvas_1NH, self.calls.canvases, kept=self.seen)
@@ -210,7 +216,7 @@ class LayerPass:
 
     def again(self, all_1NH: Tensor) -> tuple[Tensor, Tensor]:
         """All tokens, clean then canvases, differentiably: computed again, or as it was kept."""
-        if self.calls.keeps_graph:
+        if self.keeps_graph:
             return _Kept.apply(all_1NH, self)
         known = tuple(torch.cat(pair) for pair in zip(*self.known, strict=True)) if self.known else None
         done = self.layer.block(all_1NH, self.calls.all, chosen_Nk=torch.cat(self.chosen), known=known)
