@@ -25,7 +25,7 @@ from tests.reference.cases import Case as ParityCase
 from tests.reference.fixtures import CASES, write_case
 from tests.reference.masks import TokenLayout, attention_masks, clean_and_canvases
 
-CASE = CASES["base"]
+CASE = replace(CASES["base"], layers="SSF")
 LENGTH = CASE.canvas
 COINS = "mixed"
 
