@@ -458,7 +458,7 @@ def kept_keys_are_another_layers(run: Run):
 
     def swapped(self: Any, clean: Tensor, canvas: Tensor) -> tuple[Tensor, Tensor]:
         first, second, *_ = (layer_pass for layer_pass in self._passes if layer_pass.window)
-        first.seen, second.seen = second.seen, first.seen
+        first.seen, second.seen = ([kept.detach() for kept in other.seen] for other in (second, first))
         return denoise(self, clean, canvas)
 
     run.patch.setattr(Sweep, "denoise", swapped)

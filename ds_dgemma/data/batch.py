@@ -51,6 +51,12 @@ class Batch:
         guessed_M = torch.tensor(guessed)
         return replace(self, guessed=guessed, guessed_M=guessed_M, coin_M=coin_BK.flatten()[guessed_M])
 
+    @property
+    def self_condition_BK(self) -> torch.Tensor:
+        """Bool [B, K]: the coins."""
+        coins = torch.zeros_like(self.canvas_start_BK, dtype=torch.bool).flatten()
+        return coins.index_copy(0, self.guessed_M, self.coin_M).view_as(self.canvas_start_BK)
+
     def to(self, device: torch.device | str) -> "Batch":
         """Copy the tensors to `device`."""
         moved = {

@@ -261,8 +261,9 @@ def attention(
     """
     flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
     todo = _plan(tokens, sliding_window)
+    _, keys, values = flat
     output, normaliser = _Attend.apply(kernel_for(query), todo, scaling, known, *flat, *(kept or ()))
-    return output.unsqueeze(0), Attended(flat[1], flat[2], output, normaliser)
+    return output.unsqueeze(0), Attended(keys, values, output, normaliser)
 
 
 AttentionInterface.register(NAME, attention)

@@ -156,8 +156,7 @@ def open_transformers(directory: Path, args: argparse.Namespace) -> Step:
             decoder_attention_mask={kind: mask[..., S:, :] for kind, mask in masks.items()},
             decoder_position_ids=layout.position_BT[:, S:],
         )
-        coin = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        coin[batch.guessed_M] = batch.coin_M
+        coin = batch.self_condition_BK[:, 0]
         with torch.no_grad():
             guess = model(**canvas).logits
         logits = model(self_conditioning_logits=guess, self_conditioning_mask=coin, **canvas)

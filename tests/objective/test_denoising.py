@@ -69,12 +69,6 @@ def make_batch(coin: float = 0.5) -> Batch:
     ).collate(examples)
 
 
-def coins(batch: Batch) -> Tensor:
-    """Bool [B, K]."""
-    coin = torch.zeros(batch.canvas_start_BK.numel(), dtype=torch.bool)
-    return coin.index_put((batch.guessed_M,), batch.coin_M).view_as(batch.canvas_start_BK)
-
-
 def take(batch: Batch, rows: slice = slice(None), canvases: slice = slice(None)) -> Batch:
     """Some rows of a batch, some canvases of each."""
     part = replace(
@@ -87,7 +81,7 @@ def take(batch: Batch, rows: slice = slice(None), canvases: slice = slice(None))
         canvas_start_BK=batch.canvas_start_BK[rows, canvases],
         starts=tuple(starts[canvases] for starts in batch.starts[rows]),
     )
-    return part.with_coins(coins(batch)[rows, canvases])
+    return part.with_coins(batch.self_condition_BK[rows, canvases])
 
 
 def step(objective: DenoisingObjective, batch: Batch, weights: TokenWeights) -> Step:
@@ -149,7 +143,7 @@ def test_micro_batches_add_up_to_the_whole_batch(objective: DenoisingObjective):
 
 def test_canvases_of_one_row_count_like_canvases_scored_alone(objective: DenoisingObjective):
     batch = make_batch()
-    assert coins(batch).any(1).tolist() != coins(batch).all(1).tolist()  # coins differ in a row
+    assert batch.self_condition_BK.any(1).tolist() != batch.self_condition_BK.all(1).tolist()  # coins differ in a row
     both = weights_of(batch)
     diffusion, ar = TokenWeights(both.diffusion, 0.0), TokenWeights(0.0, both.ar)
     together = step(objective, batch, diffusion)
@@ -164,7 +158,7 @@ def test_a_canvas_is_unaffected_by_the_coins_of_others(objective: DenoisingObjec
     batch = make_batch()
     _, expected = hidden(objective, batch)
     for row, canvas in ((0, 0), (0, 2), (1, 0), (2, 1)):
-        flipped = ~coins(batch)
+        flipped = ~batch.self_condition_BK
         flipped[row, canvas] ^= True
         _, seen = hidden(objective, batch.with_coins(flipped))
         torch.testing.assert_close(seen[row, canvas], expected[row, canvas], rtol=1e-12, atol=1e-12)
@@ -197,7 +191,7 @@ def test_clean_text_sees_no_canvas_and_nothing_later(objective: DenoisingObjecti
         batch,
         clean_ids_BS=ids,
         canvas_ids_BKL=torch.full_like(batch.canvas_ids_BKL, 9),
-    ).with_coins(~coins(batch))
+    ).with_coins(~batch.self_condition_BK)
     seen, _ = hidden(objective, everything_else)
     torch.testing.assert_close(seen[:, :8], expected[:, :8], rtol=1e-12, atol=1e-12)
     assert (seen[0, 8] - expected[0, 8]).abs().max() > 1e-3
