@@ -261,8 +261,8 @@ def attention(
     """
     flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
     todo = _plan(tokens, sliding_window)
-    _, keys, values = flat
-    output, normaliser = _Attend.apply(kernel_for(query), todo, scaling, known, *flat, *(kept or ()))
+    queries, keys, values = flat
+    output, normaliser = _Attend.apply(kernel_for(query), todo, scaling, known, queries, keys, values, *(kept or ()))
     return output.unsqueeze(0), Attended(keys, values, output, normaliser)
 
 

@@ -18,7 +18,7 @@ class Kernel:
 
     name: str
     # query [b, h, T, d], key, value [b, g, U, d], causal (then T = U), scale -> output, normaliser [b, h, T]
-    forward: Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
+    forward: Callable[..., tuple[Tensor, Tensor]]
     # gradient of the output, query, key, value, output, normaliser, causal, scale -> gradients of query, key, value
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
