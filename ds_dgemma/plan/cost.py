@@ -120,9 +120,7 @@ def _sent(inventory: Inventory, setup: Setup, shape: Shape, guesses: float) -> d
         forward = (1 + setup.counting_passes) * (tokens + guesses * shape.canvas_length)
         backward = tokens * (1 if setup.activation_checkpointing == "none" else 2)  # computed again, and the gradients
         visits = sum(
-            forward + back * backward
-            for unit, back in inventory.products.goes_back.items()
-            if unit.startswith(LAYERS)
+            forward + back * backward for unit, back in inventory.products.goes_back.items() if unit.startswith(LAYERS)
         )
         sent["all-to-all"] = 2 * row * visits * setup.accumulation
     return {name: round(size) for name, size in sent.items() if size}

@@ -113,4 +113,3 @@ def take_inventory(stack: DiffusionGemmaStack) -> Inventory:
         outside={name: prod(shape) for name, shape in shapes_outside(spec).items()},
         stored=spec.dtype if isinstance(spec.dtype, torch.dtype) else torch.float32,
     )
-

@@ -222,7 +222,7 @@ def _vocabulary_gradient(inventory: Inventory) -> int:
 def _first_guess(
     inventory: Inventory, activations: StackActivations, setup: Setup, shape: Shape, chunk_mib: int
 ) -> Bytes:
-    """Clean tokens are read, canvases not yet: the soft embedding's look-up, with the guesses' and all tokens' inputs."""
+    """Clean tokens are read, canvases not yet: the soft embedding, beside all inputs."""
     tokens = setup.micro_batch_size * (shape.tokens + 2 * shape.canvas)
     return {
         "kept of clean tokens": _stored_clean(activations, setup),

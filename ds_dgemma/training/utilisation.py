@@ -1,10 +1,14 @@
-"""Model FLOPs utilisation: the useful arithmetic of what a step read, over what the devices could have done meanwhile."""
+"""Model FLOPs utilisation: useful arithmetic of what a step read, over what its devices could have done meanwhile."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import torch
+
 from ds_dgemma.data.batch import Batch
-from ds_dgemma.model.flops import Products, batch_work
+from ds_dgemma.model.flops import Products, batch_work, products_of
+from ds_dgemma.model.stack import DiffusionGemmaStack
+from ds_dgemma.tracking.metrics import peak_flops
 
 
 @dataclass(frozen=True)
@@ -13,6 +17,12 @@ class Utilisation:
 
     products: Products
     peak_flops: float | None  # FLOP/s of a device in dense bf16 products; None: unknown, so nothing is measured
+
+    @classmethod
+    def on(cls, device: torch.device, said_tflops: float | None, stack: DiffusionGemmaStack) -> "Utilisation":
+        """For a stack that trains on `device` and the like."""
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        return cls(products_of(stack), peak_flops(name, said_tflops))
 
     def work(self, batches: Iterable[Batch]) -> float:
         """Useful FLOPs of micro-batches; 0 where nothing is measured."""
@@ -24,7 +34,7 @@ class Utilisation:
 
 
 def rows_of(batches: Iterable[Batch]) -> Iterator[tuple[int, list[int], list[int]]]:
-    """Of every example its clean tokens, the starts of its scored canvases, and those of the first guesses that count."""
+    """Each example's clean tokens, the starts of its scored canvases, and of those whose first guess counts."""
     for batch in batches:
         lengths, scored = batch.clean_valid_BS.sum(1).tolist(), batch.supervised_BKL.any(-1).tolist()
         coins = {number for number, coin in zip(batch.guessed, batch.coin_M.tolist(), strict=True) if coin}

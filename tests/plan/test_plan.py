@@ -13,7 +13,6 @@ from transformers import AutoConfig, DiffusionGemmaForBlockDiffusion
 from ds_dgemma.checkpoint.export import export_run
 from ds_dgemma.cli import main
 from ds_dgemma.config_file import load_config
-
 from ds_dgemma.errors import UserError
 from ds_dgemma.model.flops import batch_work, forward_flops
 from ds_dgemma.model.spec import text_spec
@@ -148,7 +147,7 @@ def test_a_balance_loss_over_micro_batches_costs_a_forward_of_both_passes(tmp_pa
     trained = ["model.train_router=true", "parallel.expert_parallel_size=8"]
     weight = "objective.router_balance_weight=0.01"
     without, counted = plan(tmp_path, *trained).cost, plan(tmp_path, *trained, weight).cost
-    # 1,024 clean tokens and a canvas of 256, and its first guess: forward, computed again, gradients; forward once more.
+    # 1,024 clean tokens, a canvas of 256 and its first guess: forward, again, gradients; one forward more.
     step, forward = 3 * (1024 + 256) + 256, 1024 + 256 + 256
     assert counted.sent["all-to-all"] / without.sent["all-to-all"] == pytest.approx((step + forward) / step)
     assert counted.useful_flops == without.useful_flops
@@ -265,7 +264,8 @@ def test_arithmetic_is_that_of_the_batch(tmp_path):
     assert found.cost.useful_flops == 2 * batch_work(found.inventory.products, rows_of([batch]))
     # Full checkpointing computes all layers' forward again, for clean tokens and canvases.
     nothing_again = plan(tmp_path, *settings, *batching, "train.activation_checkpointing=none", gpus=1).cost
-    again = forward_flops(found.inventory.products, clean, [clean - canvas]) - found.inventory.products.block.forward(16, 0)
+    products = found.inventory.products
+    again = forward_flops(products, clean, [clean - canvas]) - products.block.forward(canvas, 0)
     assert found.cost.flops - nothing_again.flops == 2 * rows * again
 
 
