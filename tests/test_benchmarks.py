@@ -31,23 +31,24 @@ def test_a_benchmark_step_computes_what_transformers_does_and_prints_the_ratios(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "override"),
+    ("stage", "reuse", "override"),
     [
-        (3, "train.activation_checkpointing=full"),
-        (3, "train.activation_checkpointing=none"),
-        (3, "lora={r: 8, target_parameters: [experts.gate_up_proj, experts.down_proj]}"),
-        (3, "model.freeze=['*.embed_tokens.weight', '*.self_conditioning.*', '*.layers.0.*']"),
-        (1, "train.precision=bf16"),
-        (2, "train.precision=bf16"),
+        (3, 1, "train.activation_checkpointing=full"),
+        (3, 1, "train.activation_checkpointing=none"),
+        (3, 0, "train.activation_checkpointing=selective"),
+        (3, 1, "lora={r: 8, target_parameters: [experts.gate_up_proj, experts.down_proj]}"),
+        (3, 1, "model.freeze=['*.embed_tokens.weight', '*.self_conditioning.*', '*.layers.0.*']"),
+        (1, 1, "train.precision=bf16"),
+        (2, 1, "train.precision=bf16"),
     ],
-    ids=["full training", "nothing again", "LoRA, experts too", "frozen parts", "stage 1", "stage 2"],
+    ids=["full training", "nothing again", "nothing reused", "LoRA, experts too", "frozen parts", "stage 1", "stage 2"],
 )
-def test_a_step_holds_and_sends_what_was_planned(stage: int, override: str, tmp_path: Path) -> None:
+def test_a_step_holds_and_sends_what_was_planned(stage: int, reuse: int, override: str, tmp_path: Path) -> None:
     make_checkpoint(shapes.config(rehearse=True, layers=2), tmp_path / "model")
-    # Nothing is kept gathered, so that every gather of the plan is made.
     zero = {"stage": stage, "reduce_bucket_size": 10**6}
     if stage == 3:
-        zero |= dict.fromkeys(("stage3_max_reuse_distance", "stage3_max_live_parameters"), 0)
+        # Nothing is kept gathered, or only for a use that follows at once, so that every gather of the plan is made.
+        zero |= {"stage3_max_reuse_distance": reuse, "stage3_max_live_parameters": 0}
         zero |= dict.fromkeys(("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"), 0)
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": zero}))
     ranks = ["--processes", "2", "--expert-parallel", "2", "--length", "128", "--accumulation", "2"]

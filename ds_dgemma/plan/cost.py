@@ -84,14 +84,20 @@ def _work(inventory: Inventory, setup: Setup, shape: Shape, counted: float, empt
     return work * setup.accumulation
 
 
-def gathers(inventory: Inventory, counting_passes: int) -> dict[str, int]:
-    """How often a micro-step needs each unit whole: reading, denoising, and in the backward pass, which takes a layer
-    once. The vocabulary is looked up with either and then scores, with a backward pass of its own; the last norm
-    follows first guesses, clean tokens and canvases, and goes back for the latter two.
+def gathers(inventory: Inventory, setup: Setup) -> dict[str, int]:
+    """How often a micro-step needs each unit whole: to read, to denoise, and in the backward pass, which calls a layer
+    once and goes back through it at once. The vocabulary is looked up with either and then scores; the last norm follows
+    first guesses, and clean tokens and canvases.
+
+    What is used again at once is kept for that, unless stage3_max_reuse_distance is 0: then a layer is gathered for the
+    call and for going back, the vocabulary for the losses' gradient, the norm for each of its uses.
     """
-    forwards = 1 + counting_passes
-    more = {VOCABULARY: 2, NORM: forwards + 1}
-    return {unit: 2 * forwards + back + more.get(unit, 0) for unit, back in inventory.products.goes_back.items()}
+    forwards, found = 1 + setup.counting_passes, {}
+    for unit, back in inventory.products.goes_back.items():
+        found[unit] = 2 * forwards + back + (unit == VOCABULARY)
+        if not setup.zero.reuses:
+            found[unit] += forwards + 1 if unit == NORM else unit == VOCABULARY or (back and unit.startswith(LAYERS))
+    return found
 
 
 def _sent(inventory: Inventory, setup: Setup, shape: Shape, guesses: float) -> dict[str, int]:
@@ -105,7 +111,7 @@ def _sent(inventory: Inventory, setup: Setup, shape: Shape, guesses: float) -> d
     reduced = sum(ring(p, setup.zero.communication_bytes) for p in trained)
     if stage == 3:
         small = setup.zero.persistence_threshold
-        times = gathers(inventory, setup.counting_passes)
+        times = gathers(inventory, setup)
         gathered = sum(ring(p, setup.element) * times[p.unit] for p in inventory.parameters if setup.local(p) > small)
         kept_whole = sum(ring(p, setup.element) for p in trained if setup.local(p) <= small)  # after the update
         sent = {"all-gather": gathered * setup.accumulation + kept_whole, "reduce": reduced * setup.accumulation}
@@ -135,7 +141,7 @@ def _host(inventory: Inventory, setup: Setup) -> tuple[int, int]:
         moved += trained * (FP32 * (2 * setup.accumulation) + setup.element)
         touched += trained * (2 * 3 * FP32 + FP32)
     if zero.offload_parameters:
-        times = gathers(inventory, setup.counting_passes)
+        times = gathers(inventory, setup)
         moved += setup.accumulation * sum(
             setup.element * setup.share(p) * times[p.unit]
             for p in inventory.parameters

@@ -21,6 +21,7 @@ class Zero:
     stage: int
     reduce_bucket: int
     prefetch_bucket: int
+    reuses: bool  # keeps a weight whole for a use that follows at once
     persistence_threshold: int
     sub_group: int
     overlap: bool
@@ -130,6 +131,7 @@ def read_zero(deepspeed: dict[str, Any], dtype: torch.dtype) -> Zero:
         stage=int(zero.stage),
         reduce_bucket=zero.reduce_bucket_size,
         prefetch_bucket=zero.prefetch_bucket_size,
+        reuses=zero.max_reuse_distance > 0,
         persistence_threshold=zero.param_persistence_threshold,
         sub_group=zero.sub_group_size,
         overlap=bool(zero.overlap_comm),

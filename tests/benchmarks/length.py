@@ -114,7 +114,9 @@ def measure(model: str, length: int, checkpointing: Any) -> dict[str, float]:
     seconds = step(length)  # nothing looks on, and memory is there
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in stack.parameters())
     full = [layer for layer in products_of(stack).layers if layer.window is None]
-    flops = sum(layer.forward(0, clean_pairs(length, None)) + layer.backward(0, clean_pairs(length, None)) for layer in full)
+    flops = sum(
+        layer.forward(0, clean_pairs(length, None)) + layer.backward(0, clean_pairs(length, None)) for layer in full
+    )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"memory": memory.peak - before, "peak": peak, "seconds": seconds, "full_flops": flops}
 
@@ -174,7 +176,15 @@ def main(argv: list[str]) -> int:
     seen: dict[str, dict[int, dict[str, float]]] = {model: {} for model in LAYERS}
     for length in args.lengths:
         for model, found in seen.items():
-            child = ["-m", "tests.benchmarks.length", "--checkpointing", args.checkpointing, "--child", model, str(length)]
+            child = [
+                "-m",
+                "tests.benchmarks.length",
+                "--checkpointing",
+                args.checkpointing,
+                "--child",
+                model,
+                str(length),
+            ]
             run = subprocess.run([sys.executable, *child], stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
             found[length] = json.loads(run.stdout.splitlines()[-1])
     print(report(seen))
