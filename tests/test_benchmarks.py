@@ -12,6 +12,7 @@ import torch
 from transformers import DiffusionGemmaForBlockDiffusion
 
 from ds_dgemma.checkpoint.weights import WeightReader
+from tests.benchmarks.length import MEMORY_PER_DOUBLING, failures
 from tests.benchmarks.real_checkpoint import make_checkpoint
 from tests.gpu import shapes
 
@@ -61,6 +62,28 @@ def test_a_step_holds_and_sends_what_was_planned(stage: int, reuse: int, overrid
         assert abs(float(rows["all-gather"])) < 1
         assert abs(float(rows["reduce"])) < 1
         assert abs(float(rows["all-to-all"])) < 15  # the routing decides
+
+
+@pytest.mark.slow
+def test_memory_of_a_step_grows_with_its_length_and_not_its_square() -> None:
+    command = [sys.executable, "-m", "tests.benchmarks.length", "--lengths", "2048", "4096"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    last = run.stdout.strip().splitlines()[-1].split(" | ")
+    assert last[0] == "| 4,096"
+    grown = [float(found) for cell in (last[1], last[4]) for found in re.findall(r"\((.*)\)", cell)]
+    assert len(grown) == 2
+    assert all(1.5 < times <= MEMORY_PER_DOUBLING for times in grown)
+
+
+def test_a_step_that_grows_with_the_square_of_its_length_is_refused() -> None:
+    def steps(power: int) -> dict[int, dict[str, float]]:
+        return {n: {"memory": n**power, "seconds": n**power, "peak": 1, "full_flops": 1} for n in (2048, 4096)}
+
+    assert not failures({"sliding only": steps(1), "5 sliding : 1 full": steps(1)})
+    refused = failures({"sliding only": steps(2), "5 sliding : 1 full": steps(2)})
+    assert [re.sub(r".* times the ", "", line) for line in refused] == [
+        "memory, at most 2.1", "seconds, at most 2.2", "memory, at most 2.1",
+    ]  # fmt: skip
 
 
 @pytest.mark.slow

@@ -86,7 +86,7 @@ def _work(inventory: Inventory, setup: Setup, shape: Shape, counted: float, empt
 
 def gathers(inventory: Inventory, setup: Setup) -> dict[str, int]:
     """How often a micro-step needs each unit whole: to read, to denoise, and in the backward pass, which calls a layer
-    once and goes back through it at once. The vocabulary is looked up with either and then scores; the last norm follows
+    once and goes back through it at once. The vocabulary is looked up for either and then scores; the last norm follows
     first guesses, and clean tokens and canvases.
 
     What is used again at once is kept for that, unless stage3_max_reuse_distance is 0: then a layer is gathered for the

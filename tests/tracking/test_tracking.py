@@ -246,5 +246,5 @@ def test_a_run_without_metrics_is_refused_by_name(tmp_path: Path) -> None:
         (None, 0.05, 5e10),
     ],
 )
-def test_the_peak_is_that_of_the_card_or_what_was_said(name: str | None, said: float | None, peak: float | None) -> None:
+def test_the_peak_is_the_cards_or_what_was_said(name: str | None, said: float | None, peak: float | None) -> None:
     assert peak_flops(name, said) == peak
