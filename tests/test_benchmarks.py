@@ -66,13 +66,12 @@ def test_a_step_holds_and_sends_what_was_planned(stage: int, reuse: int, overrid
 
 @pytest.mark.slow
 def test_memory_of_a_step_grows_with_its_length_and_not_its_square() -> None:
-    command = [sys.executable, "-m", "tests.benchmarks.length", "--lengths", "2048", "4096"]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    last = run.stdout.strip().splitlines()[-1].split(" | ")
-    assert last[0] == "| 4,096"
-    grown = [float(found) for cell in (last[1], last[4]) for found in re.findall(r"\((.*)\)", cell)]
-    assert len(grown) == 2
-    assert all(1.5 < times <= MEMORY_PER_DOUBLING for times in grown)
+    def memory(length: int) -> float:
+        child = ["-m", "tests.benchmarks.length", "--child", "5 sliding : 1 full", str(length)]
+        run = subprocess.run([sys.executable, *child], capture_output=True, text=True, check=True)
+        return json.loads(run.stdout.splitlines()[-1])["memory"]
+
+    assert 1.5 < memory(4096) / memory(2048) <= MEMORY_PER_DOUBLING
 
 
 def test_a_step_that_grows_with_the_square_of_its_length_is_refused() -> None:
