@@ -1,6 +1,7 @@
-"""LoRA runs and runs with frozen parts: the same on every topology, exact when resumed, and what they leave behind."""
+"""What LoRA runs leave behind, and what is made of it. That they are the same on every topology is held by
+`engine/test_topologies.py`, that they resume bit for bit by `engine/test_offload.py`.
+"""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -15,69 +16,17 @@ from ds_dgemma.config import OptimizerSection
 from ds_dgemma.engine.schedule import learning_rate
 from ds_dgemma.errors import UserError
 from tests.reference.adapters import write_random_adapter
-from tests.test_resume import NUMBERS, final_state, numbers
+from tests.resume_matrix import SETTINGS
 from tests.training import train
 
 pytestmark = pytest.mark.slow
 
-TRACED = ("tests.engine.traced",)
-STEPS = ["train.max_steps=6", "optimizer.warmup_steps=6", "optimizer.lr=1.5e-4"]
-EVERYWHERE = "lora={target_parameters: [experts.gate_up_proj, experts.down_proj], init_lora_weights: false}"
-LORA_PLUS = "optimizer.groups=[{match: '*.lora_B', lr: 3e-4, weight_decay: 0.0}]"
-FROZEN = "model.freeze=['*.embed_tokens.weight', '*.self_conditioning.*', '*.layers.0.*', '*.experts.down_proj']"
+STEPS = ["train.max_steps=2", "optimizer.warmup_steps=2", "optimizer.lr=1.5e-4"]
+EVERYWHERE = SETTINGS["lora"][0]
 
 
 def topology(processes: int, experts: int) -> list[str]:
     return [f"parallel.expert_parallel_size={experts}", f"train.micro_batch_size={8 // processes}"]
-
-
-def assert_close(ours: list[dict], theirs: list[dict], rel: float = 1e-4) -> None:
-    assert len(ours) == len(theirs) > 0
-    for a, b in zip(ours, theirs, strict=True):
-        for name in NUMBERS:
-            assert a[name] == pytest.approx(b[name], rel=rel), f"{name} at step {a['step']}"
-
-
-def assert_untouched(run_dir: Path, processes: int, dtype: str = "torch.float32") -> None:
-    """Every rank has said that its part of the frozen weights is what it was."""
-    said = run_dir.with_suffix(".log").read_text()
-    assert said.count(f"frozen, dtypes ['{dtype}']") == said.count("0 changed of ") == processes, said[-2000:]
-
-
-@pytest.mark.parametrize("settings", [[EVERYWHERE, LORA_PLUS], [FROZEN]], ids=["lora", "frozen"])
-def test_any_topology_with_layers_as_leaves_equals_one_process_without_and_the_base_stays(
-    settings, sudoku_run, tmp_path
-):
-    reference = train(sudoku_run, tmp_path / "alone", [*STEPS, *settings], program=(*TRACED, "--no-leaves"))
-    assert_untouched(tmp_path / "alone", 1)
-    for experts in (1, 2):
-        run_dir = tmp_path / f"shared-{experts}"
-        overrides = [*STEPS, *settings, *topology(2, experts)]
-        assert_close(train(sudoku_run, run_dir, overrides, processes=2, program=TRACED), reference)
-        assert_untouched(run_dir, 2)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        [EVERYWHERE, LORA_PLUS, "train.precision=fp32"],
-        ["lora={lora_dropout: 0.2}", "train.precision=bf16"],
-        [FROZEN, "train.precision=bf16"],
-    ],
-    ids=["lora", "dropout in bf16", "frozen in bf16"],
-)
-def test_a_resumed_run_is_exact_and_on_other_ranks_as_close_as_they_are(settings, sudoku_run, tmp_path):
-    run_dir = tmp_path / "run"
-    overrides = [*STEPS, *settings, *topology(2, 2), "checkpoint.every=3", "checkpoint.keep_last=3"]
-    undisturbed = train(sudoku_run, run_dir, overrides, processes=2, program=TRACED)
-    assert_untouched(run_dir, 2, "torch.float32" if "train.precision=fp32" in settings else "torch.bfloat16")
-    state = final_state(run_dir)
-    shutil.rmtree(run_dir / "checkpoints" / "step-000006")
-    assert numbers(train(sudoku_run, run_dir, overrides, processes=2)) == numbers(undisturbed)
-    assert final_state(run_dir) == state
-    if "train.precision=fp32" in settings:
-        shutil.rmtree(run_dir / "checkpoints" / "step-000006")
-        assert_close(train(sudoku_run, run_dir, [*overrides, *topology(1, 1)]), undisturbed)
 
 
 def test_adapter_merged_model_and_a_fresh_adapter_on_it_start_from_the_same_loss(sudoku_run, tmp_path):
