@@ -54,7 +54,7 @@ def test_the_way_from_data_to_an_evaluated_model(tmp_path: Path) -> None:
 
     def run(*words: str) -> None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
-        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
     def short(words: list[str], *more: str) -> list[str]:

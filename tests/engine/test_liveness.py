@@ -2,10 +2,11 @@
 
 import re
 import signal
-import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from ds_dgemma.engine.liveness import Liveness
 from ds_dgemma.engine.ranks import RankLayout
 from ds_dgemma.engine.stop_request import ONE_WISH_SECONDS, StopRequest
 from ds_dgemma.errors import EXIT_LOST_RANK
+from tests.forks import Process
 from tests.training import start_module
 
 MISFORTUNES = {
@@ -24,8 +26,15 @@ MISFORTUNES = {
 }
 
 
-def start(event: str, rank: int, log: Path, minutes: float = 0.1) -> list[subprocess.Popen]:
+def start(event: str, rank: int, log: Path, minutes: float = 0.1) -> list[Process]:
     return start_module(["tests.engine.sinking", event, str(rank), str(minutes)], 2, log)
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.slow
@@ -35,9 +44,9 @@ def test_a_lost_rank_is_named_once_and_the_others_end(event: str, rank: int, tmp
     log = tmp_path / "log"
     ranks = start(event, rank, log)
     try:
-        assert ranks[1 - rank].wait(60) == EXIT_LOST_RANK, log.read_text()
+        assert ranks[1 - rank].wait(300) == EXIT_LOST_RANK, log.read_text()
         if code is not None:  # a frozen process cannot end itself
-            assert ranks[rank].wait(10) == code
+            assert ranks[rank].wait(60) == code
     finally:
         for process in ranks:
             process.kill()
@@ -52,13 +61,15 @@ def test_a_second_signal_ends_a_rank_at_once_inside_a_collective(tmp_path: Path)
     log = tmp_path / "log"
     ranks = start("freeze", 0, log, minutes=5)  # rank 1 waits for it for five minutes
     try:
-        time.sleep(10)
+        frozen = psutil.Process(ranks[0].pid)
+        wait_until(lambda: frozen.status() == psutil.STATUS_STOPPED)
+        time.sleep(1)  # a step takes a hundredth
         ranks[1].terminate()
         ranks[1].terminate()  # the same wish
         time.sleep(ONE_WISH_SECONDS + 1)
         assert ranks[1].poll() is None, log.read_text()
         ranks[1].terminate()
-        assert ranks[1].wait(2) == 128 + signal.SIGTERM
+        assert ranks[1].wait(10) == 128 + signal.SIGTERM
     finally:
         for process in ranks:
             process.kill()
