@@ -59,7 +59,13 @@ def test_a_mistake_is_named_before_any_weight_is_read(mistake, copied_run):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "mistake",
-    ["experts that do not divide", "broken line", "template that refuses", "truncated weights", "another run's directory"],
+    [
+        "experts that do not divide",
+        "broken line",
+        "template that refuses",
+        "truncated weights",
+        "another run's directory",
+    ],
 )
 def test_a_mistake_is_told_once_and_ends_every_rank(mistake, copied_run, tmp_path):
     break_it, named = MISTAKES[mistake]
