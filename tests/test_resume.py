@@ -90,7 +90,7 @@ def wait_for_step(run_dir: Path, step: int, ranks: list) -> None:
     while time.monotonic() < deadline:
         assert all(rank.poll() is None for rank in ranks), "a rank ended before it was killed"
         metrics = run_dir / "metrics.jsonl"
-        if metrics.exists() and len(metrics.read_text().splitlines()) >= step:
+        if metrics.exists() and sum('"kind"' not in line for line in metrics.read_text().splitlines()) >= step:
             return
         time.sleep(0.02)
     raise AssertionError(f"step {step} was not reached: {read_metrics(run_dir)[-1:]}")
