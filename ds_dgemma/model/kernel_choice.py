@@ -111,7 +111,7 @@ def is_installed(package: Package) -> bool:
 
 def torchs_own(problem: Problem) -> Kernel:
     """Torch's kernel for a problem."""
-    if problem.device.type == "cpu":
+    if problem.device.type in ("cpu", "meta"):  # on meta for shapes and sizes alone
         return CPU
     if flash_fits(problem):
         return FLASH
@@ -140,7 +140,7 @@ def disagreement(kernel: Kernel, reference: Kernel, problem: Problem) -> str | N
         for each in (reference, kernel):
             out, log = each.forward(query, key, value, causal, scale)
             if merged_out is None or merged_log is None:
-                merged_out, merged_log = 0.7 * out, log + 0.5
+                merged_out, merged_log = (0.7 * out).to(problem.dtype), log + 0.5
             results[each] = (out, log, *each.backward(grad, query, key, value, merged_out, merged_log, causal, scale))
         names = ("output", "normaliser", "gradient of queries", "gradient of keys", "gradient of values")
         for name, seen, expected in zip(names, results[kernel], results[reference], strict=True):

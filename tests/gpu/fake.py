@@ -107,7 +107,9 @@ def check_inputs(name: str, given: dict[str, Any]) -> None:
     require(key.shape == value.shape and query.shape[0] == key.shape[0], name, "shapes that differ")
     require(query.shape[-1] == key.shape[-1], name, "head sizes that differ")
     if given.get("is_causal"):
-        require(query.shape[2] == key.shape[2], name, "causal with more keys than queries: kernels differ in what it means")
+        require(
+            query.shape[2] == key.shape[2], name, "causal with more keys than queries: kernels differ in what it means"
+        )
 
 
 def check_grouped(name: str, given: dict[str, Any]) -> None:
@@ -117,7 +119,9 @@ def check_grouped(name: str, given: dict[str, Any]) -> None:
         require(tensor.dtype is torch.bfloat16, name, f"{which} is {tensor.dtype}")
         lanes = VECTOR_BYTES // tensor.element_size()
         inner = [step for step in tensor.stride()[-2:] if step != 1]
-        require(len(inner) < 2 and all(step % lanes == 0 for step in inner), name, f"{which}: strides {tensor.stride()}")
+        require(
+            len(inner) < 2 and all(step % lanes == 0 for step in inner), name, f"{which}: strides {tensor.stride()}"
+        )
     require(given["offs"] is not None and given["offs"].dtype is torch.int32, name, "offsets are not int32")
 
 
@@ -253,6 +257,22 @@ def attend_backward(stack: DiffusionGemmaStack, calls: Calls, number: int) -> No
     assert [tuple(found.shape) for found in grads] == [tuple(tensor.shape) for tensor in (query, key, value)]
 
 
+def grouped_backward(stack: DiffusionGemmaStack, tokens: int) -> None:
+    """What autograd makes of the experts' grouped matrix products: gradients of their rows, and of their weights."""
+    text = stack.config.get_text_config()
+    hidden, inner, experts = text.hidden_size, text.moe_intermediate_size, text.num_experts
+    rows = tokens * text.top_k_experts + 8 * experts  # every group is padded to a multiple of 8
+    ends = torch.empty(experts, dtype=torch.int32, device="cuda")
+
+    def some(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.bfloat16, device="cuda")
+
+    for width_in, width_out in ((hidden, inner), (inner, hidden)):
+        weights, inputs, grad = some(experts, width_out, width_in), some(rows, width_in), some(rows, width_out)
+        assert torch._grouped_mm(grad, weights, offs=ends).shape == inputs.shape
+        assert torch._grouped_mm(grad.t(), inputs, offs=ends).shape == weights.shape
+
+
 def check(capability: tuple[int, int] = HOPPER) -> dict[str, int]:
     """Every call of both layers; returns how often each operation was held against its rules.
 
@@ -275,6 +295,7 @@ def check(capability: tuple[int, int] = HOPPER) -> dict[str, int]:
             canvases = torch.empty(1, count, hidden, dtype=torch.bfloat16, device="cuda")
             layer.block(canvases, calls.canvases, kept=kept)
             attend_backward(stack, calls, number)
+        grouped_backward(stack, 4 * (1525 + 256))
     return strict.seen
 
 

@@ -8,12 +8,13 @@ fewer, each in a process of its own; then one layer: the vocabulary dominates so
 layer costs.
 
 FLOPs of a step, 2 per multiply-add, none for what is computed again in the backward pass; W are the weights of matrix
-products that a token meets in the layers (its top-k experts only), P a layer's visible pairs of query and key, V H the
-vocabulary's matrix:
+products that a token meets in the layers (its top-k experts only), P a layer's pairs of query and key as its attention
+computes them, V H the vocabulary's matrix:
 
-    sweep(tokens, P)    = 2 tokens W + sum over layers of 4 P heads head_dim
-    first pass          = sweep + 4 V H tokens that it guesses (their logits, their soft embedding)
-    second pass         = 3 sweep + 6 V H tokens scored (both losses) + 2 V H tokens guessed (the matrix's gradient)
+    layers(tokens, P)   = 2 tokens W + sum over layers of 4 P heads head_dim
+    first guesses       = layers(guesses) + 4 V H tokens guessed (their logits, their soft embedding)
+    all that is learned = 3 layers(clean, canvases) + 6 V H tokens scored (both losses) + 2 V H tokens guessed (the
+                          matrix's gradient)
 """
 
 import argparse
@@ -26,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ds_dgemma.config import RunConfig
 from ds_dgemma.data.batch import Batch
@@ -34,6 +34,7 @@ from ds_dgemma.engine.deepspeed_engine import start_engine
 from ds_dgemma.engine.ds_config import deepspeed_config
 from ds_dgemma.engine.open_model import fill_model, outline_model
 from ds_dgemma.engine.ranks import RankLayout, connect, disconnect
+from ds_dgemma.model.attention import Canvas, Tokens, parts
 from ds_dgemma.model.spec import read_spec
 from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
 from ds_dgemma.plan.cost import Machine
@@ -86,25 +87,30 @@ def matrix_weights(text: Any, layer: int) -> int:
     return attention + 3 * H * text.intermediate_size + experts
 
 
-def sweep_flops(text: Any, valid_BS: Tensor, start_BK: Tensor, length: int) -> float:
-    """Forward of one sweep, by the formula above."""
-    layout = clean_and_canvases(valid_BS, start_BK, length)
-    pairs = {kind: int(mask.sum()) for kind, mask in attention_masks(layout, text.sliding_window).items()}
-    tokens, total = layout.position_BT.numel(), 0.0
+def layers_flops(text: Any, tokens: Tokens) -> float:
+    """Forward of the layers, by the formula above."""
+    count, total = tokens.clean_total + len(tokens.canvases) * tokens.length, 0.0
     for layer, kind in enumerate(text.layer_types):
-        scores = pairs[kind] * text.num_attention_heads * text.per_layer_config[layer].head_dim
-        total += 2 * tokens * matrix_weights(text, layer) + 4 * scores
+        pairs = 0
+        for part in parts(tokens, text.sliding_window if kind == "sliding_attention" else None):
+            queries, keys = part.queries, part.keys
+            assert not isinstance(keys, int)
+            asked, seen = queries.end - queries.begin, keys.end - keys.begin
+            pairs += queries.rows * (asked * (asked + 1) // 2 if part.causal else asked * seen)
+        scores = pairs * text.num_attention_heads * text.per_layer_config[layer].head_dim
+        total += 2 * count * matrix_weights(text, layer) + 4 * scores
     return total
 
 
 def step_flops(text: Any, batch: Batch) -> float:
     """One step's FLOPs, by the formula above."""
-    rows, prefix = list(batch.first_pass.rows), batch.first_pass.prefix
+    rows, clean = batch.clean_ids_BS.shape
     length, matrix = batch.canvas_ids_BKL.shape[-1], text.vocab_size * text.hidden_size
-    first = sweep_flops(text, batch.clean_valid_BS[rows, :prefix], batch.canvas_start_BK[rows], length)
-    second = sweep_flops(text, batch.clean_valid_BS, batch.canvas_start_BK, length)
-    guessed, scored = batch.canvas_ids_BKL[rows].numel(), sum(batch.counts())
-    return first + 3 * second + matrix * (6 * guessed + 6 * scored)
+    canvases = tuple(Canvas(row, start) for row, starts in enumerate(batch.starts) for start in starts)
+    guesses = tuple(canvases[number] for number in batch.guessed)
+    layers = [layers_flops(text, Tokens(rows, clean, some, length)) for some in ((), guesses, canvases)]
+    vocabulary = matrix * 6 * (len(guesses) * length + sum(batch.counts()))
+    return layers[1] - layers[0] + 3 * layers[2] + vocabulary
 
 
 def measure(layers: int, rehearse: bool) -> str:
