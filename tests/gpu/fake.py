@@ -289,7 +289,7 @@ def check(capability: tuple[int, int] = HOPPER) -> dict[str, int]:
                 tokens = call.tokens
                 count = tokens.clean_total + len(tokens.canvases) * tokens.length
                 done = layer.block(torch.empty(1, count, hidden, dtype=torch.bfloat16, device="cuda"), call)
-                assert done.hidden_1NH.dtype is torch.bfloat16 and done.hidden_1NH.shape[1] == count
+                assert (done.hidden_1NH.dtype, done.hidden_1NH.shape[1]) == (torch.bfloat16, count)
                 kept = attention.keep(done.attended, tokens, calls.canvases.tokens.canvases, window)
             count = len(calls.canvases.tokens.canvases) * calls.canvases.tokens.length
             canvases = torch.empty(1, count, hidden, dtype=torch.bfloat16, device="cuda")

@@ -42,7 +42,6 @@ from ds_dgemma.plan.plan import Limits, make_plan
 from tests.benchmarks.real_checkpoint import make_checkpoint
 from tests.benchmarks.step import make_batch
 from tests.gpu import ROOT, shapes
-from tests.reference.masks import attention_masks, clean_and_canvases
 
 OUT_OF_MEMORY = 3
 GIB = 2**30

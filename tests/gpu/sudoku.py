@@ -50,9 +50,8 @@ def main() -> int:
         seen = [record for record in records if "kind" not in record]
     first, last = (statistics.mean(record["loss"] for record in part) for part in (seen[:5], seen[-5:]))
     took = statistics.median(record["seconds"] for record in seen)
-    print(
-        f"FIGURE loss {first:.2f} to {last:.2f} in {len(seen)} steps of {took * 1e3:.0f} ms, attention {start['full_attention']}"
-    )
+    kernel = start["full_attention"]
+    print(f"FIGURE loss {first:.2f} to {last:.2f} in {len(seen)} steps of {took * 1e3:.0f} ms, attention by {kernel}")
     return int(start["kind"] != "start" or len(seen) != steps or not last < SHARE_LEFT * first)
 
 
