@@ -16,6 +16,7 @@ import numpy as np
 
 from ds_dgemma.config import ObjectiveSection
 from ds_dgemma.data.batch import Example
+from ds_dgemma.objective.schedules import noise_level
 
 
 def generator(seed: int, purpose: str, *key: int) -> np.random.Generator:
@@ -54,13 +55,13 @@ class Corruption:
         return sorted(int(canvas) for canvas in chosen)
 
     def corrupt(self, example: Example, epoch: int, canvas: int) -> NoisyCanvas:
-        """Noise one canvas: a level t ~ U(eps, 1), a uniform id for each token with probability t, a coin."""
+        """Noise one canvas: a level t of the schedule, a uniform id for each token with probability t, a coin."""
         length = example.canvas_length
         start = example.prompt_length + canvas * length
         target = example.tokens_S[start : start + length].astype(np.int64)
         key = (epoch, example.sample_id, canvas)
-        eps = self.objective.noise_eps
-        level = eps + (1 - eps) * generator(self.seed, "level", *key).random()
+        u = generator(self.seed, "level", *key).random()
+        level = noise_level(self.objective.noise_schedule, u, self.objective.noise_eps, self.objective.noise_max)
         draw = generator(self.seed, "corruption", *key)
         replaced, ids = draw.random(length) < level, draw.integers(self.vocab_size, size=length)
         coin = generator(self.seed, "coin", *key).random() < self.objective.self_conditioning_probability
