@@ -139,7 +139,7 @@ def replay(file: Path, checkpoint: Path | None = None, from_model: bool = False)
         trained.check_fits(model.trained_sizes(ranks))
     with _alone(ranks, config):
         stack = fill_model(model, ranks, {}, config.train.precision, trained, config.seed)
-        objective = DenoisingObjective(stack, config.objective.logits_chunk_mib)
+        objective = DenoisingObjective(stack, config.objective.logits_chunk_mib, config.objective.loss)
         print(_heading(step, config, trained.checkpoint if trained else None))
 
         def make(one: SeenExample) -> tuple[Batch, str]:
