@@ -348,6 +348,12 @@ class TrackingSection(Section):
     """What is written while training; `metrics.jsonl` always has every step."""
 
     console_every: int = Field(default=10, ge=1, description="steps between plain lines when not on a terminal")
+    peak_tflops: float | None = Field(
+        default=None,
+        gt=0,
+        description="of one device in dense bf16 products, what `mfu` is a share of; null: by the name of the CUDA "
+        "card, and where that is unknown, or on the CPU, `mfu` is null",
+    )
     wandb: WandbSection = WandbSection()
 
 

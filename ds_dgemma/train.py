@@ -47,6 +47,7 @@ from ds_dgemma.training.bad_steps import BadSteps
 from ds_dgemma.training.prepare import Prepared, prepare
 from ds_dgemma.training.restore import continue_adapter, restore
 from ds_dgemma.training.update import update
+from ds_dgemma.training.utilisation import Utilisation
 
 DOWNLOAD_HOURS = 24
 
@@ -87,9 +88,10 @@ def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tra
     )
     metrics = config.run.dir / METRICS
     spikes = SpikeDetector(config.health, past_losses(metrics, config.health.spike_window) if ranks.is_main else ())
+    utilisation = Utilisation.on(ranks.device, config.tracking.peak_tflops, stack)
     for step in range(prepared.start + 1, last + 1):
         stop.step = step  # from here on a signal waits for the end of the step
-        done = update(engine, batches, step, config, ranks)
+        done = update(engine, batches, step, config, ranks, utilisation)
         tracker.track(done.metrics)
         bad_steps.check(done)
         if spike := spikes.look(step, done.metrics.loss):

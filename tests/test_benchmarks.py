@@ -12,6 +12,7 @@ import torch
 from transformers import DiffusionGemmaForBlockDiffusion
 
 from ds_dgemma.checkpoint.weights import WeightReader
+from tests.benchmarks.length import MEMORY_PER_DOUBLING, failures
 from tests.benchmarks.real_checkpoint import make_checkpoint
 from tests.gpu import shapes
 
@@ -25,28 +26,30 @@ def test_a_benchmark_step_computes_what_transformers_does_and_prints_the_ratios(
     run = subprocess.run([sys.executable, STEP, *small, "--steps", "1"], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr  # 1 when the losses differ
     ratios = re.findall(r"/ transformers: CPU time (\S+), wall time (\S+), peak memory (\S+)", run.stdout)
-    assert len(ratios) == 2  # recomputed, and kept
+    assert len(ratios) == 3  # recomputed, recomputed in part, and kept
     assert all(float(ratio) > 0 for variant in ratios for ratio in variant)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "override"),
+    ("stage", "reuse", "override"),
     [
-        (3, "train.activation_checkpointing=true"),
-        (3, "lora={r: 8, target_parameters: [experts.gate_up_proj, experts.down_proj]}"),
-        (3, "model.freeze=['*.embed_tokens.weight', '*.self_conditioning.*', '*.layers.0.*']"),
-        (1, "train.precision=bf16"),
-        (2, "train.precision=bf16"),
+        (3, 1, "train.activation_checkpointing=full"),
+        (3, 1, "train.activation_checkpointing=none"),
+        (3, 0, "train.activation_checkpointing=selective"),
+        (3, 1, "lora={r: 8, target_parameters: [experts.gate_up_proj, experts.down_proj]}"),
+        (3, 1, "model.freeze=['*.embed_tokens.weight', '*.self_conditioning.*', '*.layers.0.*']"),
+        (1, 1, "train.precision=bf16"),
+        (2, 1, "train.precision=bf16"),
     ],
-    ids=["full training", "LoRA, experts too", "frozen parts", "stage 1", "stage 2"],
+    ids=["full training", "nothing again", "nothing reused", "LoRA, experts too", "frozen parts", "stage 1", "stage 2"],
 )
-def test_a_step_holds_and_sends_what_was_planned(stage: int, override: str, tmp_path: Path) -> None:
+def test_a_step_holds_and_sends_what_was_planned(stage: int, reuse: int, override: str, tmp_path: Path) -> None:
     make_checkpoint(shapes.config(rehearse=True, layers=2), tmp_path / "model")
-    # Nothing is kept gathered, so that every gather of the plan is made.
     zero = {"stage": stage, "reduce_bucket_size": 10**6}
     if stage == 3:
-        zero |= dict.fromkeys(("stage3_max_reuse_distance", "stage3_max_live_parameters"), 0)
+        # Nothing is kept gathered, or only for a use that follows at once, so that every gather of the plan is made.
+        zero |= {"stage3_max_reuse_distance": reuse, "stage3_max_live_parameters": 0}
         zero |= dict.fromkeys(("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"), 0)
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": zero}))
     ranks = ["--processes", "2", "--expert-parallel", "2", "--length", "128", "--accumulation", "2"]
@@ -59,6 +62,27 @@ def test_a_step_holds_and_sends_what_was_planned(stage: int, override: str, tmp_
         assert abs(float(rows["all-gather"])) < 1
         assert abs(float(rows["reduce"])) < 1
         assert abs(float(rows["all-to-all"])) < 15  # the routing decides
+
+
+@pytest.mark.slow
+def test_memory_of_a_step_grows_with_its_length_and_not_its_square() -> None:
+    def memory(length: int) -> float:
+        child = ["-m", "tests.benchmarks.length", "--child", "5 sliding : 1 full", str(length)]
+        run = subprocess.run([sys.executable, *child], capture_output=True, text=True, check=True)
+        return json.loads(run.stdout.splitlines()[-1])["memory"]
+
+    assert 1.5 < memory(4096) / memory(2048) <= MEMORY_PER_DOUBLING
+
+
+def test_a_step_that_grows_with_the_square_of_its_length_is_refused() -> None:
+    def steps(power: int) -> dict[int, dict[str, float]]:
+        return {n: {"memory": n**power, "seconds": n**power, "peak": 1, "full_flops": 1} for n in (2048, 4096)}
+
+    assert not failures({"sliding only": steps(1), "5 sliding : 1 full": steps(1)})
+    refused = failures({"sliding only": steps(2), "5 sliding : 1 full": steps(2)})
+    assert [re.sub(r".* times the ", "", line) for line in refused] == [
+        "memory, at most 2.1", "seconds, at most 2.2", "memory, at most 2.1",
+    ]  # fmt: skip
 
 
 @pytest.mark.slow

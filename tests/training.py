@@ -2,15 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 from ds_dgemma.data.sudoku import write_sudoku
 from ds_dgemma.engine.ranks import free_port
 from ds_dgemma.tools.tiny import make_tiny
+from tests.forks import REPOSITORY, Process, start
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 RUN = """
 run: {{dir: {folder}/run}}
 model: {{path: {folder}/model}}
@@ -35,13 +33,13 @@ def make_run(folder: Path, top_k: int) -> Path:
 
 def start_ranks(
     config: Path, overrides: list[str], processes: int, log: Path, program: tuple[str, ...] = ("ds_dgemma.train",)
-) -> list[subprocess.Popen]:
+) -> list[Process]:
     """Start `processes` ranks of a module that trains (and its own arguments); all of them write to `log`."""
     arguments = [argument for override in overrides for argument in ("--set", override)]
     return start_module([*program, "--config", str(config), *arguments], processes, log)
 
 
-def start_module(arguments: list[str], processes: int, log: Path) -> list[subprocess.Popen]:
+def start_module(arguments: list[str], processes: int, log: Path) -> list[Process]:
     """Start `processes` ranks of a module with its arguments; all of them write to `log`."""
     shared = dict(
         os.environ,
@@ -52,16 +50,9 @@ def start_module(arguments: list[str], processes: int, log: Path) -> list[subpro
         WORLD_SIZE=str(processes),
         LOCAL_WORLD_SIZE=str(processes),
     )
-    command = [sys.executable, "-m", *arguments]
     with log.open("ab") as output:
         return [
-            subprocess.Popen(
-                command,
-                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd=REPOSITORY,
-            )
+            start(arguments, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, output)
             for rank in range(processes)
         ]
 

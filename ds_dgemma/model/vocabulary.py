@@ -11,13 +11,18 @@ probabilities are cast to the weight's type, only the first-pass logits are deta
 reaches the matrix), and the padding row gets no look-up gradient.
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
 
 WIDEST_CAP = 40.0  # exp(-2 * 40) is a normal number in fp32
 CPU_CHUNK = 4 * 2**20  # bytes of fp32 logits
@@ -102,12 +107,34 @@ class TiedVocabulary(nn.Module):
         return self(_Score, hidden_NH, target_N, weight_N, chunk, gradient, shift, torch.is_grad_enabled())
 
 
-def squash(hidden_NH: Tensor, weight_VH: Tensor, softcap: float) -> Tensor:
-    """tanh(hidden @ weight.T / softcap), [N, V], in fp32 at least: the capped logits over the cap."""
-    if hidden_NH.dtype == wide(hidden_NH.dtype):
-        nothing = hidden_NH.new_empty(())
-        return torch.addmm(nothing, hidden_NH, weight_VH.t(), beta=0, alpha=1 / softcap).tanh_()
-    return F.linear(hidden_NH, weight_VH).to(wide(hidden_NH.dtype)).div_(softcap).tanh_()
+def capped(hidden_NH: Tensor, weight_VH: Tensor, softcap: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Capped logits over the cap, tanh(hidden @ weight.T / softcap), and their `exponentials`, [N, V]; the sums of
+    those and the top, [N, 1]. In fp32 at least.
+    """
+    if hidden_NH.is_cuda:
+        return _fused(_measure)(F.linear(hidden_NH, weight_VH), softcap)
+    if hidden_NH.dtype != wide(hidden_NH.dtype):
+        return _measure(F.linear(hidden_NH, weight_VH), softcap)
+    nothing = hidden_NH.new_empty(())
+    return _of_tanh(torch.addmm(nothing, hidden_NH, weight_VH.t(), beta=0, alpha=1 / softcap).tanh_(), softcap)
+
+
+def _measure(logits_NV: Tensor, softcap: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _of_tanh((logits_NV.to(wide(logits_NV.dtype)) / softcap).tanh_(), softcap)
+
+
+def _of_tanh(squashed_NV: Tensor, softcap: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    exponential, top = exponentials(squashed_NV, softcap)
+    return squashed_NV, exponential, exponential.sum(-1, keepdim=True), top
+
+
+@cache
+def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The elementwise passes of a chunk in one kernel, where there is Triton to make it."""
+    if find_spec("triton") is None:
+        logger.warning("Triton is not installed: passes over the logits are not fused. pip install triton")
+        return function
+    return torch.compile(function, dynamic=True)
 
 
 def exponentials(squashed_NV: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
@@ -123,7 +150,7 @@ def exponentials(squashed_NV: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
 
 
 def times_slope(exponential_NV: Tensor, squashed_NV: Tensor) -> Tensor:
-    """In place: times the derivative of the soft cap, 1 - tanh^2; `squashed_NV` is used up."""
+    """Times the derivative of the soft cap, 1 - tanh^2; both are used up."""
     return exponential_NV.addcmul_(exponential_NV, squashed_NV.square_(), value=-1)
 
 
@@ -166,9 +193,8 @@ class _Embed(torch.autograd.Function):
             first_pass_MH = weight.new_empty(0, weight.shape[1])
         soft_MH = torch.empty_like(first_pass_MH)
         for part in _chunks(len(first_pass_MH), chunk, weight):
-            exponential, _ = exponentials(squash(first_pass_MH[part], weight, owner.softcap), owner.softcap)
-            soft = (exponential.to(weight.dtype) @ weight).to(exponential.dtype)
-            soft_MH[part] = soft.div_(exponential.sum(-1, keepdim=True))
+            _, exponential, total, _ = capped(first_pass_MH[part], weight, owner.softcap)
+            soft_MH[part] = (exponential.to(weight.dtype) @ weight) / total
         ctx.save_for_backward(weight, ids, first_pass_MH)
         ctx.owner, ctx.chunk, ctx.gradient = owner, chunk, gradient
         return F.embedding(ids, weight) * owner.scale, soft_MH * owner.scale
@@ -181,9 +207,8 @@ class _Embed(torch.autograd.Function):
         total = ctx.gradient.take(weight)
         d_embedding, d_soft = (grad * ctx.owner.scale for grad in grads)
         for part in _chunks(len(first_pass_MH), ctx.chunk, weight):
-            exponential, _ = exponentials(squash(first_pass_MH[part], weight, ctx.owner.softcap), ctx.owner.softcap)
-            d_row = d_soft[part] / exponential.sum(-1, keepdim=True)
-            _add_product(total, exponential.to(weight.dtype), d_row.to(weight.dtype))
+            _, exponential, row, _ = capped(first_pass_MH[part], weight, ctx.owner.softcap)
+            _add_product(total, exponential.to(weight.dtype), (d_soft[part] / row).to(weight.dtype))
         looked_up = (ids != ctx.owner.padding_id).flatten().unsqueeze(-1)
         rows = d_embedding.reshape(-1, d_embedding.shape[-1]) * looked_up
         total.index_add_(0, ids.flatten(), rows.to(total.dtype))
@@ -209,18 +234,19 @@ class _Score(torch.autograd.Function):
         d_weight = gradient.open(weight) if differentiate and weight.requires_grad else None
         cap = owner.softcap
         for part in _chunks(len(target_N), chunk, weight):
-            target, squashed = target_N[part, None], squash(hidden_NH[part], weight, cap)
-            exponential, top = exponentials(squashed, cap)
-            total, of_target = exponential.sum(-1, keepdim=True), squashed.gather(-1, target)
+            squashed, exponential, total, top = capped(hidden_NH[part], weight, cap)
+            target = target_N[part, None]
+            of_target = squashed.gather(-1, target)
             logit = of_target * cap
             if shift is not None:
                 total, logit = _raise(exponential, total, logit, target, shift.token_N[part], shift.amount_N[part])
             nll_N[part] = (total.log() + top - logit).squeeze(-1)
             if d_hidden is None:
                 continue
-            d_logits = times_slope(exponential, squashed)
-            d_logits.scatter_add_(-1, target, (of_target.square_() - 1) * total)
-            d_logits = d_logits.to(weight.dtype)
+            d_target = (exponential.gather(-1, target) - total) * (1 - of_target.square())
+            slope = _fused(times_slope) if exponential.is_cuda else times_slope
+            d_logits = slope(exponential, squashed).to(weight.dtype)
+            d_logits.scatter_(-1, target, d_target.to(weight.dtype))
             # A row's weight over its sum, which the logits' gradient lacks, is put on the narrow side of both products.
             row = weight_N[part, None] / total
             torch.mul(d_logits @ weight, row, out=d_hidden[part])

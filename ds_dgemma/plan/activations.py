@@ -1,33 +1,43 @@
-"""What autograd keeps of a layer for its backward pass, traced on meta with transformers' own modules.
+"""What layers keep for the backward pass, traced on meta: `sweep.LayerPass` itself reads, denoises and computes again.
 
-A layer runs on meta tensors, and the bytes that it saves are counted: so the count follows the modules, adapters
-included, at no cost. Two parts can't run there and are written out: attention (what the memory-efficient kernel keeps
-on a GPU) and the routed experts (what AutoEP's grouped path keeps, which depends on the routing).
+Storages that its graph saves, and those that it holds, are counted: so the count follows the modules, adapters and
+attention included, at no cost. One part is written out: what the routed experts keep on AutoEP's grouped path, which
+depends on the routing.
 
-Shapes: B examples, T tokens of one (clean and canvases), H hidden, k experts per token, F an expert's intermediate,
-R rows that a rank's experts receive. Sources: torch `aten/native/transformers/attention.cpp`; deepspeed 0.19.8
+Shapes: N tokens of a call, H hidden, k experts per token, F an expert's intermediate. Sources: deepspeed 0.19.8
 `module_inject/auto_ep_layer.py` (`_forward`, `combine_from_routed`), `moe/ep_experts.py`.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import AttentionInterface
 
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack, SweepLayer
+from ds_dgemma.model.sweep import Call, Calls, Checkpointing, LayerPass, Places, make_calls
+from ds_dgemma.plan.setup import Shape
 
-_ATTENTION = "ds_dgemma_plan"
 FP32 = 4
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes of one layer and example under one kind of activation checkpointing."""
+
+    read: int  # after clean tokens and first guesses
+    denoised: int  # after the canvases: until the backward pass
+    again: int  # what the backward pass computes again and keeps for itself
 
 
 @dataclass(frozen=True)
 class LayerActivations:
     """Bytes that one layer keeps for one example, and those that it needs for a moment."""
 
-    kept: int  # without the experts' rows
+    kept: dict[Checkpointing, Kept]  # without the experts' rows
     rows: int  # experts: a row's bytes that are kept
     returned: int  # experts: bytes kept for each row that comes back to its token
     combining: int  # experts: bytes for each row while outputs are weighted and summed
@@ -36,66 +46,114 @@ class LayerActivations:
 
 @dataclass(frozen=True)
 class StackActivations:
-    """Bytes of one example: layers in order, and what lies between them."""
+    """Of one example."""
 
     layers: tuple[LayerActivations, ...]
-    hidden: int  # a layer's input, all that activation checkpointing keeps of it
-    masks: int  # shared by all layers
-    routed_rows: int  # T * k
+    routed_rows: int  # N * k
+    read_rows: int  # of these, clean tokens'
 
 
-def trace(stack: DiffusionGemmaStack, tokens: int, dtype: torch.dtype) -> StackActivations:
-    """Trace layers that are alike once for one example of `tokens`; `stack`, on meta and its experts placed, is cast to
-    `dtype`.
-    """
+def trace(stack: DiffusionGemmaStack, shape: Shape, dtype: torch.dtype) -> StackActivations:
+    """Trace layers that are alike once for one example; `stack`, on meta and its experts placed, is cast to `dtype`."""
     text, layers, traced = text_spec(stack.config), [], {}
-    before = text._attn_implementation
-    AttentionInterface.register(_ATTENTION, _efficient_attention)
-    text._attn_implementation = _ATTENTION
-    try:
-        for kind, layer in zip(stack.layer_types, stack.sweep_layers(), strict=True):
-            alike = (kind, *((name, p.requires_grad) for name, p in layer.named_parameters()))
-            if alike not in traced:
-                kept = _kept_bytes(layer, text.hidden_size, tokens, dtype)
-                traced[alike] = _with_experts(kept, layer, text, dtype.itemsize)
-            layers.append(traced[alike])
-    finally:
-        text._attn_implementation = before
-    return StackActivations(
-        layers=tuple(layers),
-        hidden=tokens * text.hidden_size * dtype.itemsize,
-        masks=len(set(stack.layer_types)) * tokens**2,
-        routed_rows=tokens * text.top_k_experts,
-    )
+    stack.to(dtype)
+    calls = _calls(stack, shape, text.hidden_size, dtype)
+    for kind, layer in zip(stack.layer_types, stack.sweep_layers(), strict=True):
+        alike = (kind, *((name, p.requires_grad) for name, p in layer.named_parameters()))
+        if alike not in traced:
+            window = stack.window if kind == "sliding_attention" else None
+            kept = {
+                how: _kept(layer, replace(calls, checkpointing=how), window, text.hidden_size, dtype)
+                for how in get_args(Checkpointing)
+            }
+            traced[alike] = _with_experts(kept, layer, text, dtype.itemsize)
+        layers.append(traced[alike])
+    return StackActivations(tuple(layers), shape.tokens * text.top_k_experts, shape.clean * text.top_k_experts)
 
 
-def _kept_bytes(layer: SweepLayer, hidden_size: int, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of the distinct storages that a layer's graph holds, its arguments and parameters left out."""
-    head_dim: Any = layer.self_attn.head_dim
+def _calls(stack: DiffusionGemmaStack, shape: Shape, hidden_size: int, dtype: torch.dtype) -> Calls:
+    """The calls of a micro-batch of one example with one first guess."""
+    starts = torch.tensor([shape.starts], device="meta")
+    last = torch.zeros(1, dtype=torch.int64, device="meta")
+    places = Places(shape.clean, shape.canvas_length, (shape.starts,), starts, (shape.canvases - 1,), last)
+    calls = make_calls(stack, places, None, torch.empty(1, hidden_size, dtype=dtype, device="meta"))
+    # A dropout by parts draws from generators, which meta has not; torch's own keeps as much.
+    named = {field.name: getattr(calls, field.name) for field in fields(calls)}
+    return replace(calls, **{n: replace(call, dropout=None) for n, call in named.items() if isinstance(call, Call)})
+
+
+def _kept(layer: SweepLayer, calls: Calls, window: int | None, hidden_size: int, dtype: torch.dtype) -> Kept:
+    """Let a layer go its way through a micro-batch and count what is there after each visit, its output left out, which
+    is the next layer's input.
+    """
+
+    def inputs(call: Call) -> Tensor:
+        return torch.empty(1, len(call.is_canvas_N1), hidden_size, dtype=dtype, device="meta")
+
+    clean, guess, canvas, both = map(inputs, (calls.clean, calls.guesses, calls.canvases, calls.all))
+    others = {_key(tensor) for tensor in (*layer.parameters(), *layer.buffers(), *_tensors(calls))}
+    layer_pass = LayerPass(layer, calls, window, differentiates=True)
     experts, layer.experts = layer.experts, _UncountedExperts()
-    layer.to(dtype)
-    with torch.device("meta"):
-        hidden = torch.empty(1, tokens, hidden_size, dtype=dtype, requires_grad=True)
-        cos, sin = (torch.empty(1, tokens, head_dim, dtype=dtype) for _ in range(2))
-        mask = torch.empty(1, 1, tokens, tokens, dtype=torch.bool)
-        is_canvas = torch.empty(1, tokens, dtype=torch.bool)
-    arguments = (hidden, cos, sin, mask, is_canvas)
-    given = {t.untyped_storage()._cdata for t in (*arguments, *layer.parameters(), *layer.buffers())}
-    kept: dict[int, tuple[Tensor, int]] = {}
+    try:
+        with _saved() as saved, torch.no_grad():
+            layer_pass.read(clean, guess)
+            read = _bytes([clean, *saved, *_held(layer_pass)], others | _outputs(layer_pass))
+            layer_pass.denoise(canvas)
+            denoised = _bytes([clean, canvas, *saved, *_held(layer_pass)], others | _outputs(layer_pass))
+        if calls.keeps_graph:
+            return Kept(read, denoised, 0)
+        with _saved() as saved:
+            layer_pass.again(both.requires_grad_())
+        return Kept(read, denoised, _bytes(saved, others | {_key(both)}))
+    finally:
+        layer.experts = experts
+
+
+def _outputs(layer_pass: LayerPass) -> set[int]:
+    return {_key(done.hidden_1NH) for _, done in layer_pass.graph}
+
+
+def _held(layer_pass: LayerPass) -> Iterator[Tensor]:
+    return _tensors([layer_pass.seen, layer_pass.chosen, layer_pass.known, layer_pass.graph])
+
+
+@contextmanager
+def _saved() -> Iterator[list[Tensor]]:
+    """The tensors that autograd saves within."""
+    saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in given:
-            kept[storage._cdata] = (tensor, storage.nbytes())  # the reference keeps the address from reuse
+        saved.append(tensor.detach())
         return tensor
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(*arguments)
-    layer.experts = experts
-    return sum(size for _, size in kept.values())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
 
 
-def _with_experts(kept: int, layer: SweepLayer, text: Any, size: int) -> LayerActivations:
+def _tensors(held: Any) -> Iterator[Tensor]:
+    """All tensors in dataclasses, dicts and sequences."""
+    if isinstance(held, Tensor):
+        yield held
+    elif isinstance(held, dict):
+        yield from _tensors(list(held.values()))
+    elif isinstance(held, list | tuple):
+        for member in held:
+            yield from _tensors(member)
+    elif is_dataclass(held):
+        yield from _tensors([getattr(held, field.name) for field in fields(held)])
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _bytes(tensors: Iterable[Tensor], left_out: set[int]) -> int:
+    """Bytes of the distinct storages behind tensors."""
+    sizes = {_key(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(size for key, size in sizes.items() if key not in left_out)
+
+
+def _with_experts(kept: dict[Checkpointing, Kept], layer: SweepLayer, text: Any, size: int) -> LayerActivations:
     """Add what the routed experts keep: a row's input and inner activation only where a weight that reads it is
     trained, and what lies between the factors of an adapter.
     """
@@ -129,29 +187,3 @@ class _Through(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return grads[0], None
-
-
-class _EfficientAttention(torch.autograd.Function):
-    """Keeps what the memory-efficient kernel keeps: queries, expanded keys and values, mask, output, normaliser."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        out = torch.empty_like(query)
-        additive = torch.empty(mask.shape, dtype=query.dtype, device="meta")
-        normaliser = torch.empty(query.shape[:-1], dtype=torch.float32, device="meta")
-        ctx.save_for_backward(query, key, value, additive, out, normaliser)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        query, key, value, *_ = ctx.saved_tensors
-        return query, key, value, None
-
-
-def _efficient_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **_: Any
-) -> tuple[Tensor, None]:
-    groups = module.num_key_value_groups
-    if groups > 1:
-        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-    return _EfficientAttention.apply(query, key, value, attention_mask).transpose(1, 2), None

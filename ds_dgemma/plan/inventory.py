@@ -18,12 +18,10 @@ from ds_dgemma.engine.expert_parallel import place_experts
 from ds_dgemma.engine.sharding import is_expert_parameter
 from ds_dgemma.engine.trainable import freeze
 from ds_dgemma.model.build import build_stack, shapes_outside
+from ds_dgemma.model.flops import VOCABULARY, Products, products_of, unit_of
 from ds_dgemma.model.lora import adapt_linears
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
-
-VOCABULARY = "embed_tokens"
-LAYERS = "layers."
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,6 @@ class Parameter:
 
     name: str
     numel: int
-    is_matrix: bool  # takes part in a matrix product
     is_expert: bool
     is_trained: bool
     unit: str  # what ZeRO-3 gathers at once: "layers.3", "embed_tokens", ...
@@ -43,6 +40,7 @@ class Inventory:
     """A model's parameters and the numbers of its config that sizes depend on."""
 
     parameters: tuple[Parameter, ...]
+    products: Products
     text: Any  # transformers' text config
     canvas_length: int
     outside: dict[str, int]  # elements of what a run never loads and an export carries over: the vision tower
@@ -103,21 +101,15 @@ def take_inventory(stack: DiffusionGemmaStack) -> Inventory:
             Parameter(
                 name=name,
                 numel=parameter.numel(),
-                is_matrix=parameter.dim() > 1,
                 is_expert=is_expert_parameter(parameter),
                 is_trained=parameter.requires_grad,
-                unit=_unit(name),
+                unit=unit_of(name),
             )
             for name, parameter in stack.named_parameters()
         ),
+        products=products_of(stack),
         text=text_spec(spec),
         canvas_length=canvas_length,
         outside={name: prod(shape) for name, shape in shapes_outside(spec).items()},
         stored=spec.dtype if isinstance(spec.dtype, torch.dtype) else torch.float32,
     )
-
-
-def _unit(name: str) -> str:
-    """`layers.3.mlp.up_proj.weight` -> `layers.3`, as `engine.deepspeed_engine.gather_as_units` marks them."""
-    parts = name.split(".")
-    return ".".join(parts[:2]) if name.startswith(LAYERS) else parts[0]

@@ -10,8 +10,9 @@ or of this project; `tests/benchmarks/memory.py` holds the states against a real
 from dataclasses import dataclass
 from itertools import pairwise
 
+from ds_dgemma.model.flops import LAYERS, VOCABULARY
 from ds_dgemma.plan.activations import FP32, LayerActivations, StackActivations
-from ds_dgemma.plan.inventory import LAYERS, VOCABULARY, Inventory, Parameter
+from ds_dgemma.plan.inventory import Inventory, Parameter
 from ds_dgemma.plan.setup import Setup, Shape
 
 GIB = 2**30
@@ -57,6 +58,7 @@ def memory(inventory: Inventory, activations: StackActivations, setup: Setup, sh
     return Memory(
         resident={kind: size for kind, size in resident.items() if size},
         moments={
+            "first guess": _first_guess(inventory, activations, setup, shape, chunk_mib),
             "vocabulary, forward": _vocabulary_forward(inventory, activations, setup, shape, chunk_mib),
             "a layer, backward": _layer_backward(inventory, activations, setup, shape),
             "vocabulary, backward": _vocabulary_backward(inventory, setup, shape, chunk_mib),
@@ -152,10 +154,10 @@ def _layer_units(inventory: Inventory) -> list[tuple[Parameter, ...]]:
     return [unit for name, unit in inventory.units.items() if name.startswith(LAYERS)]
 
 
-def _layer_kept(layer: LayerActivations, activations: StackActivations, setup: Setup) -> int:
-    """Bytes that a layer keeps for a micro-batch."""
-    routed = setup.micro_batch_size * activations.routed_rows
-    return setup.micro_batch_size * layer.kept + routed * layer.returned + received(routed, setup) * layer.rows
+def _experts_kept(layer: LayerActivations, rows: int, setup: Setup) -> int:
+    """Bytes that a layer's experts keep for `rows` of an example."""
+    routed = setup.micro_batch_size * rows
+    return routed * layer.returned + received(routed, setup) * layer.rows
 
 
 def received(rows: int, setup: Setup) -> int:
@@ -164,24 +166,42 @@ def received(rows: int, setup: Setup) -> int:
 
 
 def _stored(activations: StackActivations, setup: Setup) -> int:
-    """Bytes kept between forward and backward: layer inputs, or all that the layers keep."""
-    masks = setup.micro_batch_size * activations.masks
-    if setup.activation_checkpointing:
-        return masks + setup.micro_batch_size * activations.hidden * len(activations.layers)
-    return masks + sum(_layer_kept(layer, activations, setup) for layer in activations.layers)
+    """Bytes kept between forward and backward."""
+    how, total = setup.activation_checkpointing, 0
+    for layer in activations.layers:
+        total += setup.micro_batch_size * layer.kept[how].denoised
+        total += _experts_kept(layer, activations.routed_rows, setup) if how == "none" else 0
+    return total
+
+
+def _stored_clean(activations: StackActivations, setup: Setup) -> int:
+    """Bytes kept before the canvases: of clean tokens, with the keys and values that canvases are going to see."""
+    how, total = setup.activation_checkpointing, 0
+    for layer in activations.layers:
+        total += setup.micro_batch_size * layer.kept[how].read
+        total += _experts_kept(layer, activations.read_rows, setup) if how == "none" else 0
+    return total
+
+
+def _again(layer: LayerActivations, activations: StackActivations, setup: Setup) -> int:
+    """Bytes that a layer keeps while it is computed again and left."""
+    how = setup.activation_checkpointing
+    if how == "none":
+        return 0
+    return setup.micro_batch_size * layer.kept[how].again + _experts_kept(layer, activations.routed_rows, setup)
 
 
 def _layer_backward(inventory: Inventory, activations: StackActivations, setup: Setup, shape: Shape) -> Bytes:
     units = _layer_units(inventory)
     largest = max(units, key=lambda unit: _gathered(unit, setup) + _gradients_of(unit, setup))
-    layer = max(activations.layers, key=lambda layer: layer.kept)
+    layer = max(activations.layers, key=lambda layer: _again(layer, activations, setup))
     routed = setup.micro_batch_size * activations.routed_rows
     travelling = layer.travelling * (routed + received(routed, setup)) if setup.expert_parallel_size > 1 else 0
     H = inventory.text.hidden_size
     in_bucket = min(setup.zero.reduce_bucket, sum(setup.local(p) for p in largest if p.is_trained))
     return {
         "activations kept": _stored(activations, setup),
-        "one layer recomputed": _layer_kept(layer, activations, setup) if setup.activation_checkpointing else 0,
+        "one layer recomputed": _again(layer, activations, setup),
         "working": setup.micro_batch_size * shape.tokens * H * FP32 * WORKING_COPIES + routed * layer.combining,
         "all-to-all": travelling,
         "gathered layer": _gathered(largest, setup),
@@ -197,6 +217,19 @@ def _vocabulary_gradient(inventory: Inventory) -> int:
     """The one buffer that the matrix's three uses add to; none for a frozen matrix."""
     vocabulary = inventory.vocabulary
     return FP32 * vocabulary.numel if vocabulary.is_trained else 0
+
+
+def _first_guess(
+    inventory: Inventory, activations: StackActivations, setup: Setup, shape: Shape, chunk_mib: int
+) -> Bytes:
+    """Clean tokens are read, canvases not yet: the soft embedding, beside all inputs."""
+    tokens = setup.micro_batch_size * (shape.tokens + 2 * shape.canvas)
+    return {
+        "kept of clean tokens": _stored_clean(activations, setup),
+        "embeddings": tokens * inventory.text.hidden_size * setup.element,
+        "logits chunk": _logits_chunk(chunk_mib, setup),
+        "gathered vocabulary": _gathered((inventory.vocabulary,), setup),
+    }
 
 
 def _vocabulary_forward(

@@ -18,6 +18,7 @@ from ds_dgemma.engine.trainable import all_names, check_groups, check_router_bal
 from ds_dgemma.errors import UserError
 from ds_dgemma.model.spec import read_spec, text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
+from ds_dgemma.model.sweep import Checkpointing
 from ds_dgemma.plan.activations import StackActivations, trace
 from ds_dgemma.plan.cost import Cost, Machine, bytes_on_disk, cost
 from ds_dgemma.plan.inventory import Inventory, build_stack_for, take_inventory
@@ -28,6 +29,7 @@ RELEASED = "google/diffusiongemma-26B-A4B-it"
 RELEASED_SHAPES = Path(__file__).with_name("released_26b.json")
 ZERO3 = Path(__file__).parents[2] / "ds_configs" / "zero3.json"  # what a change of stage is advised as
 MOST_GPUS = 64
+SPARING: list[Checkpointing] = ["none", "selective", "full"]
 SMALL_CHUNK = 64  # MiB of logits: less would not help, and slow a run down
 
 
@@ -86,7 +88,7 @@ def make_plan(config: RunConfig, gpus: int, limits: Limits, machine: Machine, le
     check_groups(config.optimizer, trained_names(stack), [*all_names(stack), *inventory.outside])
     check_router_balance(config.objective.router_balance_weight, trained_names(stack))
     shape = read_shape(config, inventory, length)
-    activations = trace(stack, shape.tokens, setup.dtype)
+    activations = trace(stack, shape, setup.dtype)
     subject = _Subject(inventory, activations, shape, limits, config.objective.logits_chunk_mib)
     needed = subject.memory(setup)
     problems = _problems(needed, setup, limits)
@@ -155,7 +157,7 @@ def _nearest(subject: _Subject, setup: Setup) -> tuple[tuple[str, ...], Setup, M
 def _advice(subject: _Subject, stack: DiffusionGemmaStack, setup: Setup) -> str:
     """What of the config is to blame where no setup near fits; the GPU's size when nothing of it is."""
     shape = Shape(subject.shape.canvas_length, 1, subject.shape.canvas_length)
-    shortest = {"shape": shape, "activations": trace(stack, shape.tokens, setup.dtype)}
+    shortest = {"shape": shape, "activations": trace(stack, shape, setup.dtype)}
     small_chunk = {"chunk_mib": min(SMALL_CHUNK, subject.chunk_mib)}
     length, chunk = (
         f"data.max_length below {subject.shape.clean}",
@@ -180,7 +182,7 @@ def _variants(subject: _Subject, setup: Setup) -> Iterator[tuple[tuple[str, ...]
         _jsons(setup),
         sorted({zero.offload_optimizer, True}),
         sorted({zero.offload_parameters, True}),
-        sorted({setup.activation_checkpointing, True}),
+        SPARING[SPARING.index(setup.activation_checkpointing) :],
         [n for n in _divisors(rows) if n <= setup.micro_batch_size],
     ):
         if gpus % ep or rows % (gpus * micro) or (parameters and base.stage < 3):
@@ -221,9 +223,9 @@ def _changes(before: Setup, after: Setup) -> list[tuple[str, float]]:
             before.micro_batch_size / after.micro_batch_size,
         ),
         (
-            "train.activation_checkpointing: true",
+            f"train.activation_checkpointing: {after.activation_checkpointing}",
             before.activation_checkpointing != after.activation_checkpointing,
-            1.3,
+            1 + SPARING.index(after.activation_checkpointing) / 7,
         ),
         (
             f"parallel.expert_parallel_size: {after.expert_parallel_size}",

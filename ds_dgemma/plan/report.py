@@ -84,7 +84,7 @@ def _heading(plan: Plan) -> Text:
         f"{plan.source}: {total / 1e9:.2f} B parameters, {_count(trained)} trained; {setup.gpus} x expert parallel "
         f"{setup.expert_parallel_size}, ZeRO-{setup.zero.stage}, {str(setup.dtype).removeprefix('torch.')}, "
         f"{setup.micro_batch_size} example(s) of {shape.clean} + {shape.canvas} tokens in a micro-batch, "
-        f"activation checkpointing {'on' if setup.activation_checkpointing else 'off'}"
+        f"activation checkpointing {setup.activation_checkpointing}"
     )
 
 
@@ -131,7 +131,7 @@ def _step(plan: Plan) -> Table:
         column.justify = "right"
     again = costs.flops - costs.useful_flops
     table.add_row(
-        "arithmetic of a GPU, TFLOP (of it computed again)",
+        "arithmetic of a GPU, TFLOP (of it computed again, or for nothing)",
         f"{costs.flops / 1e12:,.0f} ({again / 1e12:,.0f})",
         _seconds(costs.seconds["arithmetic"]),
     )

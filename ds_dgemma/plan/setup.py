@@ -10,6 +10,7 @@ from ds_dgemma.config_file import check_topology
 from ds_dgemma.engine.ds_config import zero_config
 from ds_dgemma.engine.open_model import DTYPES
 from ds_dgemma.errors import UserError
+from ds_dgemma.model.sweep import Checkpointing
 from ds_dgemma.plan.inventory import Inventory, Parameter
 
 
@@ -20,6 +21,7 @@ class Zero:
     stage: int
     reduce_bucket: int
     prefetch_bucket: int
+    reuses: bool  # keeps a weight whole for a use that follows at once
     persistence_threshold: int
     sub_group: int
     overlap: bool
@@ -37,7 +39,7 @@ class Setup:
     expert_parallel_size: int
     global_batch_size: int
     micro_batch_size: int
-    activation_checkpointing: bool
+    activation_checkpointing: Checkpointing
     balances_routers: bool
     dtype: torch.dtype
     zero: Zero
@@ -51,6 +53,11 @@ class Setup:
     def accumulation(self) -> int:
         """Micro-batches of one optimizer step."""
         return self.global_batch_size // (self.micro_batch_size * self.gpus)
+
+    def guesses(self, shape: "Shape", probability: float) -> tuple[float, float]:
+        """First guesses of a micro-batch, as many as are expected: those of a coin, and those to stay in step."""
+        canvases = self.micro_batch_size * shape.canvases
+        return probability * canvases, (1 - probability) ** canvases
 
     @property
     def counting_passes(self) -> int:
@@ -85,8 +92,13 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """All tokens of one example's sweep."""
+        """All tokens of one example."""
         return self.clean + self.canvas
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Where the canvases begin: they are the last of the example."""
+        return tuple(max(0, self.clean - self.canvas_length * n) for n in range(self.canvases, 0, -1))
 
 
 def read_setup(config: RunConfig, deepspeed: dict[str, Any], gpus: int) -> Setup:
@@ -119,6 +131,7 @@ def read_zero(deepspeed: dict[str, Any], dtype: torch.dtype) -> Zero:
         stage=int(zero.stage),
         reduce_bucket=zero.reduce_bucket_size,
         prefetch_bucket=zero.prefetch_bucket_size,
+        reuses=zero.max_reuse_distance > 0,
         persistence_threshold=zero.param_persistence_threshold,
         sub_group=zero.sub_group_size,
         overlap=bool(zero.overlap_comm),

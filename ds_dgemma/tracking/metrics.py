@@ -8,11 +8,13 @@ the line, which readers take for a gap, and its spelling is kept beside it, `"no
 
 import json
 import math
+import re
 import resource
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,7 +40,30 @@ class StepMetrics:
     seconds: float  # wall time of this step, loading included; validation and checkpoints left out
     tokens_per_second: float  # tokens / seconds
     memory_gib: float  # `memory_gib` of rank 0
+    mfu: float | None = None  # useful FLOPs of the tokens read / (seconds * devices * peak); None: peak not known
     loss_router: float | None = None  # load-balance loss of the routers, top-k when all is even; None: not trained on
+
+    def record(self) -> dict[str, Any]:
+        """As it is written: `mfu` always, None as null; `loss_router` where it is on."""
+        return {name: value for name, value in asdict(self).items() if value is not None or name == "mfu"}
+
+
+# Of dense bf16 products, TFLOP/s, by a part of the card's name; the first that fits
+PEAK_TFLOPS = {
+    "GB200": 2500, "B200": 2250, "GH200": 989, "H200 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835,
+    "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "MI300X": 1307,
+}  # fmt: skip
+# A part of a card, and cards that share a larger one's name
+OTHERS = re.compile(r"\b(MIG|Laptop|D)\b")
+
+
+def peak_flops(name: str | None, said_tflops: float | None) -> float | None:
+    """FLOP/s that a CUDA card of this name (None: the CPU) reaches at most, or what was said of it; None: unknown."""
+    if said_tflops is not None:
+        return said_tflops * 1e12
+    if name is None or OTHERS.search(name):
+        return None
+    return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def memory_gib(device: torch.device) -> float:

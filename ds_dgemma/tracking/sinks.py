@@ -10,7 +10,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,8 +47,10 @@ class Tracker:
 
     def track(self, record: StepMetrics | Record) -> None:
         """Hand a step's metrics, or a record of another kind, to every sink."""
-        flat = asdict(record) if isinstance(record, StepMetrics) else dict(record)
-        flat = {name: value for name, value in flat.items() if value is not None}
+        if isinstance(record, StepMetrics):
+            flat = record.record()
+        else:
+            flat = {name: value for name, value in record.items() if value is not None}
         for sink in self._sinks:
             try:
                 sink.write(flat)
@@ -260,7 +261,9 @@ class WandbSink:
         if self._broken or int(record["step"]) < self._run.step:
             return
         prefix = f"{record['kind']}/" if "kind" in record else ""
-        named = {prefix + key: value for key, value in record.items() if key not in ("kind", "step")}
+        named = {
+            prefix + key: value for key, value in record.items() if key not in ("kind", "step") and value is not None
+        }
         try:
             self._run.log(named, step=int(record["step"]))
         except Exception as error:  # any failure of a service that the training does not need

@@ -22,6 +22,7 @@ from ds_dgemma.engine.schedule import learning_rate
 from ds_dgemma.model.lora import seed_dropout
 from ds_dgemma.objective.denoising import TokenWeights
 from ds_dgemma.tracking.metrics import StepMetrics, memory_gib
+from ds_dgemma.training.utilisation import Utilisation
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,21 @@ class Update:
     losses: list[torch.Tensor]  # of each: loss as differentiated, diffusion nll, AR nll, router loss
 
 
-def update(engine: Any, batches: Iterator[list[Batch]], step: int, config: RunConfig, ranks: RankLayout) -> Update:
+def update(
+    engine: Any,
+    batches: Iterator[list[Batch]],
+    step: int,
+    config: RunConfig,
+    ranks: RankLayout,
+    utilisation: Utilisation,
+) -> Update:
     """One optimizer step: count, then forward and backward for every micro-batch; a collective."""
     began = time.perf_counter()
     micro_batches = next(batches)
     # The tokens of the whole global batch, before any forward: a token counts the same on every rank.
     counts = [(batch.tokens(), *batch.counts()) for batch in micro_batches]
-    totals = [float(sum(column)) for column in zip(*counts, strict=True)]
-    tokens, diffusion_tokens, ar_tokens = sum_over_ranks(totals, ranks.device)
+    totals = [*(float(sum(column)) for column in zip(*counts, strict=True)), utilisation.work(micro_batches)]
+    tokens, diffusion_tokens, ar_tokens, work = sum_over_ranks(totals, ranks.device)
     ar_weight = config.objective.encoder_loss_weight
     shares = ranks.world * len(micro_batches)
     weights = TokenWeights.global_mean(int(diffusion_tokens), int(ar_tokens), ar_weight, shares)
@@ -76,6 +84,7 @@ def update(engine: Any, batches: Iterator[list[Batch]], step: int, config: RunCo
         seconds=seconds,
         tokens_per_second=tokens / seconds,
         memory_gib=memory_gib(ranks.device),
+        mfu=utilisation.of(work, seconds, ranks.world),
     )
     return Update(metrics, skipped > 0, micro_batches, losses)
 

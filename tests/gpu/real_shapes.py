@@ -7,13 +7,7 @@ temporary directory) and loading is the real thing. Without --layers the largest
 fewer, each in a process of its own; then one layer: the vocabulary dominates so few, and the difference is what a
 layer costs.
 
-FLOPs of a step, 2 per multiply-add, none for what is computed again in the backward pass; W are the weights of matrix
-products that a token meets in the layers (its top-k experts only), P a layer's visible pairs of query and key, V H the
-vocabulary's matrix:
-
-    sweep(tokens, P)    = 2 tokens W + sum over layers of 4 P heads head_dim
-    first pass          = sweep + 4 V H tokens that it guesses (their logits, their soft embedding)
-    second pass         = 3 sweep + 6 V H tokens scored (both losses) + 2 V H tokens guessed (the matrix's gradient)
+FLOPs of a step are `ds_dgemma/model/flops.py`'s useful ones: none for what is computed again.
 """
 
 import argparse
@@ -26,27 +20,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ds_dgemma.config import RunConfig
-from ds_dgemma.data.batch import Batch
 from ds_dgemma.engine.deepspeed_engine import start_engine
 from ds_dgemma.engine.ds_config import deepspeed_config
 from ds_dgemma.engine.open_model import fill_model, outline_model
 from ds_dgemma.engine.ranks import RankLayout, connect, disconnect
+from ds_dgemma.model.flops import batch_work, products_of
 from ds_dgemma.model.spec import read_spec
 from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
 from ds_dgemma.plan.cost import Machine
 from ds_dgemma.plan.plan import Limits, make_plan
+from ds_dgemma.tracking.metrics import peak_flops
+from ds_dgemma.training.utilisation import rows_of
 from tests.benchmarks.real_checkpoint import make_checkpoint
 from tests.benchmarks.step import make_batch
 from tests.gpu import ROOT, shapes
-from tests.reference.masks import attention_masks, clean_and_canvases
 
 OUT_OF_MEMORY = 3
 GIB = 2**30
-# Peak of dense bf16 matrix products, FLOP/s, by a part of the device's name
-PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
 # Bytes per parameter: bf16 weight, fp32 master, moments and gradient; the vocabulary's buffer; gathered copies
 STATE, VOCABULARY_EXTRA, LAYER_EXTRA = 18, 8, 4
 WARM_UP, TIMED = 2, 5
@@ -86,27 +78,6 @@ def matrix_weights(text: Any, layer: int) -> int:
     return attention + 3 * H * text.intermediate_size + experts
 
 
-def sweep_flops(text: Any, valid_BS: Tensor, start_BK: Tensor, length: int) -> float:
-    """Forward of one sweep, by the formula above."""
-    layout = clean_and_canvases(valid_BS, start_BK, length)
-    pairs = {kind: int(mask.sum()) for kind, mask in attention_masks(layout, text.sliding_window).items()}
-    tokens, total = layout.position_BT.numel(), 0.0
-    for layer, kind in enumerate(text.layer_types):
-        scores = pairs[kind] * text.num_attention_heads * text.per_layer_config[layer].head_dim
-        total += 2 * tokens * matrix_weights(text, layer) + 4 * scores
-    return total
-
-
-def step_flops(text: Any, batch: Batch) -> float:
-    """One step's FLOPs, by the formula above."""
-    rows, prefix = list(batch.first_pass.rows), batch.first_pass.prefix
-    length, matrix = batch.canvas_ids_BKL.shape[-1], text.vocab_size * text.hidden_size
-    first = sweep_flops(text, batch.clean_valid_BS[rows, :prefix], batch.canvas_start_BK[rows], length)
-    second = sweep_flops(text, batch.clean_valid_BS, batch.canvas_start_BK, length)
-    guessed, scored = batch.canvas_ids_BKL[rows].numel(), sum(batch.counts())
-    return first + 3 * second + matrix * (6 * guessed + 6 * scored)
-
-
 def measure(layers: int, rehearse: bool) -> str:
     """Steps of `layers` layers in this process, as one line of figures."""
     ranks = RankLayout.from_environment(1)
@@ -132,7 +103,7 @@ def measure(layers: int, rehearse: bool) -> str:
     assert torch.isfinite(loss), f"loss {loss}"
     seconds, backward_done = (statistics.median(times[WARM_UP:]) for times in (whole, without_optimizer))
     parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())
-    flops = step_flops(text, here)
+    flops = batch_work(products_of(engine.module.model), rows_of([here]))
     figures = [
         f"layers {layers}, {parameters / 1e9:.2f} B parameters, {rows} x ({clean} + {canvas}) tokens",
         f"step {seconds:.3f} s (forward and backward {backward_done:.3f} s)",
@@ -141,8 +112,7 @@ def measure(layers: int, rehearse: bool) -> str:
         f"planned peak {planned / GIB:.1f} GiB",
     ]
     if ranks.device.type == "cuda":
-        device = torch.cuda.get_device_name(ranks.device)
-        peak = next((peak for part, peak in PEAKS.items() if part in device), None)
+        peak = peak_flops(torch.cuda.get_device_name(ranks.device), None)
         figures[-1] += f", {flops / backward_done / peak:.1%} of peak in forward and backward" if peak else ""
         figures.append(f"peak memory {torch.cuda.max_memory_allocated() / GIB:.1f} GiB")
     disconnect()

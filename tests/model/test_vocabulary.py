@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_dgemma.model.vocabulary import TiedVocabulary, WeightGradient
+from ds_dgemma.model.vocabulary import Shift, TiedVocabulary, WeightGradient
 
 VOCABULARY, HIDDEN, TOKENS, SOFTCAP, PAD = 23, 6, 13, 3.0, 0
 SCALE = HIDDEN**0.5
@@ -161,3 +161,31 @@ def test_in_bfloat16_the_gradient_is_summed_in_float32():
         sums.append(gradient.take(vocabulary.weight))
     assert sums[0].dtype == torch.float32
     torch.testing.assert_close(*sums, rtol=2**-8, atol=1e-3)
+
+
+@pytest.mark.parametrize("softcap", [3.0, 30.0, 300.0])
+@pytest.mark.parametrize("differentiate", [False, True])
+def test_a_raised_logit_enters_the_softmax_and_no_derivative(softcap: float, differentiate: bool):
+    """With any soft cap, in fp32 too, and where the raised token is the target."""
+    inputs = Inputs(seed=4)
+    embedding, mix = (20 * value for value in make_weights())
+    token = torch.where(torch.arange(TOKENS) % 3 == 0, inputs.target, (inputs.target + 5) % VOCABULARY)
+    amount = torch.linspace(0, 22, TOKENS)
+    hidden = inputs.between(embedding[inputs.ids], inputs.first_pass, mix).requires_grad_()
+    table = nn.Embedding(VOCABULARY, HIDDEN, padding_idx=PAD, _weight=embedding.clone())
+    vocabulary = TiedVocabulary(table, softcap=softcap, embed_scale=SCALE)
+
+    capped = softcap * torch.tanh(hidden @ embedding.t() / softcap)
+    raised = capped.scatter_add(1, token[:, None], amount[:, None].double())
+    expected = F.cross_entropy(raised, inputs.target, reduction="none")
+    (wanted,) = torch.autograd.grad((expected * inputs.weight).sum(), hidden)
+    with torch.set_grad_enabled(differentiate):
+        loss, nll = vocabulary.score(hidden, inputs.target, inputs.weight, 4, WeightGradient(), Shift(token, amount))
+    assert_equal(nll, expected)
+    if differentiate:
+        (seen,) = torch.autograd.grad(loss, hidden)
+        torch.testing.assert_close(seen, wanted, rtol=1e-10, atol=1e-12)
+        _, narrow = vocabulary.float().score(
+            hidden.float(), inputs.target, inputs.weight.float(), 4, WeightGradient(), Shift(token, amount)
+        )
+        torch.testing.assert_close(narrow, expected.float(), rtol=1e-4, atol=1e-4)

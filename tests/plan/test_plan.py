@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,20 @@ from transformers import AutoConfig, DiffusionGemmaForBlockDiffusion
 from ds_dgemma.checkpoint.export import export_run
 from ds_dgemma.cli import main
 from ds_dgemma.config_file import load_config
-from ds_dgemma.data.batch import FirstPass
 from ds_dgemma.errors import UserError
+from ds_dgemma.model.flops import batch_work, forward_flops
 from ds_dgemma.model.spec import text_spec
+from ds_dgemma.model.sweep import Places, make_calls
 from ds_dgemma.plan.activations import trace
-from ds_dgemma.plan.cost import Machine, visible_pairs
+from ds_dgemma.plan.cost import Machine
 from ds_dgemma.plan.inventory import build_stack_for
 from ds_dgemma.plan.plan import RELEASED_SHAPES, Limits, Plan, make_plan, read_shapes
 from ds_dgemma.plan.report import verdict
 from ds_dgemma.plan.setup import Shape
+from ds_dgemma.training.utilisation import rows_of
 from tests.benchmarks.step import make_batch
 from tests.gpu import shapes
-from tests.gpu.real_shapes import step_flops
 from tests.reference.adapters import write_random_adapter
-from tests.reference.masks import attention_masks, clean_and_canvases
 from tests.reference.trained_run import write_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,9 +41,13 @@ deepspeed: {ROOT}/ds_configs/zero3.json
 """
 
 
+def write(folder: Path) -> Path:
+    (folder / "run.yaml").write_text(RUN)
+    return folder / "run.yaml"
+
+
 def plan(tmp_path: Path, *overrides: str, gpus: int = 8, gpu_memory: float = 80, host: float | None = None) -> Plan:
-    (tmp_path / "run.yaml").write_text(RUN)
-    config = load_config(tmp_path / "run.yaml", overrides)
+    config = load_config(write(tmp_path), overrides)
     return make_plan(config, gpus, Limits(gpu_memory, host, 8), MACHINE)
 
 
@@ -91,7 +94,7 @@ def test_what_is_frozen_has_no_optimizer_state(tmp_path):
 
 
 def test_a_verdict_holds_for_the_setup_that_it_names(tmp_path):
-    large = ["train.micro_batch_size=8", "train.activation_checkpointing=false", "parallel.expert_parallel_size=8"]
+    large = ["train.micro_batch_size=8", "train.activation_checkpointing=none", "parallel.expert_parallel_size=8"]
     found = plan(tmp_path, *large)
     assert found.problems
     assert found.nearest is not None
@@ -144,8 +147,9 @@ def test_a_balance_loss_over_micro_batches_costs_a_forward_of_both_passes(tmp_pa
     trained = ["model.train_router=true", "parallel.expert_parallel_size=8"]
     weight = "objective.router_balance_weight=0.01"
     without, counted = plan(tmp_path, *trained).cost, plan(tmp_path, *trained, weight).cost
-    # Layers: 2 passes and a backward pass that gathers again, then 2 more. Rows: the same, and 0.5 guessed ones, or 1.
-    assert counted.sent["all-to-all"] / without.sent["all-to-all"] == pytest.approx(6 / 4)
+    # 1,024 clean tokens, a canvas of 256 and its first guess: forward, again, gradients; one forward more.
+    step, forward = 3 * (1024 + 256) + 256, 1024 + 256 + 256
+    assert counted.sent["all-to-all"] / without.sent["all-to-all"] == pytest.approx((step + forward) / step)
     assert counted.useful_flops == without.useful_flops
     assert counted.flops > without.flops
     one_micro_batch = [*trained, "train.micro_batch_size=8"]
@@ -201,22 +205,19 @@ def test_offload_moves_the_optimizer_to_host_memory(stage, tmp_path):
 
 
 def test_activations_are_those_that_a_layer_keeps_on_the_cpu(sudoku_run):
-    """All but attention, which keeps what its kernel needs: here the CPU's."""
     config = load_config(sudoku_run)
     spec, _ = read_shapes(config)
-    tokens = 96
-    traced = trace(build_stack_for(config, spec), tokens, torch.float32)
+    shape = Shape(96, 1, 20)
+    traced = trace(build_stack_for(config, spec), shape, torch.float32)
     stack = build_stack_for(config, spec).to_empty(device="cpu")
     for parameter in stack.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    layer: Any = next(iter(stack.sweep_layers()))
-    head_dim, text = layer.self_attn.head_dim, text_spec(spec)
-    inputs = torch.randn(1, tokens, text.hidden_size, requires_grad=True)
-    arguments = (
-        inputs, torch.ones(1, tokens, head_dim), torch.zeros(1, tokens, head_dim),
-        torch.ones(1, 1, tokens, tokens, dtype=torch.bool), torch.zeros(1, tokens, dtype=torch.bool),
-    )  # fmt: skip
-    given = {t.untyped_storage().data_ptr() for t in (*arguments, *layer.parameters(), *layer.buffers())}
+    layer, H = next(iter(stack.sweep_layers())), text_spec(spec).hidden_size
+    inputs = torch.randn(1, shape.tokens, H, requires_grad=True)
+    places = Places(96, 20, ((76,),), torch.tensor([[76]]), (0,), torch.tensor([0]))
+    calls = make_calls(stack, places, None, inputs)
+    of_calls = (calls.all.is_canvas_N1, *(tensor for pair in calls.all.rotary.values() for tensor in pair))
+    given = {t.untyped_storage().data_ptr() for t in (inputs, *of_calls, *layer.parameters(), *layer.buffers())}
     kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -225,28 +226,47 @@ def test_activations_are_those_that_a_layer_keeps_on_the_cpu(sudoku_run):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(*arguments)
+        layer.block(inputs, calls.all)
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     first = traced.layers[0]
-    assert first.kept + traced.routed_rows * (first.rows + first.returned) == pytest.approx(measured, rel=0.1)
+    experts = traced.routed_rows * (first.rows + first.returned)
+    assert first.kept["full"].again + experts == pytest.approx(measured, rel=0.1)
 
 
-def test_visible_pairs_are_those_of_the_mask(sudoku_run):
-    layout = clean_and_canvases(torch.ones(1, 50, dtype=torch.bool), torch.tensor([[42]]), 8)
-    masks = attention_masks(layout, window=16)
-    for kind, mask in masks.items():
-        assert visible_pairs(kind, Shape(50, 1, 8), 16) == int(mask.sum()), kind
+def test_what_checkpointing_keeps_is_the_sum_by_hand(tmp_path):
+    config = load_config(write(tmp_path))
+    spec, _ = read_shapes(config)
+    text, shape = text_spec(spec), Shape(4096, 1, 256)
+    H, heads, k, start = text.hidden_size, text.num_attention_heads, text.top_k_experts, 4096 - 256
+    traced = trace(build_stack_for(config, spec), shape, torch.bfloat16)
+    for kind, number, kv_heads, size, seen in (("sliding", 0, 8, 256, 1023), ("full", 5, 2, 512, start)):
+        assert text.layer_types[number].startswith(kind)
+        kept = traced.layers[number].kept
+        token = 2 * H + 8 * k  # a layer's input, and the experts that were chosen
+        attended = 2 * heads * size + 4 * heads  # attention's output, its normaliser
+        keys_and_values = 2 * 2 * kv_heads * size * seen
+        assert kept["full"].denoised == token * shape.tokens
+        assert kept["selective"].denoised == (token + attended) * shape.tokens
+        assert kept["full"].read == token * shape.clean + keys_and_values
+        assert kept["selective"].read == (token + attended) * shape.clean + keys_and_values
+        # Nothing is computed again: the same graph, its input and what canvases see of clean tokens.
+        all_kept = kept["full"].again + 2 * H * shape.tokens + keys_and_values
+        assert kept["none"].denoised == pytest.approx(all_kept, rel=0.01)
 
 
-def test_arithmetic_of_full_training_is_what_the_benchmark_counts_for_a_batch(tmp_path):
+def test_arithmetic_is_that_of_the_batch(tmp_path):
     clean, canvas, rows = 512, 16, 4
     shapes.config(rehearse=True, layers=3).save_pretrained(tmp_path / "model")
-    settings = [f"model.path={tmp_path / 'model'}", f"data.max_length={clean}", "model.train_router=true"]
-    batching = ["train.global_batch_size=4", "train.micro_batch_size=4"]
+    settings = [f"model.path={tmp_path / 'model'}", f"data.max_length={clean}"]
+    batching = ["train.global_batch_size=8", f"train.micro_batch_size={rows}"]
     found = plan(tmp_path, *settings, *batching, "objective.self_conditioning_probability=0.5", gpus=1)
-    batch = make_batch(clean - canvas, canvas, rows, found.inventory.text.vocab_size, canvas)
-    batch = replace(batch, first_pass=FirstPass((0, 1), clean))  # half the rows, all of their prefix
-    assert found.cost.useful_flops == pytest.approx(step_flops(found.inventory.text, batch), rel=0.005)
+    batch = make_batch(clean - canvas, canvas, rows, found.inventory.text.vocab_size, canvas)  # half of the coins true
+    assert found.cost.useful_flops == 2 * batch_work(found.inventory.products, rows_of([batch]))
+    # Full checkpointing computes all layers' forward again, for clean tokens and canvases.
+    nothing_again = plan(tmp_path, *settings, *batching, "train.activation_checkpointing=none", gpus=1).cost
+    products = found.inventory.products
+    again = forward_flops(products, clean, [clean - canvas]) - products.block.forward(canvas, 0)
+    assert found.cost.flops - nothing_again.flops == 2 * rows * again
 
 
 def test_the_command_prints_a_table_or_json(tmp_path, capsys):

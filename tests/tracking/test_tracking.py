@@ -18,12 +18,12 @@ import torch
 
 from ds_dgemma.config import WandbSection
 from ds_dgemma.errors import UserError
-from ds_dgemma.tracking.metrics import StepMetrics, memory_gib, read_lines
+from ds_dgemma.tracking.metrics import StepMetrics, memory_gib, peak_flops, read_lines
 from ds_dgemma.tracking.plots import plot_runs, smooth
 from ds_dgemma.tracking.sinks import ConsoleSink, JsonlSink, Tracker, WandbSink
 from tests.training import REPOSITORY
 
-NAMES = "step loss loss_diffusion loss_ar grad_norm lr samples tokens seconds tokens_per_second memory_gib"
+NAMES = "step loss loss_diffusion loss_ar grad_norm lr samples tokens seconds tokens_per_second memory_gib mfu"
 
 
 def metrics(step: int, loss: float = 1.5) -> StepMetrics:
@@ -230,3 +230,21 @@ def test_a_run_without_metrics_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"kind": "validation", "step": 1}\n')
     with pytest.raises(UserError, match="no step yet"):
         plot_runs([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", None, 989e12),
+        ("NVIDIA H100 PCIe", None, 756e12),
+        ("NVIDIA A100-SXM4-80GB", None, 312e12),
+        ("NVIDIA GeForce RTX 4090", None, 165e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None, None),
+        ("NVIDIA H20", None, None),
+        (None, None, None),
+        (None, 0.05, 5e10),
+    ],
+)
+def test_the_peak_is_the_cards_or_what_was_said(name: str | None, said: float | None, peak: float | None) -> None:
+    assert peak_flops(name, said) == peak

@@ -1,0 +1,43 @@
+"""Model FLOPs utilisation: useful arithmetic of what a step read, over what its devices could have done meanwhile."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ds_dgemma.data.batch import Batch
+from ds_dgemma.model.flops import Products, batch_work, products_of
+from ds_dgemma.model.stack import DiffusionGemmaStack
+from ds_dgemma.tracking.metrics import peak_flops
+
+
+@dataclass(frozen=True)
+class Utilisation:
+    """What a run's steps are measured with."""
+
+    products: Products
+    peak_flops: float | None  # FLOP/s of a device in dense bf16 products; None: unknown, so nothing is measured
+
+    @classmethod
+    def on(cls, device: torch.device, said_tflops: float | None, stack: DiffusionGemmaStack) -> "Utilisation":
+        """For a stack that trains on `device` and the like."""
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        return cls(products_of(stack), peak_flops(name, said_tflops))
+
+    def work(self, batches: Iterable[Batch]) -> float:
+        """Useful FLOPs of micro-batches; 0 where nothing is measured."""
+        return 0.0 if self.peak_flops is None else batch_work(self.products, rows_of(batches))
+
+    def of(self, work: float, seconds: float, devices: int) -> float | None:
+        """The share of `devices` at their peak that did `work` FLOPs in `seconds`."""
+        return None if self.peak_flops is None else work / (seconds * devices * self.peak_flops)
+
+
+def rows_of(batches: Iterable[Batch]) -> Iterator[tuple[int, list[int], list[int]]]:
+    """Each example's clean tokens, the starts of its scored canvases, and of those whose first guess counts."""
+    for batch in batches:
+        lengths, scored = batch.clean_valid_BS.sum(1).tolist(), batch.supervised_BKL.any(-1).tolist()
+        coins = {number for number, coin in zip(batch.guessed, batch.coin_M.tolist(), strict=True) if coin}
+        for row, (clean, starts) in enumerate(zip(lengths, batch.starts, strict=True)):
+            guessed = [start for k, start in enumerate(starts) if row * len(starts) + k in coins]
+            yield clean, [start for start, is_scored in zip(starts, scored[row], strict=True) if is_scored], guessed

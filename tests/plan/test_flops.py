@@ -1,0 +1,89 @@
+"""The arithmetic that `plan` and `metrics.jsonl` share is what torch counts while a step runs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.moe import ep_kernels
+from torch.utils.flop_counter import FlopCounterMode
+
+from ds_dgemma.config_file import load_config
+from ds_dgemma.model.flops import Work, batch_work, canvas_pairs, clean_pairs, example_work, guess_work, products_of
+from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
+from ds_dgemma.plan.inventory import build_stack_for
+from ds_dgemma.plan.plan import read_shapes
+from tests.benchmarks.step import make_batch
+from tests.reference.masks import attention_masks, clean_and_canvases
+
+ATEN: Any = torch.ops.aten
+LORA = "lora={r: 4, target_parameters: [experts.gate_up_proj, experts.down_proj]}"
+
+
+def attention_flops(query: Any, key: Any, causal: bool) -> int:
+    """Of a part: two products over the pairs that are seen."""
+    rows, heads, T, size = query
+    return 4 * rows * heads * size * (T * (T + 1) // 2 if causal else T * key[2])
+
+
+def forward_formula(query: Any, key: Any, value: Any, dropout: float = 0.0, causal: bool = False, **_: Any) -> int:
+    return attention_flops(query, key, causal)
+
+
+def backward_formula(
+    grad: Any, query: Any, key: Any, value: Any, out: Any, log: Any, dropout: float, causal: bool, **_: Any
+) -> int:
+    return 2 * attention_flops(query, key, causal)  # four products; the scores, made once more, are not counted
+
+
+KNOWN = {
+    ATEN._scaled_dot_product_flash_attention_for_cpu: forward_formula,
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: backward_formula,
+}
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "settings"),
+    [
+        ("full", []),
+        ("selective", []),
+        ("none", []),
+        ("full", ["model.train_router=true"]),
+        ("full", [LORA]),
+        ("none", ["model.freeze=['*.embed_tokens.weight', '*.self_conditioning.*', '*.layers.0.*']"]),
+    ],
+    ids=["full", "selective", "none", "router", "LoRA", "frozen"],
+)
+def test_a_step_does_what_is_counted(checkpointing: Any, settings: list[str], sudoku_run: Path, monkeypatch) -> None:
+    monkeypatch.setattr(ep_kernels, "TOKEN_GROUP_ALIGN_SIZE_M", 1)  # or experts' rows are filled up to multiples of 8
+    config = load_config(sudoku_run, [*settings, "parallel.grouped_matmul=off"])
+    spec, _ = read_shapes(config)
+    products = products_of(build_stack_for(config, spec))
+    stack = build_stack_for(config, spec).to_empty(device="cpu")
+    for tensor in (*stack.parameters(), *stack.buffers()):
+        torch.nn.init.normal_(tensor, std=0.02)
+    stack.activation_checkpointing = checkpointing
+    text: Any = spec.text_config
+    length = products.canvas_length
+    batch = make_batch(3 * length, 3 * length, 3, text.vocab_size, length)  # coins: rows 0 and 2
+    counter = FlopCounterMode(display=False, custom_mapping=KNOWN)
+    with counter:
+        DenoisingObjective(stack, 1)(batch, TokenWeights(1.0, 1.0)).loss.backward()
+
+    rows = [(6 * length, starts, starts if row != 1 else ()) for row, starts in enumerate(batch.starts)]
+    work = Work(0.0, 0.0)
+    for clean, starts, guessed in rows:
+        work += example_work(products, clean, starts, checkpointing)
+        for start in guessed:
+            work += guess_work(products, start)
+    assert work.useful + work.again == counter.get_total_flops()
+    assert (work.again > 0) is (checkpointing != "none" or products.trains_vocabulary)
+    assert batch_work(products, rows) == work.useful
+
+
+def test_visible_pairs_are_those_of_the_mask() -> None:
+    layout = clean_and_canvases(torch.ones(1, 50, dtype=torch.bool), torch.tensor([[42, 8]]), 8)
+    for kind, mask in attention_masks(layout, window=16).items():
+        window = 16 if kind == "sliding_attention" else None
+        pairs = clean_pairs(50, window) + canvas_pairs(42, 8, window) + canvas_pairs(8, 8, window)
+        assert pairs == int(mask.sum()), kind
