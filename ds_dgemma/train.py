@@ -63,7 +63,7 @@ def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tra
     """
     tracker.track({"kind": START, "step": prepared.start, **prepared.attention})
     stack = fill_model(prepared.model, ranks, prepared.deepspeed, config.train.precision, prepared.resumed, config.seed)
-    objective = DenoisingObjective(stack, config.objective.logits_chunk_mib).train()
+    objective = DenoisingObjective(stack, config.objective.logits_chunk_mib, config.objective.loss).train()
     engine = start_engine(objective, prepared.deepspeed, config.optimizer)
     create_moments(engine, 0)  # before the first step, or a checkpoint after skipped ones would find none
     if prepared.resumed:

@@ -86,6 +86,7 @@ def test_set_reads_a_value_as_yaml_and_wins_over_the_file(override, read, value)
         ("optimizer: {betas: [0.9]}", [], r"optimizer.betas = \[0.9\] +expected a list of 2 numbers"),
         ("optimizer: {lr: .inf}", [], r"optimizer.lr = Infinity"),
         ("optimizer: {lr: 1e-6}", [], r"sft.yaml:10 +optimizer +min_lr 1.5e-05 is above lr 1e-06"),
+        ("objective: {noise_eps: 0.5, noise_max: 0.5}", [], r"noise_max 0.5 is not above noise_eps 0.5"),
         ("objective: {canvases_per_example: few}", [], r"expected a whole number or all"),
         ("optimizer:", [], r"sft.yaml:10 +optimizer = null +expected a section with"),
         ("seed: 1\nseed: 2", [], r"sft.yaml:11 +seed +is set twice, first on line 10"),

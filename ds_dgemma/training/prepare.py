@@ -4,6 +4,7 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ds_dgemma.checkpoint.retention import Scores
@@ -20,7 +21,8 @@ from ds_dgemma.engine.open_model import OutlinedModel, choose_kernels, outline_r
 from ds_dgemma.engine.ranks import RankLayout
 from ds_dgemma.engine.trainable import check_groups, check_router_balance, check_stage
 from ds_dgemma.model.spec import read_spec, text_spec
-from ds_dgemma.objective.noise import Corruption
+from ds_dgemma.objective.collate import collate
+from ds_dgemma.objective.corruption import Corruption
 from ds_dgemma.run_directory import Start, check_same_data
 
 
@@ -79,7 +81,7 @@ def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
         reports.append(f"validation: {validation.report}")
         held_out = [validation[i] for i in range(min(len(validation), config.validation.examples))]
         measured_on = f"{validation.digest} {len(held_out)}"
-    corruption = Corruption.of(config.seed, config.objective, text.vocab_size, text.pad_token_id or 0)
+    corruption = Corruption(config.objective, config.seed, text.vocab_size, text.pad_token_id or 0)
     build_cpu_adam(settings)
     if ranks.is_main:
         print("\n".join(reports), flush=True)
@@ -97,3 +99,5 @@ def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
         check_same_data(config.data.train, resumed.checkpoint, examples.digest, len(examples))
     scores = Scores.continued(measured_on, resumed.checkpoint if resumed else None)
     return Prepared(settings, model, attention, corruption.collate, examples, held_out, scores, resumed, facts)
+    make_batch = partial(collate, corruption)
+    return Prepared(settings, model, make_batch, examples, held_out, scores, resumed, facts)
