@@ -98,6 +98,5 @@ def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
     if resumed:
         check_same_data(config.data.train, resumed.checkpoint, examples.digest, len(examples))
     scores = Scores.continued(measured_on, resumed.checkpoint if resumed else None)
-    return Prepared(settings, model, attention, corruption.collate, examples, held_out, scores, resumed, facts)
     make_batch = partial(collate, corruption)
-    return Prepared(settings, model, make_batch, examples, held_out, scores, resumed, facts)
+    return Prepared(settings, model, attention, make_batch, examples, held_out, scores, resumed, facts)
