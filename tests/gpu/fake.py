@@ -4,8 +4,9 @@
 
 Under FakeTensorMode every operation checks and computes shapes, types and devices as it would on a GPU, and computes
 nothing. What it does not check, and a kernel does when it is too late, `Strict` checks: type, head size, alignment and
-strides of whatever reaches attention and the grouped matrix products. A CPU build of torch aborts in autograd here, so
-forward passes run without gradients and attention's backward pass is called by itself.
+strides of whatever reaches attention and the grouped matrix products. Autograd asks for a device that is there,
+in CPU builds of torch and in CUDA builds (2.13.0+cu130: "hasPrimaryContext expects a valid device index"), so forward
+passes run without gradients, and the backward passes of attention and of the grouped products are called by themselves.
 
 Sources of the rules: as `ds_dgemma/model/kernels.py` has them; for `_grouped_mm` torch's `_meta_registrations.py`.
 """
