@@ -77,6 +77,12 @@ class ModelSection(Section):
         default="error",
         description="a checkpoint without the encoder's layer scalars is refused, or gets the decoder's",
     )
+    attention: Literal["auto", "sdpa", "flash_attn_4", "ffpa"] = Field(
+        default="auto",
+        description="attention kernels. auto: the fastest that are installed, fit the GPU and the layer, and pass a "
+        "comparison with torch's; sdpa: torch's; a package's: where it fits, elsewhere torch's (head sizes up to 256: "
+        "flash_attn_4; 512: ffpa)",
+    )
 
 
 class ColumnsSection(Section):

@@ -41,6 +41,7 @@ from ds_dgemma.run_directory import (
     mark_unfinished,
     write_settings,
 )
+from ds_dgemma.tracking.metrics import START
 from ds_dgemma.tracking.sinks import ConsoleSink, JsonlSink, Sink, Tracker, WandbSink
 from ds_dgemma.tracking.spikes import SpikeDetector, past_losses
 from ds_dgemma.training.bad_steps import BadSteps
@@ -60,6 +61,7 @@ def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tra
         BadNumbers: on every rank, after too many steps in a row that were skipped.
         NotWritten: on every rank, a checkpoint that the run may not go on without.
     """
+    tracker.track({"kind": START, "step": prepared.start, **prepared.attention})
     stack = fill_model(prepared.model, ranks, prepared.deepspeed, config.train.precision, prepared.resumed, config.seed)
     objective = DenoisingObjective(stack, config.objective.logits_chunk_mib, config.objective.loss).train()
     engine = start_engine(objective, prepared.deepspeed, config.optimizer)

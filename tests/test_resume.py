@@ -90,7 +90,7 @@ def wait_for_step(run_dir: Path, step: int, ranks: list) -> None:
     while time.monotonic() < deadline:
         assert all(rank.poll() is None for rank in ranks), "a rank ended before it was killed"
         metrics = run_dir / "metrics.jsonl"
-        if metrics.exists() and len(metrics.read_text().splitlines()) >= step:
+        if metrics.exists() and sum('"kind"' not in line for line in metrics.read_text().splitlines()) >= step:
             return
         time.sleep(0.02)
     raise AssertionError(f"step {step} was not reached: {read_metrics(run_dir)[-1:]}")
@@ -138,6 +138,8 @@ def test_a_full_disk_is_told_and_the_run_goes_on_from_what_was_written_before(di
     assert resize(disk, "90m") == 0
     assert [record["step"] for record in train(sudoku_run, run_dir, overrides)] == [1, 2, 3]
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert records[0] == {"kind": "start", "step": 0, "full_attention": "sdpa", "sliding_attention": "sdpa"}
+    assert [record["step"] for record in records if record.get("kind") == "start"] == [0, 1]
     losses = {record["step"]: record["loss"] for record in records if record.get("kind") == "validation"}
     best = min(losses, key=losses.__getitem__)
     kept = step_directories(run_dir / "checkpoints")

@@ -17,7 +17,7 @@ from ds_dgemma.data.stream import ExampleSet
 from ds_dgemma.data.tokenizer import load_tokenizer
 from ds_dgemma.engine.ds_config import build_cpu_adam, deepspeed_config
 from ds_dgemma.engine.hostfile import check_expert_groups
-from ds_dgemma.engine.open_model import OutlinedModel, outline_run
+from ds_dgemma.engine.open_model import OutlinedModel, choose_kernels, outline_run
 from ds_dgemma.engine.ranks import RankLayout
 from ds_dgemma.engine.trainable import check_groups, check_router_balance, check_stage
 from ds_dgemma.model.spec import read_spec, text_spec
@@ -32,6 +32,7 @@ class Prepared:
 
     deepspeed: dict[str, Any]
     model: OutlinedModel
+    attention: dict[str, str]  # the kernel of each layer type
     collate: Callable[[list[tuple[Example, int]]], Batch]
     examples: ExampleSet
     held_out: list[Example]  # empty when nothing is validated
@@ -61,6 +62,8 @@ def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
     text = text_spec(spec)
     tokenizer = load_tokenizer(directory, text.vocab_size)
     model = outline_run(config, spec, directory, ranks, resumed is not None)
+    attention, dropped = choose_kernels(config, spec, ranks.device)
+    warnings += dropped
     weights = model_digest(directory)
     if resumed:
         check_same_model(config.model.path, weights, resumed.checkpoint)
@@ -96,4 +99,4 @@ def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
         check_same_data(config.data.train, resumed.checkpoint, examples.digest, len(examples))
     scores = Scores.continued(measured_on, resumed.checkpoint if resumed else None)
     make_batch = partial(collate, corruption)
-    return Prepared(settings, model, make_batch, examples, held_out, scores, resumed, facts)
+    return Prepared(settings, model, attention, make_batch, examples, held_out, scores, resumed, facts)

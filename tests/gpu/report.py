@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 from tests.gpu import ROOT
 
 BUDGET = 460  # seconds for all checks
+PATIENCE = 10  # times longer may a rehearsal take, on whatever CPU: it is about what holds, not about time
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def checks(cases: str, rehearse: bool) -> list[Check]:
         Check("LoRA parity, fp32, ZeRO-3", [*parity, "float32", "--lora"], 90),
         Check("LoRA parity, bf16, grouped matmul", [*parity, bf16, "--grouped", "--lora"], 90),
         Check("expert layer, grouped matmul on and off, bf16", ["-m", "tests.gpu.grouped", *small], 60),
-        Check("attention kernels, bf16", ["-m", "tests.gpu.attention", *small], 60),
+        Check("layers at real shapes on fake devices, bf16", ["-m", "tests.gpu.fake"], 60),
+        Check("attention kernels, bf16", ["-m", "tests.gpu.attention", *small], 90),
         Check("Sudoku through `deepspeed`, bf16, ZeRO-3, EP 1", ["-m", "tests.gpu.sudoku", *small], 90),
         Check("step at real shapes, bf16, ZeRO-3", ["-m", "tests.gpu.real_shapes", *one_layer, *small], 220),
     ]
@@ -140,10 +142,11 @@ def main() -> int:
         return 2
     when, about = datetime.now(timezone.utc), machine(args.rehearse)
     print(about, flush=True)
-    deadline, rows = time.monotonic() + BUDGET, []
+    patience = PATIENCE if args.rehearse else 1
+    deadline, rows = time.monotonic() + patience * BUDGET, []
     with tempfile.TemporaryDirectory() as cases:
         for check in checks(cases, args.rehearse):
-            row = run(check, deadline - time.monotonic())
+            row = run(replace(check, limit=patience * check.limit), deadline - time.monotonic())
             rows.append(row)
             print(f"{row.result:<8} {row.name} ({row.seconds:.0f} s)  {row.figure}", flush=True)
     out = args.out or (None if args.rehearse else ROOT / "tests" / "benchmarks")
