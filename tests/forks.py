@@ -4,10 +4,12 @@
 
 runs a module as `python -m` would, in a process of its own with its own environment, output and exit code; the methods
 are `subprocess.Popen`'s. The server is started by the first call, has run no operation and no thread of torch's when it
-forks, and ends with the process that started it. Run as a module, this file is the server.
+forks, and ends with the process that started it. Where an environment differs in what libraries read as they are
+imported, another server serves it. Run as a module, this file is the server.
 """
 
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -24,7 +26,17 @@ from pathlib import Path
 from typing import IO
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-IMPORTED = ("deepspeed", "peft", "ds_dgemma.train", "ds_dgemma.cli", "ds_dgemma.checkpoint.export")
+IMPORTED = (
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # every engine imports it, and torch's compiler with it
+    "peft",
+    "torch.utils.cpp_extension",
+    "transformers.models.diffusion_gemma.modeling_diffusion_gemma",
+    "ds_dgemma.train",
+    "ds_dgemma.cli",
+    "ds_dgemma.checkpoint.export",
+)
+READ_AT_IMPORT = ("HF_", "TRANSFORMERS_")  # how the names of such variables begin
 
 
 class Process:
@@ -64,7 +76,8 @@ class Process:
 def start(arguments: list[str], environment: dict[str, str], output: IO[bytes]) -> Process:
     """Run a module with its arguments, from the repository; `output` gets all that it says."""
     connection = socket.socket(socket.AF_UNIX)
-    connection.connect(_server())
+    read = {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
+    connection.connect(_server(tuple(sorted(read.items()))))
     message = json.dumps([arguments, environment]).encode() + b"\n"
     socket.send_fds(connection, [message[:1]], [output.fileno()])
     connection.sendall(message[1:])
@@ -72,11 +85,14 @@ def start(arguments: list[str], environment: dict[str, str], output: IO[bytes]) 
 
 
 @cache
-def _server() -> str:
+def _server(read_at_import: tuple[tuple[str, str], ...]) -> str:
     folder = tempfile.TemporaryDirectory(prefix="forks-")
     address = f"{folder.name}/socket"
     command = [sys.executable, "-m", "tests.forks", address]
-    server = subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    others = {name: value for name, value in os.environ.items() if not name.startswith(READ_AT_IMPORT)}
+    environment = {**others, **dict(read_at_import)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    server = subprocess.Popen(command, cwd=REPOSITORY, env=environment, **pipes)
     assert server.stdout is not None
     assert server.stdout.readline() == b"ready\n"
 
@@ -93,6 +109,7 @@ def serve(address: str) -> None:
     """Fork for every connection, and send the exit code when the child is gone; end with the standard input."""
     for module in IMPORTED:
         __import__(module)
+    gc.freeze()  # what is imported stays: no child looks through it
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)
