@@ -11,8 +11,8 @@ vocabulary's matrix:
 
 With a trained model that is the usual 6 W per token, and 2 W for a token of a first guess. This is *useful* work. What
 is computed again is not: the forward of all layers but the last under activation checkpointing (`selective`: without
-attention), a guess's logits in the backward pass; nor the guess that a micro-batch without any makes to stay in step. Attention's own
-backward kernel computes its scores once more, which no checkpointing can spare: counted nowhere, as usual.
+attention), a guess's logits in the backward pass; nor the guess that a micro-batch without any makes to stay in step.
+Attention's own backward kernel computes its scores once more, which no checkpointing can spare: counted nowhere.
 """
 
 from collections.abc import Iterable, Sequence
