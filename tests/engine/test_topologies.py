@@ -88,7 +88,7 @@ def test_the_routers_loss_does_not_depend_on_the_topology(sudoku_run, tmp_path):
 
 @pytest.mark.parametrize("checkpointing", ["full", "none"])
 def test_a_layer_is_gathered_three_times_a_micro_step(checkpointing, sudoku_run, tmp_path):
-    """To read, to denoise, and for the backward pass; where layers are so large that each is let go when it was used."""
+    """To read, to denoise, and for the backward pass; where layers are so large that each is let go after use."""
     live = {
         "max_reuse_distance": 1,
         "max_live_parameters": 0,
