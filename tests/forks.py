@@ -4,10 +4,12 @@
 
 runs a module as `python -m` would, in a process of its own with its own environment, output and exit code; the methods
 are `subprocess.Popen`'s. The server is started by the first call, has run no operation and no thread of torch's when it
-forks, and ends with the process that started it. Run as a module, this file is the server.
+forks, and ends with the process that started it. A process whose environment says something else of what libraries read
+at their import is no fork but a fresh interpreter. Run as a module, this file is the server.
 """
 
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -18,13 +20,27 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import IO
 
+READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "WANDB_")  # such variables come too late for a process that has imported all
 REPOSITORY = Path(__file__).resolve().parent.parent
-IMPORTED = ("deepspeed", "peft", "ds_dgemma.train", "ds_dgemma.cli", "ds_dgemma.checkpoint.export")
+IMPORTED = (
+    "deepspeed",
+    "peft",
+    "ds_dgemma.train",
+    "ds_dgemma.cli",
+    "ds_dgemma.checkpoint.export",
+    # What DeepSpeed and transformers import when they are first used; Muon's kernels bring torch's whole compiler.
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "setuptools",
+    "transformers.models.gemma4.modeling_gemma4",
+)
 
 
 class Process:
@@ -93,6 +109,8 @@ def serve(address: str) -> None:
     """Fork for every connection, and send the exit code when the child is gone; end with the standard input."""
     for module in IMPORTED:
         __import__(module)
+    gc.collect()
+    gc.freeze()  # all that is here stays: a collection in a child need not walk it, nor copy its pages
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)
@@ -134,6 +152,10 @@ def _reap(children: dict[int, socket.socket]) -> None:
             connection.close()
 
 
+def _late(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
+
+
 def _run(arguments: list[str], environment: dict[str, str], output: int) -> None:
     """Become `python -m arguments`; does not return."""
     code = 1
@@ -145,6 +167,8 @@ def _run(arguments: list[str], environment: dict[str, str], output: int) -> None
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.close(output)
+        if _late(environment) != _late(os.environ):
+            os.execve(sys.executable, [sys.executable, "-m", *arguments], environment)
         os.environ.clear()
         os.environ.update(environment)
         sys.argv = list(arguments)
