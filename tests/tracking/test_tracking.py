@@ -19,6 +19,7 @@ import torch
 
 from ds_dgemma.config import WandbSection
 from ds_dgemma.errors import UserError
+from ds_dgemma.tracking import sinks
 from ds_dgemma.tracking.metrics import START, StepMetrics, memory_gib, peak_flops, read_lines
 from ds_dgemma.tracking.plots import plot_runs, smooth
 from ds_dgemma.tracking.sinks import ConsoleSink, JsonlSink, Tracker, WandbSink
@@ -218,6 +219,7 @@ def test_wandb_that_cannot_start_says_what_to_do(tmp_path: Path, monkeypatch) ->
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setattr(sinks, "WANDB_START_SECONDS", 5)  # where its server cannot be reached it tries for all of them
     with pytest.raises(UserError, match="offline"):
         WandbSink(WandbSection(mode="online"), tmp_path, {})
 
