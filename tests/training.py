@@ -62,7 +62,7 @@ def train(
     run_dir: Path,
     overrides: list[str],
     processes: int = 1,
-    timeout: float = 300,
+    timeout: float = 900,
     program: tuple[str, ...] = ("ds_dgemma.train",),
 ) -> list[dict]:
     """Train to the end and return the run's metrics; fails the test with the log when any rank fails."""
@@ -77,7 +77,7 @@ def train(
     return read_metrics(run_dir)
 
 
-def read_metrics(run_dir: Path) -> list[dict]:
+def read_metrics(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
     """The records of every step."""
-    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    records = map(json.loads, (run_dir / name).read_text().splitlines())
     return [record for record in records if "kind" not in record]
