@@ -1,12 +1,16 @@
 """What tests share: a tiny checkpoint, puzzles, and a run config over them."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads fight over two cores
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # `&` in a script: whatever tests start would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from tests.training import make_run
 
