@@ -91,7 +91,7 @@ def train_from_hub(config: Path, folder: Path) -> tuple[list[int], str]:
     overrides = [f"run.dir={folder}/run", f"model.path={NAME}", "train.max_steps=1", "train.micro_batch_size=4"]
     ranks = start_ranks(config, overrides, 2, folder / "log")
     try:
-        codes = [rank.wait(timeout=120) for rank in ranks]
+        codes = [rank.wait(timeout=400) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
@@ -121,6 +121,6 @@ def test_a_download_that_fails_is_told_once_and_ends_every_rank(hub, sudoku_run,
 def test_a_command_asks_for_the_revision_that_it_is_told(command, hub, tmp_path):
     arguments = command.format(out=tmp_path / "out").split()
     program = [sys.executable, "-m", "ds_dgemma", *arguments, "--model", NAME, "--revision", "v2"]
-    ended = subprocess.run(program, capture_output=True, text=True, timeout=120, cwd=REPOSITORY)
+    ended = subprocess.run(program, capture_output=True, text=True, timeout=400, cwd=REPOSITORY)
     assert (ended.returncode, set(hub.revisions)) == (2, {"v2"}), ended.stderr
     assert f"{NAME} at revision v2" in ended.stderr
