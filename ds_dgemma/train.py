@@ -9,6 +9,7 @@ stop a run after a checkpoint, a second one at once; launch/README.md has the ex
 import argparse
 import os
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -51,6 +52,7 @@ from ds_dgemma.training.update import update
 from ds_dgemma.training.utilisation import Utilisation
 
 DOWNLOAD_HOURS = 24
+SECONDS_TO_TELL = 60
 
 
 def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tracker, stop: StopRequest) -> bool:
@@ -172,6 +174,8 @@ def main(argv: list[str] | None = None) -> int:
         # All ranks of a host see the same: one of them tells.
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(error, file=sys.stderr, flush=True)
+        else:  # a launcher ends all ranks when one ends: this one's end would silence the one that tells
+            time.sleep(SECONDS_TO_TELL)
         return EXIT_USER_ERROR
     ranks = RankLayout.from_environment(config.parallel.expert_parallel_size)
     watch_launcher(stop)

@@ -8,9 +8,11 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_broken_run_goes_on_as_if_nothing_had_happened(capfd):
-    assert faults.main(["--trials", "2", "--kinds", "kill-in-write", "kill-launcher"]) == 0, capfd.readouterr()
+    assert faults.main(["--trials", "1", "--kinds", "kill-launcher"]) == 0, capfd.readouterr()
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_run_goes_on_with_the_same_losses_on_another_topology(kind, capfd):
-    assert resume_matrix.main(["--kinds", kind, "--pairs", "1", "--seed", str(len(kind))]) == 0, capfd.readouterr()
+def test_a_lora_run_goes_on_with_the_same_losses_on_another_topology(capfd):
+    """Full training does so in `test_resume.py`."""
+    assert resume_matrix.main(["--kinds", "lora", "--pairs", "1", "--seed", "4", "--steps", "6"]) == 0, (
+        capfd.readouterr()
+    )

@@ -16,14 +16,16 @@ from ds_dgemma.engine.schedule import learning_rate
 from ds_dgemma.errors import UserError
 from tests.reference.adapters import write_random_adapter
 from tests.test_resume import NUMBERS, final_state, numbers
-from tests.training import train
+from tests.training import read_metrics, train
 
 pytestmark = pytest.mark.slow
 
 TRACED = ("tests.engine.traced",)
-STEPS = ["train.max_steps=6", "optimizer.warmup_steps=6", "optimizer.lr=1.5e-4"]
+STEPS = ["train.max_steps=4", "optimizer.warmup_steps=4", "optimizer.lr=1.5e-4"]
+SAVED = [*STEPS, "checkpoint.every=2", "checkpoint.keep_last=3"]
 EVERYWHERE = "lora={target_parameters: [experts.gate_up_proj, experts.down_proj], init_lora_weights: false}"
 LORA_PLUS = "optimizer.groups=[{match: '*.lora_B', lr: 3e-4, weight_decay: 0.0}]"
+LORA = [EVERYWHERE, LORA_PLUS]
 FROZEN = "model.freeze=['*.embed_tokens.weight', '*.self_conditioning.*', '*.layers.0.*', '*.experts.down_proj']"
 
 
@@ -44,46 +46,64 @@ def assert_untouched(run_dir: Path, processes: int, dtype: str = "torch.float32"
     assert said.count(f"frozen, dtypes ['{dtype}']") == said.count("0 changed of ") == processes, said[-2000:]
 
 
-@pytest.mark.parametrize("settings", [[EVERYWHERE, LORA_PLUS], [FROZEN]], ids=["lora", "frozen"])
-def test_any_topology_with_layers_as_leaves_equals_one_process_without_and_the_base_stays(
-    settings, sudoku_run, tmp_path
-):
-    reference = train(sudoku_run, tmp_path / "alone", [*STEPS, *settings], program=(*TRACED, "--no-leaves"))
-    assert_untouched(tmp_path / "alone", 1)
-    for experts in (1, 2):
-        run_dir = tmp_path / f"shared-{experts}"
-        overrides = [*STEPS, *settings, *topology(2, experts)]
-        assert_close(train(sudoku_run, run_dir, overrides, processes=2, program=TRACED), reference)
-        assert_untouched(run_dir, 2)
+def alone(config: Path, folder: Path, settings: list[str]) -> list[dict]:
+    """One process that gathers linear by linear."""
+    metrics = train(config, folder / "alone", [*STEPS, *settings], program=(*TRACED, "--no-leaves"))
+    assert_untouched(folder / "alone", 1)
+    return metrics
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        [EVERYWHERE, LORA_PLUS, "train.precision=fp32"],
-        ["lora={lora_dropout: 0.2}", "train.precision=bf16"],
-        [FROZEN, "train.precision=bf16"],
-    ],
-    ids=["lora", "dropout in bf16", "frozen in bf16"],
-)
-def test_a_resumed_run_is_exact_and_on_other_ranks_as_close_as_they_are(settings, sudoku_run, tmp_path):
-    run_dir = tmp_path / "run"
-    overrides = [*STEPS, *settings, *topology(2, 2), "checkpoint.every=3", "checkpoint.keep_last=3"]
-    undisturbed = train(sudoku_run, run_dir, overrides, processes=2, program=TRACED)
-    assert_untouched(run_dir, 2, "torch.float32" if "train.precision=fp32" in settings else "torch.bfloat16")
-    state = final_state(run_dir)
-    shutil.rmtree(run_dir / "checkpoints" / "step-000006")
-    assert numbers(train(sudoku_run, run_dir, overrides, processes=2)) == numbers(undisturbed)
+@pytest.fixture(scope="module")
+def adapted(sudoku_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a LoRA run, experts too, on two ranks that share them."""
+    run_dir = tmp_path_factory.mktemp("adapted") / "run"
+    train(sudoku_run, run_dir, [*SAVED, *LORA, *topology(2, 2)], processes=2, program=TRACED)
+    assert_untouched(run_dir, 2)
+    return run_dir
+
+
+def resumed_equals(config: Path, run_dir: Path, overrides: list[str]) -> None:
+    """Without its last checkpoint a run of two ranks ends where it had ended, bit for bit."""
+    undisturbed, state = read_metrics(run_dir), final_state(run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "step-000004")
+    assert numbers(train(config, run_dir, overrides, processes=2)) == numbers(undisturbed)
     assert final_state(run_dir) == state
-    if "train.precision=fp32" in settings:
-        shutil.rmtree(run_dir / "checkpoints" / "step-000006")
-        assert_close(train(sudoku_run, run_dir, [*overrides, *topology(1, 1)]), undisturbed)
 
 
-def test_adapter_merged_model_and_a_fresh_adapter_on_it_start_from_the_same_loss(sudoku_run, tmp_path):
-    train(sudoku_run, tmp_path / "run", [*STEPS, EVERYWHERE, *topology(2, 2)], processes=2)
-    export_run(tmp_path / "run", tmp_path / "adapter")
-    export_run(tmp_path / "run", tmp_path / "merged", form="merged")
+def test_lora_on_any_topology_with_layers_as_leaves_equals_one_process_without_and_the_base_stays(
+    adapted, sudoku_run, tmp_path
+):
+    reference = alone(sudoku_run, tmp_path, LORA)
+    assert_close(read_metrics(adapted), reference)
+    run_dir = tmp_path / "whole-experts"
+    assert_close(train(sudoku_run, run_dir, [*STEPS, *LORA, *topology(2, 1)], 2, program=TRACED), reference)
+    assert_untouched(run_dir, 2)
+
+
+def test_a_resumed_lora_run_is_exact(adapted, sudoku_run, tmp_path):
+    run_dir = Path(shutil.copytree(adapted, tmp_path / "run"))
+    resumed_equals(sudoku_run, run_dir, [*SAVED, *LORA, *topology(2, 2)])
+
+
+def test_a_frozen_run_on_two_ranks_equals_one_process_and_the_frozen_parts_stay(sudoku_run, tmp_path):
+    run_dir = tmp_path / "shared"
+    shared = train(sudoku_run, run_dir, [*STEPS, FROZEN, *topology(2, 2)], processes=2, program=TRACED)
+    assert_close(shared, alone(sudoku_run, tmp_path, [FROZEN]))
+    assert_untouched(run_dir, 2)
+
+
+@pytest.mark.parametrize("settings", ["lora={lora_dropout: 0.2}", FROZEN], ids=["dropout", "frozen"])
+def test_a_resumed_bf16_run_is_exact(settings, sudoku_run, tmp_path):
+    run_dir = tmp_path / "run"
+    overrides = [*SAVED, settings, *topology(2, 2), "train.precision=bf16"]
+    train(sudoku_run, run_dir, overrides, processes=2, program=TRACED)
+    assert_untouched(run_dir, 2, "torch.bfloat16")
+    resumed_equals(sudoku_run, run_dir, overrides)
+
+
+def test_adapter_merged_model_and_a_fresh_adapter_on_it_start_from_the_same_loss(adapted, sudoku_run, tmp_path):
+    export_run(adapted, tmp_path / "adapter")
+    export_run(adapted, tmp_path / "merged", form="merged")
 
     once = ["train.max_steps=1"]
     continued = train(sudoku_run, tmp_path / "continued", [*once, EVERYWHERE, f"lora.path={tmp_path / 'adapter'}"])

@@ -18,7 +18,7 @@ from tests.training import read_metrics, start_ranks, train
 
 pytestmark = pytest.mark.slow
 
-STEPS = ["train.max_steps=12", "checkpoint.every=4", "optimizer.warmup_steps=4", "optimizer.lr=2e-3"]
+STEPS = ["train.max_steps=6", "checkpoint.every=2", "optimizer.warmup_steps=2", "optimizer.lr=2e-3"]
 SPREAD = ["parallel.expert_parallel_size=2", "train.micro_batch_size=2"]  # on 2 ranks: accumulation 2
 NUMBERS = ("step", "loss", "loss_diffusion", "loss_ar", "grad_norm", "lr", "samples", "tokens")
 
@@ -27,58 +27,68 @@ def numbers(metrics: list[dict]) -> list[tuple]:
     return [tuple(record[name] for name in NUMBERS) for record in metrics]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_killed_at_any_step_continues_bit_for_bit(precision, sudoku_run, tmp_path):
-    overrides = [*STEPS, *SPREAD, f"train.precision={precision}"]
+def test_a_run_killed_at_its_second_checkpoint_continues_bit_for_bit(sudoku_run, tmp_path):
+    """In bf16, with masters and moments beside the weights; `test_stop.py` and `test_faults.py` do it in fp32."""
+    overrides = [*STEPS, *SPREAD, "train.precision=bf16"]
     undisturbed = train(sudoku_run, tmp_path / "undisturbed", overrides, processes=2)
 
     killed = tmp_path / "killed"
     ranks = start_ranks(sudoku_run, [f"run.dir={killed}", *overrides], 2, tmp_path / "killed.log")
-    wait_for_step(killed, 6, ranks)
+    wait_for_step(killed, 4, ranks)  # its checkpoint comes next, is being written, or is whole
     for rank in ranks:
         rank.send_signal(signal.SIGKILL)
         rank.wait()
-    assert [path.name for path in (killed / "checkpoints").glob("step-*[0-9]")] == ["step-000004"]
+    whole = [path.name for path in sorted((killed / "checkpoints").glob("step-*[0-9]"))]
+    assert whole in (["step-000002"], ["step-000004"], ["step-000002", "step-000004"])
 
     assert numbers(train(sudoku_run, killed, overrides, processes=2)) == numbers(undisturbed)
     assert final_state(killed) == final_state(tmp_path / "undisturbed")
+    assert f"step {int(whole[-1][-6:])}" in (tmp_path / "killed.log").read_text()
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(sudoku_run, tmp_path):
+def test_a_finished_run_changes_nothing_and_a_damaged_newest_checkpoint_is_passed_over(sudoku_run, tmp_path):
     run_dir = tmp_path / "run"
     undisturbed = train(sudoku_run, run_dir, STEPS)
-    newest = run_dir / "checkpoints" / "step-000012"
-    shard = next(newest.glob("*.safetensors"))
+    (run_dir / "complete.json").unlink()  # killed between its last checkpoint and this
+    assert train(sudoku_run, run_dir, STEPS) == undisturbed
+    assert json.loads((run_dir / "complete.json").read_text()) == {"step": 6}
+
+    shard = next((run_dir / "checkpoints" / "step-000006").glob("*.safetensors"))
     content = bytearray(shard.read_bytes())
     content[-1000] ^= 1
     shard.write_bytes(content)
     assert numbers(train(sudoku_run, run_dir, STEPS)) == numbers(undisturbed)
-    assert "step-000012 is damaged" in run_dir.with_suffix(".log").read_text()
+    assert "step-000006 is damaged" in run_dir.with_suffix(".log").read_text()
 
 
-def test_a_finished_run_started_again_changes_nothing(sudoku_run, tmp_path):
-    run_dir = tmp_path / "run"
-    once = train(sudoku_run, run_dir, STEPS)
-    (run_dir / "complete.json").unlink()  # killed between its last checkpoint and this
-    assert train(sudoku_run, run_dir, STEPS) == once
-    assert json.loads((run_dir / "complete.json").read_text()) == {"step": 12}
+# At a high learning rate Adam makes much of rounding, and a token's experts swap places.
+GENTLE = [*STEPS, "optimizer.warmup_steps=40", "optimizer.lr=1.5e-4", "checkpoint.keep_last=3"]
+
+
+@pytest.fixture(scope="module")
+def shared_out(sudoku_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks that share the experts, as it stood after the second of six steps; and its whole metrics."""
+    run_dir = tmp_path_factory.mktemp("shared-out") / "run"
+    train(sudoku_run, run_dir, [*GENTLE, *SPREAD], processes=2)
+    shutil.copy(run_dir / "metrics.jsonl", run_dir / "whole.jsonl")
+    for step in (4, 6):
+        shutil.rmtree(run_dir / "checkpoints" / f"step-{step:06d}")
+    return run_dir
 
 
 @pytest.mark.parametrize(("processes", "experts", "stage"), [(1, 1, 3), (2, 1, 2), (2, 2, 1)])
-def test_a_run_goes_on_with_other_ranks_expert_splits_and_zero_stages(processes, experts, stage, sudoku_run, tmp_path):
-    run_dir = tmp_path / "run"
-    # At a high learning rate Adam makes much of rounding, and a token's experts swap places.
-    overrides = [*STEPS, "optimizer.warmup_steps=40", "optimizer.lr=1.5e-4", "checkpoint.keep_last=3"]
-    undisturbed = train(sudoku_run, run_dir, [*overrides, *SPREAD], processes=2)
-    for step in (8, 12):
-        shutil.rmtree(run_dir / "checkpoints" / f"step-{step:06d}")
+def test_a_run_goes_on_with_other_ranks_expert_splits_and_zero_stages(
+    processes, experts, stage, shared_out, sudoku_run, tmp_path
+):
+    run_dir = Path(shutil.copytree(shared_out, tmp_path / "run"))
     elsewhere = [
         f"parallel.expert_parallel_size={experts}",
         f"train.micro_batch_size={8 // processes}",
         f"deepspeed=ds_configs/zero{stage}.json",
     ]
-    resumed = train(sudoku_run, run_dir, [*overrides, *elsewhere], processes)
-    assert len(resumed) == len(undisturbed) == 12
+    resumed = train(sudoku_run, run_dir, [*GENTLE, *elsewhere], processes)
+    undisturbed = read_metrics(shared_out, "whole.jsonl")
+    assert len(resumed) == len(undisturbed) == 6
     for ours, theirs in zip(resumed, undisturbed, strict=True):
         for name in NUMBERS:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4), f"{name} at step {ours['step']}"
@@ -86,7 +96,7 @@ def test_a_run_goes_on_with_other_ranks_expert_splits_and_zero_stages(processes,
 
 def wait_for_step(run_dir: Path, step: int, ranks: list) -> None:
     """Return as soon as metrics.jsonl has a step."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         assert all(rank.poll() is None for rank in ranks), "a rank ended before it was killed"
         metrics = run_dir / "metrics.jsonl"
@@ -125,7 +135,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_from_what_was_written_before(di
     overrides += ["checkpoint.on_error=continue", "validation.every=1", "validation.examples=8", held_out]
     run_dir, log = disk / "run", tmp_path / "log"
     (rank,) = start_ranks(sudoku_run, [f"run.dir={run_dir}", *overrides], 1, log)
-    assert rank.wait(timeout=300) == EXIT_USER_ERROR, log.read_text()
+    assert rank.wait(timeout=900) == EXIT_USER_ERROR, log.read_text()
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-000001"]
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     (failed,) = [record for record in records if record.get("kind") == "checkpoint_failed"]

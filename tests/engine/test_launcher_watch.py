@@ -53,7 +53,7 @@ def wait_until_ready(runner: subprocess.Popen) -> None:
 
 def ended(process: psutil.Process) -> bool:
     try:
-        process.wait(20)
+        process.wait(60)
     except psutil.TimeoutExpired:
         process.kill()
         return False
@@ -70,7 +70,7 @@ def test_a_rank_ends_when_deepspeed_is_killed(program: str) -> None:
     runner.send_signal(signal.SIGKILL)
     runner.wait()
     assert ended(rank)
-    launch.wait(20)
+    launch.wait(60)
 
 
 def test_a_rank_ends_when_the_launcher_of_its_node_is_killed() -> None:
@@ -80,7 +80,7 @@ def test_a_rank_ends_when_the_launcher_of_its_node_is_killed() -> None:
     assert launch is not None
     launch.kill()
     assert ended(rank)
-    runner.wait(20)
+    runner.wait(60)
 
 
 def test_a_rank_that_trains_has_time_for_a_checkpoint_when_deepspeed_is_killed(tmp_path: Path) -> None:
