@@ -20,13 +20,11 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import IO
 
-READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "WANDB_")  # such variables come too late for a process that has imported all
 REPOSITORY = Path(__file__).resolve().parent.parent
 IMPORTED = (
     "deepspeed",
@@ -153,10 +151,6 @@ def _reap(children: dict[int, socket.socket]) -> None:
             connection.close()
 
 
-def _late(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
-
-
 def _run(arguments: list[str], environment: dict[str, str], output: int) -> None:
     """Become `python -m arguments`; does not return."""
     code = 1
@@ -168,8 +162,6 @@ def _run(arguments: list[str], environment: dict[str, str], output: int) -> None
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.close(output)
-        if _late(environment) != _late(os.environ):
-            os.execve(sys.executable, [sys.executable, "-m", *arguments], environment)
         os.environ.clear()
         os.environ.update(environment)
         sys.argv = list(arguments)
