@@ -52,7 +52,7 @@ from ds_dgemma.training.update import update
 from ds_dgemma.training.utilisation import Utilisation
 
 DOWNLOAD_HOURS = 24
-SECONDS_TO_TELL = 60
+SECONDS_TO_TELL = 20
 
 
 def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tracker, stop: StopRequest) -> bool:

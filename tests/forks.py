@@ -4,8 +4,8 @@
 
 runs a module as `python -m` would, in a process of its own with its own environment, output and exit code; the methods
 are `subprocess.Popen`'s. The server is started by the first call, has run no operation and no thread of torch's when it
-forks, and ends with the process that started it. A process whose environment says something else of what libraries read
-at their import is no fork but a fresh interpreter. Run as a module, this file is the server.
+forks, and ends with the process that started it. Where an environment differs in what libraries read as they are
+imported, another server serves it. Run as a module, this file is the server.
 """
 
 import atexit
@@ -20,27 +20,23 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import IO
 
-READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "WANDB_")  # such variables come too late for a process that has imported all
 REPOSITORY = Path(__file__).resolve().parent.parent
 IMPORTED = (
     "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # every engine imports it, and torch's compiler with it
     "peft",
+    "torch.utils.cpp_extension",
+    "transformers.models.diffusion_gemma.modeling_diffusion_gemma",
     "ds_dgemma.train",
     "ds_dgemma.cli",
     "ds_dgemma.checkpoint.export",
-    # What DeepSpeed and transformers import when they are first used; Muon's kernels bring torch's whole compiler.
-    "deepspeed.ops.op_builder.all_ops",
-    "deepspeed.runtime.superoffload.superoffload_stage3",
-    "deepspeed.runtime.zero.muon.muon_optimizer",
-    "setuptools",
-    "transformers.models.gemma4.modeling_gemma4",
 )
+READ_AT_IMPORT = ("HF_", "TRANSFORMERS_")  # how the names of such variables begin
 
 
 class Process:
@@ -80,7 +76,8 @@ class Process:
 def start(arguments: list[str], environment: dict[str, str], output: IO[bytes]) -> Process:
     """Run a module with its arguments, from the repository; `output` gets all that it says."""
     connection = socket.socket(socket.AF_UNIX)
-    connection.connect(_server())
+    read = {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
+    connection.connect(_server(tuple(sorted(read.items()))))
     message = json.dumps([arguments, environment]).encode() + b"\n"
     socket.send_fds(connection, [message[:1]], [output.fileno()])
     connection.sendall(message[1:])
@@ -88,11 +85,14 @@ def start(arguments: list[str], environment: dict[str, str], output: IO[bytes]) 
 
 
 @cache
-def _server() -> str:
+def _server(read_at_import: tuple[tuple[str, str], ...]) -> str:
     folder = tempfile.TemporaryDirectory(prefix="forks-")
     address = f"{folder.name}/socket"
     command = [sys.executable, "-m", "tests.forks", address]
-    server = subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    others = {name: value for name, value in os.environ.items() if not name.startswith(READ_AT_IMPORT)}
+    environment = {**others, **dict(read_at_import)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    server = subprocess.Popen(command, cwd=REPOSITORY, env=environment, **pipes)
     assert server.stdout is not None
     assert server.stdout.readline() == b"ready\n"
 
@@ -109,8 +109,7 @@ def serve(address: str) -> None:
     """Fork for every connection, and send the exit code when the child is gone; end with the standard input."""
     for module in IMPORTED:
         __import__(module)
-    gc.collect()
-    gc.freeze()  # all that is here stays: a collection in a child need not walk it, nor copy its pages
+    gc.freeze()  # what is imported stays: no child looks through it
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)
@@ -152,10 +151,6 @@ def _reap(children: dict[int, socket.socket]) -> None:
             connection.close()
 
 
-def _late(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
-
-
 def _run(arguments: list[str], environment: dict[str, str], output: int) -> None:
     """Become `python -m arguments`; does not return."""
     code = 1
@@ -167,8 +162,6 @@ def _run(arguments: list[str], environment: dict[str, str], output: int) -> None
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.close(output)
-        if _late(environment) != _late(os.environ):
-            os.execve(sys.executable, [sys.executable, "-m", *arguments], environment)
         os.environ.clear()
         os.environ.update(environment)
         sys.argv = list(arguments)

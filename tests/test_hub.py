@@ -1,9 +1,8 @@
 """A hub id trains like a directory: downloaded once per machine, and a download that fails ends every rank."""
 
 import json
+import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,15 +11,16 @@ from threading import Thread
 
 import pytest
 
-from tests.training import REPOSITORY, start_ranks
+from tests.forks import start
+from tests.training import start_ranks
 
 pytestmark = pytest.mark.slow
 
-NAME, COMMIT = "someone/tiny", "0123456789abcdef0123456789abcdef01234567"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves one model as the hub does, and counts the downloads of every file."""
+    """Serves one model under any name as the hub does, and counts the downloads of every file."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
@@ -46,20 +46,21 @@ class Answer(BaseHTTPRequestHandler):
         hub, path = self.server, self.path.partition("?")[0]
         files = {file.name: file for file in hub.directory.iterdir()}
         headers = {"X-Repo-Commit": COMMIT}
-        if path.startswith(f"/api/models/{NAME}/revision/"):
+        name = path.removeprefix("/api/models").partition("/revision/")[0].strip("/")
+        if "/revision/" in path:
             hub.revisions.append(path.rpartition("/")[2])
-        if path == f"/api/models/{NAME}/revision/main":
-            content = json.dumps({"id": NAME, "sha": COMMIT, "siblings": []}).encode()
-        elif path == f"/api/models/{NAME}/tree/{COMMIT}":
+        if path == f"/api/models/{name}/revision/main":
+            content = json.dumps({"id": name, "sha": COMMIT, "siblings": []}).encode()
+        elif path.startswith("/api/models/") and path.endswith(f"/tree/{COMMIT}"):
             entries = [
                 {"type": "file", "path": name, "size": file.stat().st_size, "oid": f"{number:040x}"}
                 for number, (name, file) in enumerate(files.items())
             ]
             content = json.dumps(entries).encode()
-        elif (name := path.removeprefix(f"/{NAME}/resolve/{COMMIT}/")) in files and name != hub.broken:
-            content = files[name].read_bytes()
-            headers["ETag"] = f'"{list(files).index(name):040x}"'
-            hub.downloads[name] += body
+        elif f"/resolve/{COMMIT}/" in path and (file := path.rpartition("/")[2]) in files and file != hub.broken:
+            content = files[file].read_bytes()
+            headers["ETag"] = f'"{list(files).index(file):040x}"'
+            hub.downloads[file] += body
         else:
             self.send_error(404)
             return
@@ -72,26 +73,34 @@ class Answer(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
 
-@pytest.fixture
-def hub(sudoku_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub with the tiny model, and an empty cache."""
+@pytest.fixture(scope="module")
+def hub(sudoku_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """A hub with the tiny model, and a cache that is empty at first."""
     server = Hub(sudoku_run.parent / "model")
     Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    for variable in ("HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        monkeypatch.delenv(variable, raising=False)
-    yield server
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        for variable in ("HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+            patch.delenv(variable, raising=False)
+        yield server
     server.shutdown()
 
 
-def train_from_hub(config: Path, folder: Path) -> tuple[list[int], str]:
+@pytest.fixture(autouse=True)
+def _nothing_asked_yet(hub: Hub) -> None:
+    hub.downloads.clear()
+    hub.revisions.clear()
+    hub.broken = None
+
+
+def train_from_hub(config: Path, folder: Path, name: str) -> tuple[list[int], str]:
     """Exit codes and log of two ranks."""
-    overrides = [f"run.dir={folder}/run", f"model.path={NAME}", "train.max_steps=1", "train.micro_batch_size=4"]
+    overrides = [f"run.dir={folder}/run", f"model.path={name}", "train.max_steps=1", "train.micro_batch_size=4"]
     ranks = start_ranks(config, overrides, 2, folder / "log")
     try:
-        codes = [rank.wait(timeout=400) for rank in ranks]
+        codes = [rank.wait(timeout=300) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
@@ -102,7 +111,7 @@ def test_one_rank_downloads_for_all_and_a_second_run_downloads_nothing(hub, sudo
     for number in range(2):
         folder = tmp_path / str(number)
         folder.mkdir()
-        codes, log = train_from_hub(sudoku_run, folder)
+        codes, log = train_from_hub(sudoku_run, folder, "someone/tiny")
         assert codes == [0, 0], log
         assert len(re.findall(r"^loaded .*: \d+\.\d\d GB read in \d+\.\d s by rank 0$", log, re.MULTILINE)) == 1, log
         assert hub.downloads["model.safetensors"] == 1
@@ -111,16 +120,17 @@ def test_one_rank_downloads_for_all_and_a_second_run_downloads_nothing(hub, sudo
 
 def test_a_download_that_fails_is_told_once_and_ends_every_rank(hub, sudoku_run, tmp_path):
     hub.broken = "model.safetensors"
-    codes, log = train_from_hub(sudoku_run, tmp_path)
+    codes, log = train_from_hub(sudoku_run, tmp_path, "someone/broken")
     assert codes == [2, 2], log
     assert "Traceback" not in log
-    assert log.count(f"model.path: {NAME} is no directory and could not be fetched") == 1, log
+    assert log.count("model.path: someone/broken is no directory and could not be fetched") == 1, log
 
 
 @pytest.mark.parametrize("command", ["generate --prompt 1", "merge --adapter . --out {out}"])
 def test_a_command_asks_for_the_revision_that_it_is_told(command, hub, tmp_path):
     arguments = command.format(out=tmp_path / "out").split()
-    program = [sys.executable, "-m", "ds_dgemma", *arguments, "--model", NAME, "--revision", "v2"]
-    ended = subprocess.run(program, capture_output=True, text=True, timeout=400, cwd=REPOSITORY)
-    assert (ended.returncode, set(hub.revisions)) == (2, {"v2"}), ended.stderr
-    assert f"{NAME} at revision v2" in ended.stderr
+    with (tmp_path / "log").open("wb") as log:
+        ended = start(["ds_dgemma", *arguments, "--model", "someone/other", "--revision", "v2"], dict(os.environ), log)
+    said = (ended.wait(timeout=300), set(hub.revisions), (tmp_path / "log").read_text())
+    assert said[:2] == (2, {"v2"}), said
+    assert "someone/other at revision v2" in said[2]

@@ -1,4 +1,5 @@
-"""States and weights in host memory, two ranks that share the experts: the same numbers, and the same resume.
+"""A run that is started again resumes bit for bit, whatever it trains and wherever that lies: two ranks that share the
+experts; states and weights in host memory compute what they compute on the device.
 
 What is left out of the test is refused: offload to NVMe, and parameters below stage 3 (`test_ds_config.py`).
 """
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.resume_matrix import SETTINGS
 from tests.test_resume import final_state, numbers
 from tests.training import train
 
@@ -20,55 +22,50 @@ RUN = [
     "train.max_steps=4", "checkpoint.every=2", "checkpoint.keep_last=3", "optimizer.warmup_steps=2",
     "parallel.expert_parallel_size=2", "train.micro_batch_size=2",
 ]  # fmt: skip
-EXPERT_LORA = "lora={r: 8, target_parameters: [experts.gate_up_proj, experts.down_proj]}"
+FULL, FROZEN = [], SETTINGS["frozen"]
+DROPOUT = ["lora={lora_dropout: 0.2}"]  # PEFT has none on experts
 
 
-def offloaded(folder: Path, stage: int, settings: dict, **top_level: object) -> str:
+def zero(folder: Path, stage: int, settings: dict, **top_level: object) -> str:
     """An override that names a JSON with these ZeRO settings."""
     path = folder / "zero.json"
-    zero = {"stage": stage, "stage3_param_persistence_threshold": 0, **settings}
-    path.write_text(json.dumps({"zero_optimization": zero, **top_level}))
+    folder.mkdir(exist_ok=True)
+    section = {"stage": stage, "stage3_param_persistence_threshold": 0, **settings}
+    path.write_text(json.dumps({"zero_optimization": section, **top_level}))
     return f"deepspeed={path}"
 
 
-@pytest.fixture(scope="module")
-def undisturbed(sudoku_run, tmp_path_factory):
-    """Losses and gradient norms without offload, by (precision, extra override)."""
-    runs: dict[tuple[str, str], list[dict]] = {}
-
-    def get(precision: str, extra: str) -> list[dict]:
-        if (precision, extra) not in runs:
-            folder = tmp_path_factory.mktemp("on-device")
-            overrides = [*RUN, f"train.precision={precision}", extra, offloaded(folder, 3, {})]
-            runs[precision, extra] = train(sudoku_run, folder / "run", [o for o in overrides if o], processes=2)
-        return runs[precision, extra]
-
-    return get
+def run_and_resume(config: Path, run_dir: Path, settings: list[str]) -> list[dict]:
+    """Train, go on from the middle once more, hold the two against each other."""
+    once = train(config, run_dir, settings, processes=2, program=("tests.engine.traced",))
+    state = final_state(run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "step-000004")
+    assert numbers(train(config, run_dir, settings, processes=2)) == numbers(once)
+    assert final_state(run_dir) == state
+    return once
 
 
 @pytest.mark.parametrize(
-    ("precision", "stage", "settings", "top_level", "extra"),
+    ("precision", "trained", "offloads"),
     [
-        ("fp32", 3, OPTIMIZER | PARAMETERS, {}, ""),
-        ("fp32", 3, OPTIMIZER, {"zero_force_ds_cpu_optimizer": False}, ""),
-        ("bf16", 2, OPTIMIZER, {}, ""),
-        ("bf16", 3, PARAMETERS, {}, EXPERT_LORA),
+        ("fp32", FULL, [(3, OPTIMIZER | PARAMETERS, {}), (3, OPTIMIZER, {"zero_force_ds_cpu_optimizer": False})]),
+        ("bf16", FULL, [(2, OPTIMIZER, {})]),
+        ("bf16", SETTINGS["lora"], [(3, PARAMETERS, {})]),
+        ("bf16", DROPOUT, []),
+        ("bf16", FROZEN, []),
     ],
-    ids=["both", "by torch's AdamW", "stage 2", "parameters, LoRA"],
+    ids=["both, and by torch's AdamW", "stage 2", "parameters, LoRA of experts", "LoRA with dropout", "frozen"],
 )
-def test_an_offloaded_run_computes_the_same_and_resumes_bit_for_bit(
-    precision, stage, settings, top_level, extra, sudoku_run, undisturbed, tmp_path
-):
-    run_dir = tmp_path / "run"
-    overrides = [*RUN, f"train.precision={precision}", offloaded(tmp_path, stage, settings, **top_level)]
-    overrides += [extra] if extra else []
-    once = train(sudoku_run, run_dir, overrides, processes=2)
-    for ours, theirs in zip(once, undisturbed(precision, extra), strict=True):
-        tolerance = 1e-5 if precision == "fp32" else 2e-3  # CPU Adam rounds otherwise; bf16 makes more of it
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=tolerance)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=20 * tolerance)
-
-    state = final_state(run_dir)
-    shutil.rmtree(run_dir / "checkpoints" / "step-000004")
-    assert numbers(train(sudoku_run, run_dir, overrides, processes=2)) == numbers(once)
-    assert final_state(run_dir) == state
+def test_a_run_resumes_bit_for_bit_and_offloaded_computes_the_same(precision, trained, offloads, sudoku_run, tmp_path):
+    settings = [*RUN, *trained, f"train.precision={precision}"]
+    on_device = run_and_resume(sudoku_run, tmp_path / "run", [*settings, zero(tmp_path, 3, {})])
+    if trained:
+        said = (tmp_path / "run.log").read_text()
+        assert said.count("frozen, dtypes ['torch.bfloat16']") == said.count("0 changed of ") == 2, said[-2000:]
+    for number, (stage, where, more) in enumerate(offloads):
+        folder = tmp_path / f"offloaded-{number}"
+        offloaded = run_and_resume(sudoku_run, folder / "run", [*settings, zero(folder, stage, where, **more)])
+        for ours, theirs in zip(offloaded, on_device, strict=True):
+            tolerance = 1e-5 if precision == "fp32" else 2e-3  # CPU Adam rounds otherwise; bf16 makes more of it
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=tolerance)
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=20 * tolerance)

@@ -1,11 +1,12 @@
 """Train as `ds_dgemma.train` does, and print what no file of a run tells: whether frozen weights stayed as they were,
 and how often ZeRO-3 gathered a layer's parameters in a micro-step of the last step.
 
-    python -m tests.engine.traced [--no-leaves] --config C.yaml ...
+    python -m tests.engine.traced [--no-leaves] [--stop-after STEP] --config C.yaml ...
 
---no-leaves lets ZeRO-3 gather linear by linear instead of layer by layer.
+--no-leaves lets ZeRO-3 gather linear by linear instead of layer by layer; --stop-after stops the run as a signal would.
 """
 
+import argparse
 import sys
 from collections import Counter
 from typing import Any
@@ -16,6 +17,9 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 
 from ds_dgemma import train
 from ds_dgemma.engine import deepspeed_engine
+from ds_dgemma.engine.stop_request import StopRequest
+
+GATHER = "_PartitionedParameterCoordinator__all_gather_params_"  # all that ZeRO-3 gathers for a module comes by here
 
 GATHER = "_PartitionedParameterCoordinator__all_gather_params_"  # all that ZeRO-3 gathers for a module comes by here
 
@@ -56,9 +60,20 @@ class Gathers:
 
 def main(argv: list[str]) -> int:
     """Train; print two lines for every rank."""
-    if "--no-leaves" in argv:
-        argv = [argument for argument in argv if argument != "--no-leaves"]
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--no-leaves", action="store_true")
+    parser.add_argument("--stop-after", type=int)
+    ours, argv = parser.parse_known_args(argv)
+    if ours.no_leaves:
         deepspeed_engine.gather_as_units = lambda stack: None
+    agreed = StopRequest.agreed
+
+    def agreed_after(stop, ranks):
+        if stop.step == ours.stop_after:
+            stop.wish("the end of a test's leg")
+        return agreed(stop, ranks)
+
+    StopRequest.agreed = agreed_after
     frozen: dict[str, tuple[Any, torch.Tensor]] = {}
     start, gathers = train.start_engine, Gathers()
 
