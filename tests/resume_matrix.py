@@ -5,8 +5,8 @@
 A run makes 20 steps and a checkpoint at the 10th, behind the warm-up. On every topology it goes on from there, and its
 last 10 steps are held against the uninterrupted ones: the largest relative difference of losses and gradient norm
 must stay below 1e-4. Full training has two parameter groups with learning rates and weight decays of their own, LoRA
-has experts and a group for B, and the frozen run leaves out a layer and the embedding. fp32, top-2 of 8 experts;
-accumulation follows from batch and ranks. `--pairs N` draws N of every 16 pairs.
+has experts and a group for B, and the frozen run leaves out a layer, the embedding and self-conditioning. fp32, top-2
+of 8 experts; accumulation follows from batch and ranks. `--pairs N` draws N of every 16 pairs.
 """
 
 import argparse
@@ -29,7 +29,9 @@ SETTINGS = {
         "lora={target_parameters: [experts.gate_up_proj, experts.down_proj], init_lora_weights: false}",
         "optimizer.groups=[{match: '*.lora_B', lr: 3e-4, weight_decay: 0.0}]",
     ],
-    "frozen": ["model.freeze=['*.embed_tokens.weight', '*.layers.0.*', '*.experts.down_proj']"],
+    "frozen": [
+        "model.freeze=['*.embed_tokens.weight', '*.self_conditioning.*', '*.layers.0.*', '*.experts.down_proj']"
+    ],
 }
 MICRO_BATCH = 2
 COMPARED = ("loss", "loss_diffusion", "loss_ar", "grad_norm")

@@ -1,8 +1,10 @@
-"""A killed run goes on as if nothing had happened: same command, same losses, bit for bit."""
+"""A killed run goes on as if nothing had happened: same command, same losses, bit for bit.
+
+On another topology it goes on in `test_topologies.py`, bit for bit whatever it trains in `test_offload.py`.
+"""
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -59,39 +61,6 @@ def test_a_finished_run_changes_nothing_and_a_damaged_newest_checkpoint_is_passe
     shard.write_bytes(content)
     assert numbers(train(sudoku_run, run_dir, STEPS)) == numbers(undisturbed)
     assert "step-000006 is damaged" in run_dir.with_suffix(".log").read_text()
-
-
-# At a high learning rate Adam makes much of rounding, and a token's experts swap places.
-GENTLE = [*STEPS, "optimizer.warmup_steps=40", "optimizer.lr=1.5e-4", "checkpoint.keep_last=3"]
-
-
-@pytest.fixture(scope="module")
-def shared_out(sudoku_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two ranks that share the experts, as it stood after the second of six steps; and its whole metrics."""
-    run_dir = tmp_path_factory.mktemp("shared-out") / "run"
-    train(sudoku_run, run_dir, [*GENTLE, *SPREAD], processes=2)
-    shutil.copy(run_dir / "metrics.jsonl", run_dir / "whole.jsonl")
-    for step in (4, 6):
-        shutil.rmtree(run_dir / "checkpoints" / f"step-{step:06d}")
-    return run_dir
-
-
-@pytest.mark.parametrize(("processes", "experts", "stage"), [(1, 1, 3), (2, 1, 2), (2, 2, 1)])
-def test_a_run_goes_on_with_other_ranks_expert_splits_and_zero_stages(
-    processes, experts, stage, shared_out, sudoku_run, tmp_path
-):
-    run_dir = Path(shutil.copytree(shared_out, tmp_path / "run"))
-    elsewhere = [
-        f"parallel.expert_parallel_size={experts}",
-        f"train.micro_batch_size={8 // processes}",
-        f"deepspeed=ds_configs/zero{stage}.json",
-    ]
-    resumed = train(sudoku_run, run_dir, [*GENTLE, *elsewhere], processes)
-    undisturbed = read_metrics(shared_out, "whole.jsonl")
-    assert len(resumed) == len(undisturbed) == 6
-    for ours, theirs in zip(resumed, undisturbed, strict=True):
-        for name in NUMBERS:
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), f"{name} at step {ours['step']}"
 
 
 def wait_for_step(run_dir: Path, step: int, ranks: list) -> None:

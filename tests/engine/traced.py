@@ -21,8 +21,6 @@ from ds_dgemma.engine.stop_request import StopRequest
 
 GATHER = "_PartitionedParameterCoordinator__all_gather_params_"  # all that ZeRO-3 gathers for a module comes by here
 
-GATHER = "_PartitionedParameterCoordinator__all_gather_params_"  # all that ZeRO-3 gathers for a module comes by here
-
 
 def shard(parameter: Any) -> torch.Tensor:
     """What this rank holds of a parameter."""
