@@ -1,9 +1,8 @@
 """Benchmarks run: equal work is compared, a step holds what was planned, transformers loads the random checkpoint."""
 
 import json
+import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,24 @@ from transformers import DiffusionGemmaForBlockDiffusion
 from ds_dgemma.checkpoint.weights import WeightReader
 from tests.benchmarks.length import MEMORY_PER_DOUBLING, failures
 from tests.benchmarks.real_checkpoint import make_checkpoint
+from tests.forks import start
 from tests.gpu import shapes
 
-STEP = Path(__file__).parent / "benchmarks" / "step.py"
-LOAD = Path(__file__).parent / "benchmarks" / "load.py"
+
+def printed(folder: Path, benchmark: str, *arguments: object) -> str:
+    """What a benchmark prints; its exit code, which must be 0, is its own judgement."""
+    log = folder / f"{len(list(folder.iterdir()))}.log"
+    with log.open("wb") as output:
+        code = start([f"tests.benchmarks.{benchmark}", *map(str, arguments)], dict(os.environ), output).wait(900)
+    assert code == 0, log.read_text()
+    return log.read_text()
 
 
 @pytest.mark.slow
-def test_a_benchmark_step_computes_what_transformers_does_and_prints_the_ratios() -> None:
+def test_a_benchmark_step_computes_what_transformers_does_and_prints_the_ratios(tmp_path: Path) -> None:
     small = ["--prompt", "16", "--response", "64", "--batch", "2", "--vocabulary", "512", "--repeats", "1"]
-    run = subprocess.run([sys.executable, STEP, *small, "--steps", "1"], capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr  # 1 when the losses differ
-    ratios = re.findall(r"/ transformers: CPU time (\S+), wall time (\S+), peak memory (\S+)", run.stdout)
+    said = printed(tmp_path, "step", *small, "--steps", "1")
+    ratios = re.findall(r"/ transformers: CPU time (\S+), wall time (\S+), peak memory (\S+)", said)
     assert len(ratios) == 3  # recomputed, recomputed in part, and kept
     assert all(float(ratio) > 0 for variant in ratios for ratio in variant)
 
@@ -54,10 +59,8 @@ def test_a_step_holds_and_sends_what_was_planned(stage: int, reuse: int, overrid
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": zero}))
     ranks = ["--processes", "2", "--expert-parallel", "2", "--length", "128", "--accumulation", "2"]
     files = ["--model", tmp_path / "model", "--deepspeed", tmp_path / "zero.json"]
-    command = [sys.executable, "-m", "tests.benchmarks.memory", *files, *ranks, "--set", override]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr  # 1 when a state differs
-    rows = dict(re.findall(r"\| sent: (\S+) \|.*\| (\S+)% \|", run.stdout))
+    said = printed(tmp_path, "memory", *files, *ranks, "--set", override)
+    rows = dict(re.findall(r"\| sent: (\S+) \|.*\| (\S+)% \|", said))
     if stage == 3:
         assert abs(float(rows["all-gather"])) < 1
         assert abs(float(rows["reduce"])) < 1
@@ -65,11 +68,10 @@ def test_a_step_holds_and_sends_what_was_planned(stage: int, reuse: int, overrid
 
 
 @pytest.mark.slow
-def test_memory_of_a_step_grows_with_its_length_and_not_its_square() -> None:
+def test_memory_of_a_step_grows_with_its_length_and_not_its_square(tmp_path: Path) -> None:
     def memory(length: int) -> float:
-        child = ["-m", "tests.benchmarks.length", "--child", "5 sliding : 1 full", str(length)]
-        run = subprocess.run([sys.executable, *child], capture_output=True, text=True, check=True)
-        return json.loads(run.stdout.splitlines()[-1])["memory"]
+        said = printed(tmp_path, "length", "--child", "5 sliding : 1 full", length)
+        return json.loads(said.splitlines()[-1])["memory"]
 
     assert 1.5 < memory(4096) / memory(2048) <= MEMORY_PER_DOUBLING
 
@@ -87,10 +89,8 @@ def test_a_step_that_grows_with_the_square_of_its_length_is_refused() -> None:
 
 @pytest.mark.slow
 def test_every_value_that_two_ranks_load_equals_the_files(tmp_path: Path) -> None:
-    command = [sys.executable, LOAD, "--check", "--miniature", "--dir", tmp_path / "model"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert len(re.findall(r"^\| 2 \| [12] \| [01] \|", run.stdout, re.MULTILINE)) == 4
+    said = printed(tmp_path, "load", "--check", "--miniature", "--dir", tmp_path / "model")
+    assert len(re.findall(r"^\| 2 \| [12] \| [01] \|", said, re.MULTILINE)) == 4
 
 
 def test_the_random_checkpoint_is_whole_and_the_same_however_it_is_sharded(tmp_path: Path) -> None:
