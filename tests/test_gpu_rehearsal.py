@@ -1,7 +1,9 @@
 """The GPU script holds on the CPU at miniature shapes, so that a GPU needs no more than its one command."""
 
+import os
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -28,7 +30,9 @@ def test_a_check_that_hangs_is_ended_with_its_children_and_is_a_row_like_one_tha
 
 @pytest.mark.slow
 def test_every_gpu_check_holds_in_rehearsal_and_is_a_row_of_the_table(tmp_path: Path) -> None:
-    script = subprocess.run(["bash", SCRIPT, "--rehearse", "--out", tmp_path], capture_output=True, text=True)
+    environment = {**os.environ, "VIRTUAL_ENV": sys.prefix}  # this one, also in a worktree without its own
+    command = ["bash", SCRIPT, "--rehearse", "--out", tmp_path]
+    script = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert script.returncode == 0, script.stdout + script.stderr
     (table,) = tmp_path.glob("rehearsal-*.md")
     rows = re.findall(r"^\| (.+?) \| (.+?) \| (.*) \| \d+ \|$", table.read_text(), re.MULTILINE)
