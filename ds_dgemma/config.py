@@ -77,6 +77,12 @@ class ModelSection(Section):
         default="error",
         description="a checkpoint without the encoder's layer scalars is refused, or gets the decoder's",
     )
+    attention: Literal["auto", "sdpa", "flash_attn_4", "ffpa"] = Field(
+        default="auto",
+        description="attention kernels. auto: the fastest that are installed, fit the GPU and the layer, and pass a "
+        "comparison with torch's; sdpa: torch's; a package's: where it fits, elsewhere torch's (head sizes up to 256: "
+        "flash_attn_4; 512: ffpa)",
+    )
 
 
 class ColumnsSection(Section):
@@ -189,10 +195,28 @@ class ParallelSection(Section):
     )
 
 
+NoiseSchedule = Literal["uniform", "cosine", "logit_normal"]  # objective/schedules.py
+LossName = Literal["base", "reweighted", "leave_one_out", "reweighted_leave_one_out"]  # objective/losses.py
+
+
 class ObjectiveSection(Section):
     """The two-part block-diffusion loss (DiffusionGemma; gemma/diffusion `hd/sft_model.py`)."""
 
-    noise_eps: float = Field(default=1e-3, ge=0, lt=1, description="noise level t ~ U(eps, 1)")
+    loss: LossName = Field(
+        default="base",
+        description="of a canvas token: cross-entropy; reweighted: times 1 / (1 - t), 100 at most; leave_one_out: the "
+        "model learns what the other tokens say of a token, and its loss joins to that what the token itself says; "
+        "both. t: the canvas's noise level",
+    )
+    noise_schedule: NoiseSchedule = Field(
+        default="uniform",
+        description="noise levels between noise_eps and noise_max: all alike; cosine: more high ones; logit_normal: "
+        "more in the middle",
+    )
+    noise_eps: float = Field(
+        default=1e-3, ge=0, lt=1, description="least noise level, the share of tokens that are drawn anew"
+    )
+    noise_max: float = Field(default=1.0, gt=0, le=1, description="largest noise level")
     self_conditioning_probability: float = Field(
         default=0.5, ge=0, le=1, description="chance that the second pass sees the first one's guess"
     )
@@ -214,6 +238,12 @@ class ObjectiveSection(Section):
     def _some_canvas(self) -> "ObjectiveSection":
         if isinstance(self.canvases_per_example, int) and self.canvases_per_example < 1:
             raise ValueError("canvases_per_example must be at least 1, or all")
+        return self
+
+    @model_validator(mode="after")
+    def _some_noise(self) -> "ObjectiveSection":
+        if self.noise_max <= self.noise_eps:
+            raise ValueError(f"noise_max {self.noise_max} is not above noise_eps {self.noise_eps}")
         return self
 
 

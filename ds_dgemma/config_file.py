@@ -35,6 +35,7 @@ MAY_CHANGE_WITHIN_A_RUN = (
     "run",
     "model.path",  # another place of the same model: its digest is compared, as the data's is
     "model.revision",
+    "model.attention",
     "data.train",
     "data.validation",
     "data.validation_split",

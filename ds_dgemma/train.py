@@ -9,6 +9,7 @@ stop a run after a checkpoint, a second one at once; launch/README.md has the ex
 import argparse
 import os
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from ds_dgemma.run_directory import (
     mark_unfinished,
     write_settings,
 )
+from ds_dgemma.tracking.metrics import START
 from ds_dgemma.tracking.sinks import ConsoleSink, JsonlSink, Sink, Tracker, WandbSink
 from ds_dgemma.tracking.spikes import SpikeDetector, past_losses
 from ds_dgemma.training.bad_steps import BadSteps
@@ -50,6 +52,7 @@ from ds_dgemma.training.update import update
 from ds_dgemma.training.utilisation import Utilisation
 
 DOWNLOAD_HOURS = 24
+SECONDS_TO_TELL = 20
 
 
 def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tracker, stop: StopRequest) -> bool:
@@ -60,8 +63,9 @@ def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tra
         BadNumbers: on every rank, after too many steps in a row that were skipped.
         NotWritten: on every rank, a checkpoint that the run may not go on without.
     """
+    tracker.track({"kind": START, "step": prepared.start, **prepared.attention})
     stack = fill_model(prepared.model, ranks, prepared.deepspeed, config.train.precision, prepared.resumed, config.seed)
-    objective = DenoisingObjective(stack, config.objective.logits_chunk_mib).train()
+    objective = DenoisingObjective(stack, config.objective.logits_chunk_mib, config.objective.loss).train()
     engine = start_engine(objective, prepared.deepspeed, config.optimizer)
     create_moments(engine, 0)  # before the first step, or a checkpoint after skipped ones would find none
     if prepared.resumed:
@@ -170,6 +174,8 @@ def main(argv: list[str] | None = None) -> int:
         # All ranks of a host see the same: one of them tells.
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(error, file=sys.stderr, flush=True)
+        else:  # a launcher ends all ranks when one ends: this one's end would silence the one that tells
+            time.sleep(SECONDS_TO_TELL)
         return EXIT_USER_ERROR
     ranks = RankLayout.from_environment(config.parallel.expert_parallel_size)
     watch_launcher(stop)

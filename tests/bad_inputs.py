@@ -221,6 +221,10 @@ CONFIG: dict[str, tuple[Break, list[str]]] = {
         setting("optimizer.groups=[{match: '*.nose.*', lr: 1.0}]"),
         ["optimizer.groups.0.match"],
     ),
+    "attention kernel without a GPU": (
+        setting("model.attention=ffpa"),
+        ["model.attention = ffpa", "needs a CUDA device"],
+    ),
     "balance of frozen routers": (setting("objective.router_balance_weight=0.1"), ["router_balance_weight"]),
     "DeepSpeed JSON missing": (setting("deepspeed={folder}/none.json"), ["none.json", "no such file"]),
     "DeepSpeed JSON broken": (deepspeed(b'{"zero_optimization": '), ["deepspeed.json"]),

@@ -66,7 +66,7 @@ class Job:
     def step(self) -> int:
         """Steps that are on record."""
         metrics = self.run_dir / "metrics.jsonl"
-        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        return sum('"kind"' not in line for line in metrics.read_text().splitlines()) if metrics.exists() else 0
 
     def output(self) -> str:
         """What this start has printed."""

@@ -9,9 +9,7 @@ import pytest
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads fight over two cores
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # a script started the suite with `&`, and children would inherit it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script started the suite with `&`; children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from tests.training import make_run

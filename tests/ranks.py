@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-SECONDS = 300
+SECONDS = 240
 
 
 def on_ranks(world: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> list[Any]:

@@ -3,7 +3,6 @@ run.
 """
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,8 @@ import pytest
 from ds_dgemma.cli import main
 from ds_dgemma.data.stream import locate
 from ds_dgemma.errors import EXIT_BAD_NUMBERS, EXIT_USER_ERROR
-from tests.forks import start
 from tests.test_resume import final_state, numbers
-from tests.training import start_ranks, train
+from tests.training import start_module, start_ranks, train
 
 slow = pytest.mark.slow
 
@@ -59,11 +57,10 @@ def test_a_bad_loss_on_one_rank_leaves_one_update_out_on_all_and_replays(sudoku_
 
     moved = tmp_path / "moved"  # a run directory may be copied to where the fault is looked for
     run_dir.rename(moved)
-    with (tmp_path / "replayed").open("wb") as output:
-        replayed = start([*poisoned, "replay", str(moved / "replay/step-000003.json")], dict(os.environ), output)
-    code, said = replayed.wait(600), (tmp_path / "replayed").read_text()
-    assert code == 0, said
-    lines = said.splitlines()
+    log = tmp_path / "replayed.log"
+    (replayed,) = start_module([*poisoned, "replay", str(moved / "replay/step-000003.json")], 1, log)
+    assert replayed.wait(400) == 0, log.read_text()
+    lines = log.read_text().splitlines()
     assert any("step-000002, as they were" in line for line in lines)
     assert lines[-1] == f"Reproduced: rank {BAD_RANK} micro-batch {BAD_MICRO_BATCH}, example {BAD}."
     for line in lines:  # computed alone, each micro-batch has the loss that it had among ranks and split experts
@@ -92,7 +89,7 @@ def test_one_infinite_number_in_a_rank_s_experts_is_a_bad_step_and_too_many_in_a
         overrides = [f"run.dir={run_dir}", *RUN, "train.max_steps=6", *settings, *more]
         ranks = start_ranks(sudoku_run, overrides, processes, log, ("tests.poisoned", "experts", bad, "train"))
         try:
-            return [rank.wait(600) for rank in ranks]
+            return [rank.wait(400) for rank in ranks]
         finally:
             for rank in ranks:
                 rank.kill()

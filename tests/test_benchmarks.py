@@ -110,3 +110,15 @@ def test_the_random_checkpoint_is_whole_and_the_same_however_it_is_sharded(tmp_p
             assert torch.equal(one.read(name), tensor)
             assert torch.equal(many.read(name), tensor)
     assert model.state_dict().keys() - one.files.keys() == set(model.all_tied_weights_keys)
+
+
+@pytest.mark.slow
+def test_losses_are_compared_after_runs_of_their_own(tmp_path: Path) -> None:
+    few = ["--losses", "leave_one_out", "--seeds", "0", "--steps", "2", "--puzzles", "4"]
+    batch = ["--set", "train.global_batch_size=8", "--set", "train.micro_batch_size=8"]
+    command = [sys.executable, "-m", "tests.benchmarks.losses", "--dir", tmp_path, *few, *batch]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    (row,) = re.findall(r"^\| leave_one_out \| \S+% \| \S+% \| (\S+) \| (\S+) \|", run.stdout, re.MULTILINE)
+    base, posterior = map(float, row)
+    assert posterior < base  # it adds what the token itself says, of which two steps have taught nothing

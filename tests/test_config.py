@@ -74,73 +74,49 @@ def test_set_reads_a_value_as_yaml_and_wins_over_the_file(override, read, value)
     assert type(found) is type(value)
 
 
-@pytest.mark.parametrize(
-    ("added", "overrides", "said"),
-    [
-        ("optimizer:\n  lear: 1", [], r"sft.yaml:11 +optimizer.lear +unknown .* Did you mean optimizer.lr\?"),
-        ("optimiser: {lr: 1}", [], r"sft.yaml:10 +optimiser .* Did you mean optimizer\?"),
-        ("precision: fp32", [], r"sft.yaml:10 +precision .* Did you mean train.precision\?"),
-        ("optimizer.lr: 1", [], r"sft.yaml:10 +optimizer.lr .*write lr: indented below optimizer:"),
-        ("seed: abc", [], r'sft.yaml:10 +seed = "abc" +expected a whole number ≥ 0'),
-        ("seed: true", [], r"sft.yaml:10 +seed = true +expected a whole number"),
-        ("optimizer: {betas: [0.9]}", [], r"optimizer.betas = \[0.9\] +expected a list of 2 numbers"),
-        ("optimizer: {lr: .inf}", [], r"optimizer.lr = Infinity"),
-        ("optimizer: {lr: 1e-6}", [], r"sft.yaml:10 +optimizer +min_lr 1.5e-05 is above lr 1e-06"),
-        ("objective: {canvases_per_example: few}", [], r"expected a whole number or all"),
-        ("optimizer:", [], r"sft.yaml:10 +optimizer = null +expected a section with"),
-        ("seed: 1\nseed: 2", [], r"sft.yaml:11 +seed +is set twice, first on line 10"),
-        ("", ["train.precison=fp32"], r"--set +train.precison .* Did you mean train.precision\?"),
-        ("", ["train.precision=fp16"], r'--set +train.precision = "fp16" +expected bf16 or fp32'),
-        ("", ["optimizer.lr"], r"--set +optimizer.lr +expected key=value"),
-        ("", ["data.train=[a"], r"--set +data.train=\[a +the value is not valid YAML"),
-        ("", ["train={max_steps: 1}"], r"--set +train.micro_batch_size +is required: a whole number"),
-        ("", ["train.micro_batch_size=5"], r"does not divide train.global_batch_size 32. Set 1, 2, 4, 8"),
-        ("validation: {every: 5}", [], r"sft.yaml:10 +validation.every = 5 +needs held-out data"),
-        ("checkpoint: {every: 100, keep_every: 250}", [], r"checkpoint +keep_every 250 cannot be met: .* every 100"),
-        (
-            "checkpoint: {every: 0, keep_every: 5}",
-            [],
-            r"sft.yaml:10 +checkpoint +keep_every 5 .* at the last step only",
-        ),
-        (
-            "checkpoint: {keep_best: 1}",
-            [],
-            r"sft.yaml:10 +checkpoint.keep_best = 1 +no step up to .* validation \(every 0",
-        ),
-        (
-            "checkpoint: {keep_best: 1, every: 3}",
-            ["validation.every=5", "data.validation=x", "train.max_steps=14"],
-            r"sft.yaml:10 +checkpoint.keep_best = 1 +no step up to 14 has both",
-        ),
-        ("checkpoint: {on_error: ignore}", [], r"checkpoint.on_error = \"ignore\" +expected stop or continue"),
-        ("lora: {rank: 8}", [], r"sft.yaml:10 +lora.rank +unknown setting"),
-        ("lora: {r: 0}", [], r"sft.yaml:10 +lora.r = 0 +expected a whole number ≥ 1"),
-        ("lora: {r: true}", [], r"sft.yaml:10 +lora.r = true +expected a whole number ≥ 1"),
-        ("lora: {init_lora_weights: eva}", [], r"lora.init_lora_weights = \"eva\" +expected true or false or gaussian"),
-        ("lora: {target_modules: '(a'}", [], r"sft.yaml:10 +lora +target_modules '\(a' is no regular expression"),
-        ("lora: {target_modules: null}", [], r"sft.yaml:10 +lora +nothing would get an adapter"),
-        (
-            "lora: {lora_dropout: 0.1, target_parameters: [experts.down_proj]}",
-            [],
-            r"sft.yaml:10 +lora +lora_dropout 0.1 cannot go with target_parameters",
-        ),
-        ("lora: {}", ["model.freeze=['*.experts.*']"], r"--set +model.freeze = .* +with lora every weight of the base"),
-        ("lora: {}", ["model.train_router=true"], r"--set +model.train_router = true +with lora the base is frozen"),
-        ("objective: {router_balance_weight: 1}", [], r"sft.yaml:10 +objective.router_balance_weight = 1.* frozen"),
-        ("", ["model.freeze=['re:(']"], r"--set +model.freeze +'\(' is no regular expression"),
-        ("optimizer:\n  groups:\n  - {match: a, lr: 0}", [], r"sft.yaml:11 +optimizer.groups.0.lr = 0 +expected a num"),
-        ("optimizer: {groups: [{match: a, lr: true}]}", [], r"optimizer.groups.0.lr = true +expected a number"),
-        (
-            "optimizer: {groups: [{match: a, rate: 1}]}",
-            [],
-            r"optimizer.groups.0.rate +unknown setting",
-        ),
-        ("optimizer: {groups: [{match: a}]}", [], r"optimizer.groups.0 +a group needs an lr or a weight_decay"),
-        ("", ["deepspeed=none.json"], r'deepspeed = "none.json" +no such file; relative paths start at'),
-    ],
-)
-def test_each_mistake_is_told_with_its_place_and_remedy(added, overrides, said) -> None:
-    assert re.search(said, refusal(GOOD + added, *overrides))
+# Where each stands, the setting's name, and what to write instead where that can be known; no wording. A mistake that
+# `bad_inputs.py` makes too is not made here, but for its place.
+MISTAKES = [
+    ("optimizer:\n  lear: 1", "sft.yaml:11 optimizer.lear optimizer.lr"),
+    ("optimiser: {lr: 1}", "sft.yaml:10 optimiser optimizer"),
+    ("precision: fp32", "sft.yaml:10 precision train.precision"),
+    ("optimizer.lr: 1", "sft.yaml:10 optimizer.lr lr: optimizer:"),
+    ("seed: true", "sft.yaml:10 seed true"),
+    ("seed: 1\nseed: 2", "sft.yaml:11 seed 10"),
+    ("optimizer:", "sft.yaml:10 optimizer null"),
+    ("optimizer: {betas: [0.9]}", "optimizer.betas [0.9] 2"),
+    ("objective: {canvases_per_example: few}", "objective.canvases_per_example few all"),
+    ("checkpoint: {every: 100, keep_every: 250}", "sft.yaml:10 checkpoint keep_every 250 100"),
+    ("checkpoint: {every: 0, keep_every: 5}", "sft.yaml:10 checkpoint keep_every 5"),
+    ("checkpoint: {keep_best: 1}", "sft.yaml:10 checkpoint.keep_best 1 validation"),
+    ("checkpoint: {on_error: ignore}", "checkpoint.on_error ignore stop continue"),
+    ("lora: {rank: 8}", "sft.yaml:10 lora.rank"),
+    ("lora: {r: true}", "sft.yaml:10 lora.r true"),
+    ("lora: {init_lora_weights: eva}", "lora.init_lora_weights eva gaussian"),
+    ("lora: {target_modules: '(a'}", "sft.yaml:10 lora target_modules (a"),
+    ("lora: {target_modules: null}", "sft.yaml:10 lora"),
+    ("lora: {lora_dropout: 0.1, target_parameters: [a]}", "sft.yaml:10 lora lora_dropout target_parameters"),
+    ("optimizer:\n  groups:\n  - {match: a, lr: 0}", "sft.yaml:11 optimizer.groups.0.lr 0"),
+    ("optimizer: {groups: [{match: a, rate: 1}]}", "optimizer.groups.0.rate"),
+    ("optimizer: {groups: [{match: a}]}", "optimizer.groups.0 lr weight_decay"),
+    (["train.precison=fp32"], "--set train.precison train.precision"),
+    (["data.train=[a"], "--set data.train [a"),
+    (["train={max_steps: 1}"], "--set train.micro_batch_size"),
+    (["train.micro_batch_size=5"], "train.global_batch_size 32 1, 2, 4, 8"),
+    (["model.freeze=['re:(']"], "--set model.freeze"),
+    (["lora={}", "model.train_router=true"], "--set model.train_router lora"),
+    (
+        ["checkpoint={keep_best: 1, every: 3}", "data.validation=x", "validation.every=5", "train.max_steps=14"],
+        "checkpoint.keep_best 14",
+    ),
+    (["deepspeed=none.json"], "deepspeed none.json"),
+]
+
+
+@pytest.mark.parametrize(("mistake", "named"), MISTAKES, ids=str)
+def test_each_mistake_is_told_with_its_place_and_remedy(mistake, named) -> None:
+    text = refusal(GOOD + mistake) if isinstance(mistake, str) else refusal(GOOD, *mistake)
+    assert any(all(word in line for word in named.split(" ")) for line in text.splitlines()), text
 
 
 def test_all_problems_are_told_at_once_in_the_order_of_the_file() -> None:

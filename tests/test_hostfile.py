@@ -218,7 +218,7 @@ def over_closed_port(hosts: str, config: Path, tmp_path: Path, *before: str | Pa
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=240,
     )
 
 
@@ -328,13 +328,13 @@ def test_two_nodes_over_a_hostfile_train_as_one_machine(sudoku_run: Path, ssh_co
 
     process, log = start("pdsh", "pdsh", 2)
     try:
-        deadline = time.monotonic() + 600
+        deadline = time.monotonic() + 200
         while not (tmp_path / "pdsh/checkpoints/step-000002").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         victims = children_of_node(1, log)
         assert [victim.kill() for victim in victims], log.read_text()
         killed = time.monotonic()
-        while "Again in" not in log.read_text() and process.poll() is None and time.monotonic() < killed + 300:
+        while "Again in" not in log.read_text() and process.poll() is None and time.monotonic() < killed + 100:
             time.sleep(0.1)
         assert "Again in 0.1 s" in log.read_text()
         assert process.wait(600) == 0, log.read_text()

@@ -73,7 +73,7 @@ def keep_going(config: Path, tmp_path: Path, case: str, body: str, *options: str
 )
 def test_what_is_tried_again(body, code, tries, said, sudoku_run: Path, tmp_path: Path) -> None:
     command, run = keep_going(sudoku_run, tmp_path, "train", body, "--tries", "3")
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
     assert done.returncode == code, done.stderr
     assert said in done.stderr
     assert len(list(run.glob("try-*"))) == tries
@@ -83,7 +83,7 @@ def test_what_is_tried_again(body, code, tries, said, sudoku_run: Path, tmp_path
 def test_a_command_that_cannot_be_kept_going_is_refused(sudoku_run: Path, tmp_path: Path) -> None:
     def told(*command: str) -> str:
         loop = [sys.executable, "-m", "ds_dgemma.launch.keep_going", *command]
-        done = subprocess.run(loop, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(loop, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
         return done.stderr
@@ -112,7 +112,7 @@ def test_a_signal_reaches_the_ranks_once_and_the_loop_waits_for_them(name, sudok
     command, run = keep_going(sudoku_run, tmp_path, "polite", LAUNCH)
     loop, processes = started(command, run)
     loop.send_signal(getattr(signal, name))
-    _, said = loop.communicate(timeout=300)
+    _, said = loop.communicate(timeout=240)
     assert loop.returncode == 75, said
     assert (run / "asked").read_text() == "x"  # the rank, once; neither its worker nor its launcher
     assert f"stopped by {name}" in said
@@ -128,7 +128,7 @@ def test_a_second_signal_ends_the_job_at_once(sudoku_run: Path, tmp_path: Path) 
     time.sleep(1)
     assert loop.poll() is None
     loop.send_signal(signal.SIGINT)
-    _, said = loop.communicate(timeout=300)
+    _, said = loop.communicate(timeout=240)
     assert loop.returncode == 128 + signal.SIGINT, said
     assert gone(processes)
 
@@ -146,7 +146,7 @@ def test_ranks_are_stopped_when_the_loop_is_killed(sudoku_run: Path, tmp_path: P
 def started(command: list[str], run: Path) -> tuple[subprocess.Popen, list[psutil.Process]]:
     """The loop, and all processes of its job once a rank has begun."""
     loop = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 240
     while not (run / "pids").exists() or not (run / "pids").read_text():
         assert loop.poll() is None
         assert time.monotonic() < deadline

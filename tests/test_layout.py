@@ -6,13 +6,11 @@ The picture that the imports follow (the arrow is the way of the data; `train.py
 """
 
 import ast
-import json
 import subprocess
 from functools import cache
 from pathlib import Path
 
 import pytest
-import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ds_dgemma"
@@ -34,7 +32,6 @@ MAY_IMPORT = {
 }
 LONGEST_FILE = 400  # lines of Python
 LARGEST_FILE = 500_000  # bytes
-BINARY = {".png", ".jpg", ".gif", ".safetensors", ".parquet"}
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -105,26 +102,3 @@ def test_no_python_file_is_too_long_to_read() -> None:
 
 def test_no_file_is_too_large_for_a_repository() -> None:
     assert not [str(path) for path in repository_files() if path.stat().st_size > LARGEST_FILE]
-
-
-def test_text_has_no_trailing_blanks_and_ends_with_a_newline() -> None:
-    untidy = []
-    for path in repository_files():
-        if path.suffix in BINARY:
-            continue
-        text = path.read_text(encoding="utf-8")
-        lines = enumerate(text.split("\n"), start=1)
-        untidy += [f"{path.relative_to(ROOT)}:{number}" for number, line in lines if line != line.rstrip()]
-        if text and (not text.endswith("\n") or text.endswith("\n\n")):
-            untidy.append(f"{path.relative_to(ROOT)}: last line")
-    assert not untidy
-
-
-def test_yaml_json_and_shell_files_parse() -> None:
-    for path in repository_files():
-        if path.suffix in (".yaml", ".yml"):
-            yaml.safe_load(path.read_text())
-        elif path.suffix == ".json":
-            json.loads(path.read_text())
-        elif path.suffix == ".sh" or path.name == "run":
-            subprocess.run(["bash", "-n", path], check=True)

@@ -1,5 +1,6 @@
-"""What LoRA runs leave behind, and what is made of it. That they are the same on every topology is held by
-`engine/test_topologies.py`, that they resume bit for bit by `engine/test_offload.py`.
+"""What a LoRA run leaves behind: an adapter that goes on where it ended, alone or merged.
+
+Every topology: `test_topologies.py`. Resumed bit for bit, the base untouched: `test_offload.py`.
 """
 
 from pathlib import Path
@@ -16,21 +17,17 @@ from ds_dgemma.config import OptimizerSection
 from ds_dgemma.engine.schedule import learning_rate
 from ds_dgemma.errors import UserError
 from tests.reference.adapters import write_random_adapter
-from tests.resume_matrix import SETTINGS
 from tests.training import train
 
 pytestmark = pytest.mark.slow
 
-STEPS = ["train.max_steps=2", "optimizer.warmup_steps=2", "optimizer.lr=1.5e-4"]
-EVERYWHERE = SETTINGS["lora"][0]
-
-
-def topology(processes: int, experts: int) -> list[str]:
-    return [f"parallel.expert_parallel_size={experts}", f"train.micro_batch_size={8 // processes}"]
+EVERYWHERE = "lora={target_parameters: [experts.gate_up_proj, experts.down_proj], init_lora_weights: false}"
+SHARED = ["parallel.expert_parallel_size=2", "train.micro_batch_size=4"]  # by two ranks
 
 
 def test_adapter_merged_model_and_a_fresh_adapter_on_it_start_from_the_same_loss(sudoku_run, tmp_path):
-    train(sudoku_run, tmp_path / "run", [*STEPS, EVERYWHERE, *topology(2, 2)], processes=2)
+    short = ["train.max_steps=4", "optimizer.warmup_steps=2"]
+    train(sudoku_run, tmp_path / "run", [*short, EVERYWHERE, *SHARED], processes=2)
     export_run(tmp_path / "run", tmp_path / "adapter")
     export_run(tmp_path / "run", tmp_path / "merged", form="merged")
 
@@ -55,7 +52,7 @@ def test_a_bf16_run_goes_on_from_all_bits_of_an_adapter(sudoku_run, tmp_path):
     write_random_adapter(tmp_path / "adapter", model, target_parameters=experts)
     there = f"lora={{r: 4, lora_alpha: 6, target_parameters: [{', '.join(experts)}], path: {tmp_path / 'adapter'}}}"
     still = ["train.max_steps=1", "optimizer.lr=1e-30", "optimizer.min_lr=0", "optimizer.weight_decay=0"]
-    train(sudoku_run, tmp_path / "run", [there, *still, *topology(2, 2), "train.precision=bf16"], processes=2)
+    train(sudoku_run, tmp_path / "run", [there, *still, *SHARED, "train.precision=bf16"], processes=2)
     export_run(tmp_path / "run", tmp_path / "exported")
     before, after = (load_file(tmp_path / name / TENSORS) for name in ("adapter", "exported"))
     assert before.keys() == after.keys()

@@ -14,8 +14,10 @@ from ds_dgemma.config_file import load_config
 from ds_dgemma.data.sudoku import write_sudoku
 from ds_dgemma.engine.ranks import free_port
 from ds_dgemma.tools.tiny import make_tiny
+from tests.training import train
 
 ROOT = Path(__file__).resolve().parent.parent
+SHORT = ["train.max_steps=2", "optimizer.warmup_steps=1"]
 DOCUMENTS = ["README.md", "launch/README.md", "ds_configs/README.md"]
 
 
@@ -58,7 +60,7 @@ def test_the_way_from_data_to_an_evaluated_model(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
     def short(words: list[str], *more: str) -> list[str]:
-        settings = ["train.max_steps=2", "optimizer.warmup_steps=1", *more]
+        settings = [*SHORT, *more]
         port = ["--master_port", str(free_port())]
         return [words[0], *port, *words[1:], *(word for setting in settings for word in ("--set", setting))]
 
@@ -66,8 +68,9 @@ def test_the_way_from_data_to_an_evaluated_model(tmp_path: Path) -> None:
     run(*made)
     (trained,) = commands("README.md", "deepspeed")
     run(*short(trained, "data.train=train.jsonl"))
-    sudoku = ["deepspeed", "--num_gpus", "2", "--module", "ds_dgemma.train", "--config", "ds_configs/runs/sudoku.yaml"]
-    run(*short(sudoku))
+    # As launch/demo.sh does it, but without the launcher.
+    here = [f"model.path={data}/model", f"data.train={data}/train.jsonl", *SHORT]
+    train(ROOT / "ds_configs/runs/sudoku.yaml", tmp_path / "runs/sudoku", here, processes=2)
     for words in used:
         run(*words)
     assert (tmp_path / "runs/sudoku/plots/curves.png").is_file()

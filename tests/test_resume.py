@@ -1,4 +1,7 @@
-"""A killed run goes on as if nothing had happened: same command, same losses, bit for bit."""
+"""A killed run goes on as if nothing had happened: same command, same losses, bit for bit.
+
+On another topology it goes on in `test_topologies.py`, bit for bit whatever it trains in `test_offload.py`.
+"""
 
 import json
 import os
@@ -17,7 +20,7 @@ from tests.training import read_metrics, start_ranks, train
 
 pytestmark = pytest.mark.slow
 
-STEPS = ["train.max_steps=8", "checkpoint.every=4", "optimizer.warmup_steps=4", "optimizer.lr=2e-3"]
+STEPS = ["train.max_steps=6", "checkpoint.every=2", "optimizer.warmup_steps=2", "optimizer.lr=2e-3"]
 SPREAD = ["parallel.expert_parallel_size=2", "train.micro_batch_size=2"]  # on 2 ranks: accumulation 2
 NUMBERS = ("step", "loss", "loss_diffusion", "loss_ar", "grad_norm", "lr", "samples", "tokens")
 
@@ -26,37 +29,38 @@ def numbers(metrics: list[dict]) -> list[tuple]:
     return [tuple(record[name] for name in NUMBERS) for record in metrics]
 
 
-def test_a_run_killed_between_two_checkpoints_continues_bit_for_bit(sudoku_run, tmp_path):
+def test_a_run_killed_at_its_second_checkpoint_continues_bit_for_bit(sudoku_run, tmp_path):
+    """In bf16, with masters and moments beside the weights; `test_stop.py` and `test_faults.py` do it in fp32."""
     overrides = [*STEPS, *SPREAD, "train.precision=bf16"]
     undisturbed = train(sudoku_run, tmp_path / "undisturbed", overrides, processes=2)
 
     killed = tmp_path / "killed"
     ranks = start_ranks(sudoku_run, [f"run.dir={killed}", *overrides], 2, tmp_path / "killed.log")
-    wait_for_step(killed, 5, ranks)
+    wait_for_step(killed, 4, ranks)  # its checkpoint comes next, is being written, or is whole
     for rank in ranks:
         rank.send_signal(signal.SIGKILL)
         rank.wait()
-    assert [path.name for path in (killed / "checkpoints").glob("step-*[0-9]")] == ["step-000004"]
+    whole = [path.name for path in sorted((killed / "checkpoints").glob("step-*[0-9]"))]
+    assert whole in (["step-000002"], ["step-000004"], ["step-000002", "step-000004"])
 
     assert numbers(train(sudoku_run, killed, overrides, processes=2)) == numbers(undisturbed)
     assert final_state(killed) == final_state(tmp_path / "undisturbed")
+    assert f"step {int(whole[-1][-6:])}" in (tmp_path / "killed.log").read_text()
 
 
-def test_a_finished_run_started_again_changes_nothing_and_passes_over_a_damaged_checkpoint(sudoku_run, tmp_path):
+def test_a_finished_run_changes_nothing_and_a_damaged_newest_checkpoint_is_passed_over(sudoku_run, tmp_path):
     run_dir = tmp_path / "run"
-    once = train(sudoku_run, run_dir, STEPS)
+    undisturbed = train(sudoku_run, run_dir, STEPS)
     (run_dir / "complete.json").unlink()  # killed between its last checkpoint and this
-    assert train(sudoku_run, run_dir, STEPS) == once
-    assert json.loads((run_dir / "complete.json").read_text()) == {"step": 8}
+    assert train(sudoku_run, run_dir, STEPS) == undisturbed
+    assert json.loads((run_dir / "complete.json").read_text()) == {"step": 6}
 
-    state, newest = final_state(run_dir), run_dir / "checkpoints" / "step-000008"
-    shard = next(newest.glob("*.safetensors"))
+    shard = next((run_dir / "checkpoints" / "step-000006").glob("*.safetensors"))
     content = bytearray(shard.read_bytes())
     content[-1000] ^= 1
     shard.write_bytes(content)
-    assert numbers(train(sudoku_run, run_dir, STEPS)) == numbers(once)
-    assert final_state(run_dir) == state
-    assert "step-000008 is damaged" in run_dir.with_suffix(".log").read_text()
+    assert numbers(train(sudoku_run, run_dir, STEPS)) == numbers(undisturbed)
+    assert "step-000006 is damaged" in run_dir.with_suffix(".log").read_text()
 
 
 def wait_for_step(run_dir: Path, step: int, ranks: list) -> None:
@@ -65,7 +69,7 @@ def wait_for_step(run_dir: Path, step: int, ranks: list) -> None:
     while time.monotonic() < deadline:
         assert all(rank.poll() is None for rank in ranks), "a rank ended before it was killed"
         metrics = run_dir / "metrics.jsonl"
-        if metrics.exists() and len(metrics.read_text().splitlines()) >= step:
+        if metrics.exists() and sum('"kind"' not in line for line in metrics.read_text().splitlines()) >= step:
             return
         time.sleep(0.02)
     raise AssertionError(f"step {step} was not reached: {read_metrics(run_dir)[-1:]}")
@@ -100,7 +104,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_from_what_was_written_before(di
     overrides += ["checkpoint.on_error=continue", "validation.every=1", "validation.examples=8", held_out]
     run_dir, log = disk / "run", tmp_path / "log"
     (rank,) = start_ranks(sudoku_run, [f"run.dir={run_dir}", *overrides], 1, log)
-    assert rank.wait(timeout=600) == EXIT_USER_ERROR, log.read_text()
+    assert rank.wait(timeout=900) == EXIT_USER_ERROR, log.read_text()
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-000001"]
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     (failed,) = [record for record in records if record.get("kind") == "checkpoint_failed"]
@@ -113,6 +117,8 @@ def test_a_full_disk_is_told_and_the_run_goes_on_from_what_was_written_before(di
     assert resize(disk, "90m") == 0
     assert [record["step"] for record in train(sudoku_run, run_dir, overrides)] == [1, 2, 3]
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert records[0] == {"kind": "start", "step": 0, "full_attention": "sdpa", "sliding_attention": "sdpa"}
+    assert [record["step"] for record in records if record.get("kind") == "start"] == [0, 1]
     losses = {record["step"]: record["loss"] for record in records if record.get("kind") == "validation"}
     best = min(losses, key=losses.__getitem__)
     kept = step_directories(run_dir / "checkpoints")

@@ -33,7 +33,7 @@ def test_a_stopped_run_continues_bit_for_bit_and_is_complete_at_its_last_step(su
     for child in psutil.Process(ranks[1].pid).children(recursive=True):
         child.terminate()  # as DeepSpeed's launcher does; the rank still needs its data workers
     ranks[1].send_signal(signal.SIGUSR1)
-    assert [rank.wait(300) for rank in ranks] == [EXIT_STOPPED] * 2, log.read_text()
+    assert [rank.wait(240) for rank in ranks] == [EXIT_STOPPED] * 2, log.read_text()
     second = stopped_at(run_dir)
     assert second > first
     assert f"stopped after step {second} by SIGUSR1 (rank 1): {run_dir}/checkpoints" in log.read_text()
@@ -59,8 +59,8 @@ def stop_the_group_of_a_launcher(config: Path, run_dir: Path, log: Path) -> None
         wait_for_step(run_dir, 2, [runner])
         everyone = psutil.Process(runner.pid).children(recursive=True)
         os.killpg(runner.pid, signal.SIGTERM)
-        runner.wait(300)
-        _, left = psutil.wait_procs(everyone, 300)
+        runner.wait(240)
+        _, left = psutil.wait_procs(everyone, 240)
         assert not left, f"{left}\n{log.read_text()}"
     finally:
         with suppress(ProcessLookupError):

@@ -78,7 +78,7 @@ def train(
     return read_metrics(run_dir)
 
 
-def read_metrics(run_dir: Path) -> list[dict]:
+def read_metrics(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
     """The records of every step."""
-    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    records = map(json.loads, (run_dir / name).read_text().splitlines())
     return [record for record in records if "kind" not in record]

@@ -36,6 +36,7 @@ class Batch:
     target_ids_BKL: torch.Tensor  # int64, clean
     supervised_BKL: torch.Tensor  # bool
     canvas_start_BK: torch.Tensor  # int64, position of a canvas's first token
+    noise_level_BK: torch.Tensor  # fp32, probability that a canvas's token was drawn anew
     starts: tuple[tuple[int, ...], ...]  # [B][K], canvas_start_BK on the host
     # The canvases that get a first guess, numbered among B * K: those whose self-conditioning coin is true, or the
     # first, whose guess counts for nothing, so that every rank makes one and collectives stay in step
@@ -43,7 +44,7 @@ class Batch:
     guessed_M: torch.Tensor  # int64, the same
     coin_M: torch.Tensor  # bool
     sample_ids: tuple[int, ...]
-    noise_levels: tuple[tuple[float, ...], ...]  # [B][K]
+    noise_levels: tuple[tuple[float, ...], ...]  # of the scored canvases of each example, to the last bit, on the host
 
     def with_coins(self, coin_BK: torch.Tensor) -> "Batch":
         """The same batch with other self-conditioning coins, bool [B, K] on the CPU."""

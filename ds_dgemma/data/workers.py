@@ -50,7 +50,7 @@ class _Mapped(Dataset):
 def start_server() -> None:
     """Start the server that workers are forked from; it imports in the background, so call it early."""
     needed = [name for name in sys.modules if name.startswith("ds_dgemma.data.")]
-    multiprocessing.set_forkserver_preload([*needed, "ds_dgemma.objective.noise"])
+    multiprocessing.set_forkserver_preload([*needed, "ds_dgemma.objective.collate"])
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         multiprocessing.resource_tracker.ensure_running()

@@ -65,7 +65,7 @@ class Liveness:
         words = f"{type(error).__name__}: {first_line(error)}"
         if is_out_of_memory(error):
             return self._watch.failed(
-                f"{words}. Lower train.micro_batch_size, set train.activation_checkpointing: true, raise "
+                f"{words}. Lower train.micro_batch_size, set train.activation_checkpointing: full, raise "
                 "parallel.expert_parallel_size, or offload (ds_configs/README.md); `ds-dgemma plan` tells what fits."
             )
         if is_consequence(error):

@@ -25,6 +25,7 @@ from ds_dgemma.engine.sharding import zero3
 from ds_dgemma.engine.trainable import freeze, trained_names
 from ds_dgemma.errors import UserError
 from ds_dgemma.model.build import build_stack
+from ds_dgemma.model.kernel_choice import Wanted, choose_all, problem_on
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
 from ds_dgemma.model.sweep import Checkpointing
@@ -67,6 +68,7 @@ def outline_run(
         grouped_matmul=ranks.device.type == "cuda" if grouped == "auto" else grouped == "on",
         train_router=config.model.train_router,
         activation_checkpointing=config.train.activation_checkpointing,
+        attention_kernel=config.model.attention,
         copy_decoder_scalars=config.model.missing_encoder_scalars == "copy_decoder",
         frozen=config.model.freeze,
         lora=config.lora.model_copy(update={"path": None}) if config.lora and resumed else config.lora,
@@ -81,6 +83,7 @@ def outline_model(
     grouped_matmul: bool,
     train_router: bool = False,
     activation_checkpointing: Checkpointing = "full",
+    attention_kernel: Wanted = "auto",
     copy_decoder_scalars: bool = False,
     frozen: Sequence[str] = (),
     lora: LoraSection | None = None,
@@ -98,13 +101,36 @@ def outline_model(
             f"parallel.expert_parallel_size = {size} does not divide the model's {experts} experts. "
             f"With {ranks.world} ranks: {', '.join(map(str, fitting))}."
         )
-    stack = build_stack(spec, train_router=train_router, activation_checkpointing=activation_checkpointing)
+    stack = build_stack(
+        spec,
+        train_router=train_router,
+        activation_checkpointing=activation_checkpointing,
+        attention_kernel=attention_kernel,
+    )
     place_experts(stack, size, ranks.expert_rank, grouped_matmul)
     reader = WeightReader(directory)
     places = find_places(stack, reader, expert_rank=ranks.expert_rank, copy_decoder_scalars=copy_decoder_scalars)
     freeze(stack, frozen, list(reader.files))
     adapters = choose_adapters(stack, lora, grouped_matmul) if lora else None
     return OutlinedModel(stack, reader, places, adapters)
+
+
+def choose_kernels(
+    config: RunConfig, spec: DiffusionGemmaConfig, device: torch.device
+) -> tuple[dict[str, str], list[str]]:
+    """The attention kernel of each layer type, by name, and what was dropped, a line each; no weights.
+
+    Raises:
+        UserError: the kernel that is asked for does not serve this model on this device.
+    """
+    text, dtype = text_spec(spec), DTYPES[config.train.precision]
+    layers = {
+        kind: problem_on(device, dtype, layer.num_attention_heads, layer.num_key_value_heads, layer.head_dim)
+        for kind, layer in zip(text.layer_types, text.per_layer_config, strict=True)
+    }
+    chosen = choose_all(config.model.attention, layers)
+    dropped = [line for choice in chosen.values() for line in choice.dropped]
+    return {kind: choice.kernel.name for kind, choice in sorted(chosen.items())}, dropped
 
 
 def fill_model(

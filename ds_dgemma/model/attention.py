@@ -30,9 +30,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from ds_dgemma.model.kernels import Kernel, kernel_for
+from ds_dgemma.model.kernel_choice import kernel_for
+from ds_dgemma.model.kernels import Kernel
 
 NAME = "ds_dgemma"
+WANTED = "wanted_kernel"  # an attention module's setting, for `kernel_for`
 
 
 class Canvas(NamedTuple):
@@ -262,7 +264,8 @@ def attention(
     flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
     todo = _plan(tokens, sliding_window)
     queries, keys, values = flat
-    output, normaliser = _Attend.apply(kernel_for(query), todo, scaling, known, queries, keys, values, *(kept or ()))
+    kernel = kernel_for(getattr(module, WANTED, "auto"), queries, keys)
+    output, normaliser = _Attend.apply(kernel, todo, scaling, known, queries, keys, values, *(kept or ()))
     return output.unsqueeze(0), Attended(keys, values, output, normaliser)
 
 

@@ -5,6 +5,7 @@ from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
 from ds_dgemma.errors import UserError, first_line
 from ds_dgemma.model import attention
+from ds_dgemma.model.kernel_choice import Wanted
 from ds_dgemma.model.norm import replace_norms
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
@@ -12,7 +13,11 @@ from ds_dgemma.model.sweep import Checkpointing
 
 
 def build_stack(
-    config: DiffusionGemmaConfig, *, train_router: bool = False, activation_checkpointing: Checkpointing = "none"
+    config: DiffusionGemmaConfig,
+    *,
+    train_router: bool = False,
+    activation_checkpointing: Checkpointing = "none",
+    attention_kernel: Wanted = "auto",
 ) -> DiffusionGemmaStack:
     """Return the stack with meta parameters; what is computed rather than stored (rotary frequencies) is real and
     fp32.
@@ -34,6 +39,7 @@ def build_stack(
     stack.rotary_emb = type(stack.rotary_emb)(text_spec(config))
     for layer in stack.sweep_layers():
         layer.router.requires_grad_(train_router)
+        setattr(layer.self_attn, attention.WANTED, attention_kernel)
     return stack
 
 

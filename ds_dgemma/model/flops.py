@@ -10,9 +10,9 @@ vocabulary's matrix:
     guessed token        4 V H: logits, soft embedding; 2 V H for the matrix's gradient (frozen: none)
 
 With a trained model that is the usual 6 W per token, and 2 W for a token of a first guess. This is *useful* work. What
-is computed again is not: a layer's forward under activation checkpointing (`selective`: without attention), a guess's
-logits in the backward pass; nor the guess that a micro-batch without any makes to stay in step. Attention's own
-backward kernel computes its scores once more, which no checkpointing can spare: counted nowhere, as usual.
+is computed again is not: the forward of all layers but the last under activation checkpointing (`selective`: without
+attention), a guess's logits in the backward pass; nor the guess that a micro-batch without any makes to stay in step.
+Attention's own backward kernel computes its scores once more, which no checkpointing can spare: counted nowhere.
 """
 
 from collections.abc import Iterable, Sequence
@@ -144,10 +144,11 @@ def example_work(products: Products, clean: int, starts: Sequence[int], checkpoi
     """Reading `clean` tokens and denoising canvases: forward, losses and backward, first guesses left out."""
     canvas = len(starts) * products.canvas_length
     useful, again = forward_flops(products, clean, starts), 0.0
-    for layer in products.layers:
+    for number, layer in enumerate(products.layers):
         pairs = _pairs(products, layer, clean, starts)
         useful += layer.backward(clean + canvas, pairs)
-        again += layer.again(clean + canvas, pairs, checkpointing)
+        if number < len(products.layers) - 1:  # the last one is kept
+            again += layer.again(clean + canvas, pairs, checkpointing)
     useful += products.block.backward(canvas, 0)
     useful += (6 if products.trains_vocabulary else 4) * products.vocabulary * (canvas + max(0, clean - 1))
     return Work(useful, again)

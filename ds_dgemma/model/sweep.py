@@ -257,6 +257,7 @@ class _Kept(torch.autograd.Function):
             outputs += [clean_done.load, canvas_done.load]
             gradients += [grads[1], grads[1]]
         torch.autograd.backward(outputs, gradients)
+        ctx.graph.clear()  # or what it holds would outlive the other layers' backward passes
         return torch.cat([clean.grad, canvas.grad], dim=1), None
 
 

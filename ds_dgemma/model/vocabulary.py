@@ -155,8 +155,11 @@ def times_slope(exponential_NV: Tensor, squashed_NV: Tensor) -> Tensor:
 
 
 def _chunks(count: int, chunk: int, weight: Tensor) -> Iterator[slice]:
-    if not weight.is_cuda:  # passes over a chunk that stays in the cache
-        chunk = min(chunk, max(1, CPU_CHUNK // (4 * weight.shape[0])))
+    if not weight.is_cuda:
+        # Passes over a chunk that stays in the cache; but each chunk also reads the matrix and its gradient [V, H], so
+        # with few rows those are what is passed over.
+        vocabulary, hidden = weight.shape
+        chunk = min(chunk, max(CPU_CHUNK // (4 * vocabulary), hidden // 2, 1))
     return (slice(start, min(start + chunk, count)) for start in range(0, count, chunk))
 
 

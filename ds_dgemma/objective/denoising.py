@@ -3,10 +3,10 @@ loss included.
 
     loss = sum over supervised canvas tokens of nll * diffusion_weight + sum over clean pairs of nll * ar_weight
 
-The weights carry the global means: `world * accumulation / tokens of the global batch` (times
-`encoder_loss_weight`), because DeepSpeed averages gradients over ranks and accumulation steps. So every token
-counts the same, wherever it was computed. With a `RouterBalance` the routers' load-balance loss (`model/routing.py`)
-is added.
+A canvas token's nll is what `objective/losses.py` makes of it by its canvas's noise level. The weights carry the global
+means: `world * accumulation / tokens of the global batch` (times `encoder_loss_weight`), because DeepSpeed averages
+gradients over ranks and accumulation steps. So every token counts the same, wherever it was computed. With a
+`RouterBalance` the routers' load-balance loss (`model/routing.py`) is added.
 
 This is the module that DeepSpeed wraps; it knows the model and nothing of ranks. Shapes: as in `data/batch.py`, H
 hidden. Source: DiffusionGemma's recipe, gemma/diffusion `hackable_diffusion_adapter/hd/sft_model.py`.
@@ -19,12 +19,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ds_dgemma.config import LossName
 from ds_dgemma.data.batch import Batch
 from ds_dgemma.model.routing import ExpertLoads, balance_loss
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
 from ds_dgemma.model.sweep import Places, Sweep, with_gradient
-from ds_dgemma.model.vocabulary import WeightGradient
+from ds_dgemma.model.vocabulary import Shift, WeightGradient
+from ds_dgemma.objective.losses import LOSSES
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class LossParts(NamedTuple):
     """The loss to differentiate, and what is behind it, detached."""
 
     loss: Tensor
-    diffusion_nll: Tensor  # sum over supervised canvas tokens
+    diffusion_nll: Tensor  # sum over supervised canvas tokens, of what is minimised: by the loss's weights and shifts
     ar_nll: Tensor  # sum over clean pairs
     router: Tensor  # this micro-batch's part of the load-balance loss, without its weight; zero when it is off
 
@@ -66,10 +68,12 @@ class LossParts(NamedTuple):
 class DenoisingObjective(nn.Module):
     """DiffusionGemma with its loss."""
 
-    def __init__(self, model: DiffusionGemmaStack, logits_chunk_mib: int) -> None:
+    def __init__(self, model: DiffusionGemmaStack, logits_chunk_mib: int, loss: LossName = "base") -> None:
         super().__init__()
         self.model = model
-        self.chunk = max(1, logits_chunk_mib * 2**20 // (4 * text_spec(model.config).vocab_size))
+        self.loss = LOSSES[loss]
+        self.vocab_size = text_spec(model.config).vocab_size
+        self.chunk = max(1, logits_chunk_mib * 2**20 // (4 * self.vocab_size))
 
     def forward(self, batch: Batch, weights: TokenWeights | None, balance: RouterBalance | None = None) -> LossParts:
         """Return the loss; without weights no more than the routers' part of it."""
@@ -90,10 +94,18 @@ class DenoisingObjective(nn.Module):
         target = torch.cat([batch.target_ids_BKL.flatten(), batch.clean_ids_BS[:, 1:].flatten()])
         is_scored = torch.cat([batch.supervised_BKL.flatten(), pairs.flatten()])
         canvas_tokens = batch.supervised_BKL.numel()
-        token_weight = torch.full(target.shape, weights.ar, dtype=torch.float32, device=target.device)
+        level = batch.noise_level_BK[..., None].expand_as(batch.supervised_BKL).flatten()
+        counts = is_scored.float()
+        counts[:canvas_tokens] *= self.loss.weight(level)
+        token_weight = torch.full_like(counts, weights.ar)
         token_weight[:canvas_tokens] = weights.diffusion
-        loss, nll = self.model.embed_tokens.score(hidden, target, token_weight * is_scored, self.chunk, gradient)
-        nll = nll * is_scored
+        shift = None
+        if self.loss.shift is not None:
+            amount = torch.zeros_like(counts)
+            amount[:canvas_tokens] = self.loss.shift(level, self.vocab_size)
+            shift = Shift(torch.cat([batch.canvas_ids_BKL.flatten(), target[canvas_tokens:]]), amount)
+        loss, nll = self.model.embed_tokens.score(hidden, target, token_weight * counts, self.chunk, gradient, shift)
+        nll = nll * counts
         if balance is not None:
             loss = loss + balance.weight * router
         return LossParts(loss, nll[:canvas_tokens].sum(), nll[canvas_tokens:].sum(), router.detach())

@@ -38,6 +38,7 @@ class LayerActivations:
     """Bytes that one layer keeps for one example, and those that it needs for a moment."""
 
     kept: dict[Checkpointing, Kept]  # without the experts' rows
+    is_last: bool  # then its graph is kept in any case
     rows: int  # experts: a row's bytes that are kept
     returned: int  # experts: bytes kept for each row that comes back to its token
     combining: int  # experts: bytes for each row while outputs are weighted and summed
@@ -58,15 +59,18 @@ def trace(stack: DiffusionGemmaStack, shape: Shape, dtype: torch.dtype) -> Stack
     text, layers, traced = text_spec(stack.config), [], {}
     stack.to(dtype)
     calls = _calls(stack, shape, text.hidden_size, dtype)
-    for kind, layer in zip(stack.layer_types, stack.sweep_layers(), strict=True):
-        alike = (kind, *((name, p.requires_grad) for name, p in layer.named_parameters()))
+    for number, (kind, layer) in enumerate(zip(stack.layer_types, stack.sweep_layers(), strict=True), start=1):
+        is_last = number == len(stack.layer_types)
+        alike = (kind, is_last, *((name, p.requires_grad) for name, p in layer.named_parameters()))
         if alike not in traced:
             window = stack.window if kind == "sliding_attention" else None
             kept = {
-                how: _kept(layer, replace(calls, checkpointing=how), window, text.hidden_size, dtype)
+                how: _kept(
+                    LayerPass(layer, replace(calls, checkpointing=how), window, is_last, True), text.hidden_size, dtype
+                )
                 for how in get_args(Checkpointing)
             }
-            traced[alike] = _with_experts(kept, layer, text, dtype.itemsize)
+            traced[alike] = _with_experts(kept, is_last, layer, text, dtype.itemsize)
         layers.append(traced[alike])
     return StackActivations(tuple(layers), shape.tokens * text.top_k_experts, shape.clean * text.top_k_experts)
 
@@ -82,7 +86,7 @@ def _calls(stack: DiffusionGemmaStack, shape: Shape, hidden_size: int, dtype: to
     return replace(calls, **{n: replace(call, dropout=None) for n, call in named.items() if isinstance(call, Call)})
 
 
-def _kept(layer: SweepLayer, calls: Calls, window: int | None, hidden_size: int, dtype: torch.dtype) -> Kept:
+def _kept(layer_pass: LayerPass, hidden_size: int, dtype: torch.dtype) -> Kept:
     """Let a layer go its way through a micro-batch and count what is there after each visit, its output left out, which
     is the next layer's input.
     """
@@ -90,9 +94,9 @@ def _kept(layer: SweepLayer, calls: Calls, window: int | None, hidden_size: int,
     def inputs(call: Call) -> Tensor:
         return torch.empty(1, len(call.is_canvas_N1), hidden_size, dtype=dtype, device="meta")
 
+    layer, calls = layer_pass.layer, layer_pass.calls
     clean, guess, canvas, both = map(inputs, (calls.clean, calls.guesses, calls.canvases, calls.all))
     others = {_key(tensor) for tensor in (*layer.parameters(), *layer.buffers(), *_tensors(calls))}
-    layer_pass = LayerPass(layer, calls, window, differentiates=True)
     experts, layer.experts = layer.experts, _UncountedExperts()
     try:
         with _saved() as saved, torch.no_grad():
@@ -100,7 +104,7 @@ def _kept(layer: SweepLayer, calls: Calls, window: int | None, hidden_size: int,
             read = _bytes([clean, *saved, *_held(layer_pass)], others | _outputs(layer_pass))
             layer_pass.denoise(canvas)
             denoised = _bytes([clean, canvas, *saved, *_held(layer_pass)], others | _outputs(layer_pass))
-        if calls.keeps_graph:
+        if layer_pass.keeps_graph:
             return Kept(read, denoised, 0)
         with _saved() as saved:
             layer_pass.again(both.requires_grad_())
@@ -153,7 +157,9 @@ def _bytes(tensors: Iterable[Tensor], left_out: set[int]) -> int:
     return sum(size for key, size in sizes.items() if key not in left_out)
 
 
-def _with_experts(kept: dict[Checkpointing, Kept], layer: SweepLayer, text: Any, size: int) -> LayerActivations:
+def _with_experts(
+    kept: dict[Checkpointing, Kept], is_last: bool, layer: SweepLayer, text: Any, size: int
+) -> LayerActivations:
     """Add what the routed experts keep: a row's input and inner activation only where a weight that reads it is
     trained, and what lies between the factors of an adapter.
     """
@@ -164,6 +170,7 @@ def _with_experts(kept: dict[Checkpointing, Kept], layer: SweepLayer, text: Any,
     ranks = sum(factor.shape[-2] for name, factor in trained.items() if name.endswith("lora_A"))
     return LayerActivations(
         kept=kept,
+        is_last=is_last,
         rows=size * (3 * F + H * reads_input + F * reads_inner + ranks),  # gate, up and gelu(gate) always
         returned=size * H + 2 * 8,  # weighted by the router's scores; two orders, int64
         combining=(FP32 + size) * H,

@@ -124,10 +124,9 @@ def _sent(inventory: Inventory, setup: Setup, shape: Shape, guesses: float) -> d
         row = inventory.text.top_k_experts * inventory.text.hidden_size * setup.element * away
         tokens = setup.micro_batch_size * shape.tokens
         forward = (1 + setup.counting_passes) * (tokens + guesses * shape.canvas_length)
-        backward = tokens * (1 if setup.activation_checkpointing == "none" else 2)  # computed again, and the gradients
-        visits = sum(
-            forward + back * backward for unit, back in inventory.products.goes_back.items() if unit.startswith(LAYERS)
-        )
+        going_back = [layer.goes_back for layer in inventory.products.layers]
+        again = 0 if setup.activation_checkpointing == "none" else sum(going_back[:-1])
+        visits = forward * len(going_back) + tokens * (sum(going_back) + again)  # the gradients' way, and once more
         sent["all-to-all"] = 2 * row * visits * setup.accumulation
     return {name: round(size) for name, size in sent.items() if size}
 

@@ -165,43 +165,41 @@ def received(rows: int, setup: Setup) -> int:
     return int(rows * IMBALANCE) if setup.expert_parallel_size > 1 else rows
 
 
-def _stored(activations: StackActivations, setup: Setup) -> int:
-    """Bytes kept between forward and backward."""
-    how, total = setup.activation_checkpointing, 0
-    for layer in activations.layers:
-        total += setup.micro_batch_size * layer.kept[how].denoised
-        total += _experts_kept(layer, activations.routed_rows, setup) if how == "none" else 0
-    return total
+def _keeps_graph(layer: LayerActivations, setup: Setup) -> bool:
+    return layer.is_last or setup.activation_checkpointing == "none"
 
 
-def _stored_clean(activations: StackActivations, setup: Setup) -> int:
+def _stored(layer: LayerActivations, activations: StackActivations, setup: Setup) -> int:
+    """Bytes of a layer that are kept between forward and backward."""
+    experts = _experts_kept(layer, activations.routed_rows, setup) if _keeps_graph(layer, setup) else 0
+    return setup.micro_batch_size * layer.kept[setup.activation_checkpointing].denoised + experts
+
+
+def _stored_clean(layer: LayerActivations, activations: StackActivations, setup: Setup) -> int:
     """Bytes kept before the canvases: of clean tokens, with the keys and values that canvases are going to see."""
-    how, total = setup.activation_checkpointing, 0
-    for layer in activations.layers:
-        total += setup.micro_batch_size * layer.kept[how].read
-        total += _experts_kept(layer, activations.read_rows, setup) if how == "none" else 0
-    return total
+    experts = _experts_kept(layer, activations.read_rows, setup) if _keeps_graph(layer, setup) else 0
+    return setup.micro_batch_size * layer.kept[setup.activation_checkpointing].read + experts
 
 
-def _again(layer: LayerActivations, activations: StackActivations, setup: Setup) -> int:
-    """Bytes that a layer keeps while it is computed again and left."""
-    how = setup.activation_checkpointing
-    if how == "none":
-        return 0
-    return setup.micro_batch_size * layer.kept[how].again + _experts_kept(layer, activations.routed_rows, setup)
+def _graph(layer: LayerActivations, activations: StackActivations, setup: Setup) -> int:
+    """Bytes of a layer while the backward pass is in it, beside what is stored of all but the last."""
+    if layer.is_last:
+        return _stored(layer, activations, setup)
+    again = setup.micro_batch_size * layer.kept[setup.activation_checkpointing].again
+    return again + (0 if _keeps_graph(layer, setup) else _experts_kept(layer, activations.routed_rows, setup))
 
 
 def _layer_backward(inventory: Inventory, activations: StackActivations, setup: Setup, shape: Shape) -> Bytes:
     units = _layer_units(inventory)
     largest = max(units, key=lambda unit: _gathered(unit, setup) + _gradients_of(unit, setup))
-    layer = max(activations.layers, key=lambda layer: _again(layer, activations, setup))
+    layer = max(activations.layers, key=lambda layer: _graph(layer, activations, setup))
     routed = setup.micro_batch_size * activations.routed_rows
     travelling = layer.travelling * (routed + received(routed, setup)) if setup.expert_parallel_size > 1 else 0
     H = inventory.text.hidden_size
     in_bucket = min(setup.zero.reduce_bucket, sum(setup.local(p) for p in largest if p.is_trained))
     return {
-        "activations kept": _stored(activations, setup),
-        "one layer recomputed": _again(layer, activations, setup),
+        "activations kept": sum(_stored(layer, activations, setup) for layer in activations.layers[:-1]),
+        "one layer, kept or recomputed": _graph(layer, activations, setup),
         "working": setup.micro_batch_size * shape.tokens * H * FP32 * WORKING_COPIES + routed * layer.combining,
         "all-to-all": travelling,
         "gathered layer": _gathered(largest, setup),
@@ -225,7 +223,7 @@ def _first_guess(
     """Clean tokens are read, canvases not yet: the soft embedding, beside all inputs."""
     tokens = setup.micro_batch_size * (shape.tokens + 2 * shape.canvas)
     return {
-        "kept of clean tokens": _stored_clean(activations, setup),
+        "kept of clean tokens": sum(_stored_clean(layer, activations, setup) for layer in activations.layers),
         "embeddings": tokens * inventory.text.hidden_size * setup.element,
         "logits chunk": _logits_chunk(chunk_mib, setup),
         "gathered vocabulary": _gathered((inventory.vocabulary,), setup),
@@ -237,7 +235,7 @@ def _vocabulary_forward(
 ) -> Bytes:
     vocabulary, tokens = inventory.vocabulary, setup.micro_batch_size * shape.tokens
     return {
-        "activations kept": _stored(activations, setup),
+        "activations kept": sum(_stored(layer, activations, setup) for layer in activations.layers),
         "hidden states and their gradient": 3 * tokens * inventory.text.hidden_size * setup.element,
         "logits chunk": _logits_chunk(chunk_mib, setup),
         "gathered vocabulary": _gathered((vocabulary,), setup),

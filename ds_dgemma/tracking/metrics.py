@@ -1,7 +1,7 @@
 """What a run measures at every optimizer step, and how one record becomes one line of `metrics.jsonl`.
 
 A record is a flat mapping with a "step" (int). One without "kind" holds the fields of `StepMetrics`; any
-other kind (validation, ...) names itself in "kind". A line is strict JSON, and a finite float is written in
+other kind (start, validation, ...) names itself in "kind". A line is strict JSON, and a finite float is written in
 the shortest form that reads back to the same 64 bits. JSON has no NaN or infinity: such a value is null on
 the line, which readers take for a gap, and its spelling is kept beside it, `"not_finite": {"loss": "nan"}`.
 """
@@ -21,6 +21,7 @@ import torch
 from ds_dgemma.errors import UserError
 
 Record = Mapping[str, int | float | str]
+START = "start"  # the kind of the first record: what a run computes with
 
 GIB = 2**30
 

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from ds_dgemma.config import WandbSection
 from ds_dgemma.errors import UserError
-from ds_dgemma.tracking.metrics import Record, StepMetrics, read_lines, to_line
+from ds_dgemma.tracking.metrics import START, Record, StepMetrics, read_lines, to_line
 
 WANDB_START_SECONDS = 60
 WANDB_FINISH_SECONDS = 300
@@ -128,8 +128,12 @@ class JsonlSink:
 
 
 def _cut_back(path: Path, keep_through_step: int) -> None:
-    """Drop every record after a step, whole or not at all."""
-    kept = [line for line, record in read_lines(path) if int(record["step"]) <= keep_through_step]
+    """Drop every record after a step, whole or not at all; a start from that step too, for this one tells it again."""
+    kept = [
+        line
+        for line, record in read_lines(path)
+        if int(record["step"]) + (record.get("kind") == START) <= keep_through_step
+    ]
     beside = path.with_name(path.name + ".tmp")
     with beside.open("w", encoding="utf-8") as file:
         file.writelines(kept)

@@ -4,6 +4,7 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ds_dgemma.checkpoint.retention import Scores
@@ -16,11 +17,12 @@ from ds_dgemma.data.stream import ExampleSet
 from ds_dgemma.data.tokenizer import load_tokenizer
 from ds_dgemma.engine.ds_config import build_cpu_adam, deepspeed_config
 from ds_dgemma.engine.hostfile import check_expert_groups
-from ds_dgemma.engine.open_model import OutlinedModel, outline_run
+from ds_dgemma.engine.open_model import OutlinedModel, choose_kernels, outline_run
 from ds_dgemma.engine.ranks import RankLayout
 from ds_dgemma.engine.trainable import check_groups, check_router_balance, check_stage
 from ds_dgemma.model.spec import read_spec, text_spec
-from ds_dgemma.objective.noise import Corruption
+from ds_dgemma.objective.collate import collate
+from ds_dgemma.objective.corruption import Corruption
 from ds_dgemma.run_directory import Start, check_same_data
 
 
@@ -30,6 +32,7 @@ class Prepared:
 
     deepspeed: dict[str, Any]
     model: OutlinedModel
+    attention: dict[str, str]  # the kernel of each layer type
     collate: Callable[[list[tuple[Example, int]]], Batch]
     examples: ExampleSet
     held_out: list[Example]  # empty when nothing is validated
@@ -59,6 +62,8 @@ def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
     text = text_spec(spec)
     tokenizer = load_tokenizer(directory, text.vocab_size)
     model = outline_run(config, spec, directory, ranks, resumed is not None)
+    attention, dropped = choose_kernels(config, spec, ranks.device)
+    warnings += dropped
     weights = model_digest(directory)
     if resumed:
         check_same_model(config.model.path, weights, resumed.checkpoint)
@@ -76,7 +81,7 @@ def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
         reports.append(f"validation: {validation.report}")
         held_out = [validation[i] for i in range(min(len(validation), config.validation.examples))]
         measured_on = f"{validation.digest} {len(held_out)}"
-    corruption = Corruption.of(config.seed, config.objective, text.vocab_size, text.pad_token_id or 0)
+    corruption = Corruption(config.objective, config.seed, text.vocab_size, text.pad_token_id or 0)
     build_cpu_adam(settings)
     if ranks.is_main:
         print("\n".join(reports), flush=True)
@@ -93,4 +98,5 @@ def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
     if resumed:
         check_same_data(config.data.train, resumed.checkpoint, examples.digest, len(examples))
     scores = Scores.continued(measured_on, resumed.checkpoint if resumed else None)
-    return Prepared(settings, model, corruption.collate, examples, held_out, scores, resumed, facts)
+    make_batch = partial(collate, corruption)
+    return Prepared(settings, model, attention, make_batch, examples, held_out, scores, resumed, facts)

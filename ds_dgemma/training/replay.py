@@ -29,8 +29,9 @@ from ds_dgemma.engine.router_balance import router_balance
 from ds_dgemma.errors import UserError, first_fault
 from ds_dgemma.model.lora import seed_dropout
 from ds_dgemma.model.spec import read_spec, text_spec
+from ds_dgemma.objective.collate import collate
+from ds_dgemma.objective.corruption import Corruption
 from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
-from ds_dgemma.objective.noise import Corruption
 from ds_dgemma.training.replay_file import SeenExample, SeenMicroBatch, SkippedStep, checkpoints_until, read_skipped
 
 
@@ -131,19 +132,19 @@ def replay(file: Path, checkpoint: Path | None = None, from_model: bool = False)
     conversations, examples = read_split(config.data, "train", spec, tokenizer)
     if examples.digest != step.data_digest:
         raise UserError(f"data.train: {config.data.train} has changed since {file} was written. Restore it.")
-    corruption = Corruption.of(step.seed, config.objective, text.vocab_size, text.pad_token_id or 0)
+    corruption = Corruption(config.objective, step.seed, text.vocab_size, text.pad_token_id or 0)
     batches = [_batch(seen, examples, corruption, file) for seen in step.micro_batches]
     model = outline_run(config, spec, directory, ranks, trained is not None)
     if trained is not None:
         trained.check_fits(model.trained_sizes(ranks))
     with _alone(ranks, config):
         stack = fill_model(model, ranks, {}, config.train.precision, trained, config.seed)
-        objective = DenoisingObjective(stack, config.objective.logits_chunk_mib)
+        objective = DenoisingObjective(stack, config.objective.logits_chunk_mib, config.objective.loss)
         print(_heading(step, config, trained.checkpoint if trained else None))
 
         def make(one: SeenExample) -> tuple[Batch, str]:
             where = conversations.where(row_of(one.id, config.data.assistant_turns))
-            return corruption.collate([(examples[one.index], one.epoch)]), where
+            return collate(corruption, [(examples[one.index], one.epoch)]), where
 
         bad = list(_run_all(StepAlone(objective, batches, config, ranks), step, batches, make))
         print(_verdict(bad))
@@ -224,7 +225,7 @@ def _batch(seen: SeenMicroBatch, examples: ExampleSet, corruption: Corruption, f
     """The micro-batch, made again; what the file says of it must hold."""
     if not seen.examples or any(one.index >= len(examples) or one.index < 0 for one in seen.examples):
         raise UserError(f"{file}: {seen.name} has examples that the data has not.")
-    batch = corruption.collate([(examples[one.index], one.epoch) for one in seen.examples])
+    batch = collate(corruption, [(examples[one.index], one.epoch) for one in seen.examples])
     said = tuple((one.id, one.noise_levels) for one in seen.examples)
     if said != tuple(zip(batch.sample_ids, batch.noise_levels, strict=True)):
         raise UserError(f"{file}: {seen.name} has other ids or noise levels than the run's config makes. Restore both.")

@@ -39,8 +39,10 @@ import torch.nn.functional as F
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 from transformers.cache_utils import DynamicCache
 
+from ds_dgemma.config import ObjectiveSection
 from ds_dgemma.data.batch import Batch, Example
-from ds_dgemma.objective.noise import Corruption
+from ds_dgemma.objective.collate import collate
+from ds_dgemma.objective.corruption import Corruption
 from tests.reference.masks import attention_masks, clean_and_canvases
 
 CHECKPOINTING = {"ds_dgemma": "full", "ds_dgemma, selective": "selective", "ds_dgemma, kept": "none"}
@@ -95,11 +97,8 @@ def make_batch(prompt: int, response: int, size: int, vocabulary: int, canvas: i
     rows = [
         (Example(row, draw.integers(3, vocabulary - 3, prompt + response), prompt, canvas), 0) for row in range(size)
     ]
-    corruption = Corruption(
-        seed=0, vocab_size=vocabulary, noise_eps=1e-3, self_conditioning_probability=0.5,
-        canvases_per_example=1, pad_id=0,
-    )  # fmt: skip
-    return corruption.collate(rows).with_coins(torch.arange(size)[:, None] % 2 == 0)
+    corruption = Corruption(ObjectiveSection(), seed=0, vocab_size=vocabulary, pad_id=0)
+    return collate(corruption, rows).with_coins(torch.arange(size)[:, None] % 2 == 0)
 
 
 def open_ours(directory: Path, args: argparse.Namespace, checkpointing: Any) -> Step:

@@ -299,7 +299,7 @@ def test_the_topology_of_a_run_does_not_show_in_its_export(precision, sudoku_run
     alone = [argument for setting in [f"run.dir={tmp_path}/two", *settings] for argument in ("--set", setting)]
     out = ["--config", str(sudoku_run), "--out", str(tmp_path / "one/checkpoints")]
     (rank,) = start_module(["tests.checkpoint.resave", *out, *alone], 1, tmp_path / "log")
-    assert rank.wait(timeout=600) == 0, (tmp_path / "log").read_text()
+    assert rank.wait(timeout=900) == 0, (tmp_path / "log").read_text()
 
     states = [[file.name for file in (tmp_path / run).glob("checkpoints/*/*.safetensors")] for run in ("two", "one")]
     assert [len(files) for files in states] == [2, 1]  # as many as ranks

@@ -142,54 +142,46 @@ def zero(stage: int = 3, **settings: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "named"),  # the JSON's key, and the config's that has the say, or the one that was meant
     [
-        (
-            {"train_batch_size": 32},
-            "train_batch_size = 32, but train.global_batch_size is 64 in the run config",
-        ),
-        ({"train_micro_batch_size_per_gpu": 8}, "but train.micro_batch_size is 4"),
-        ({"gradient_accumulation_steps": 1}, "is 2 in the run config: remove it from the JSON, or make"),
-        ({"gradient_clipping": 1.0}, "but train.gradient_clipping is 0.5"),
-        ({"bf16": {"enabled": False}}, "bf16.enabled = false, but train.precision is bf16"),
-        ({"fp16": {"enabled": True}}, "fp16.enabled = true, but train.precision is bf16"),
-        ({"data_types": {"grad_accum_dtype": "bf16"}}, "has gradients accumulated in"),
-        ({"optimizer": {"params": {"lr": 1}}}, "optimizer.params.lr = 1, but optimizer.lr is 0.001"),
-        ({"optimizer": {"type": "Lamb"}}, 'optimizer.type = "Lamb"  expected AdamW'),
-        (
-            {"optimizer": {"params": {"beta": 1}}},
-            "optimizer.params.beta  is not a setting of AdamW here. Did",
-        ),
-        ({"scheduler": {"type": "WarmupLR"}}, "scheduler  the learning rate follows optimizer.lr"),
-        ({"expert_parallel": {"enabled": True}}, "set parallel.expert_parallel_size in the run config"),
-        ({"sequence_parallel_size": 2}, "AutoEP with ZeRO-3 refuses sequence parallelism"),
-        ({"tensor_parallel": {"autotp_size": 2}}, "tensor parallelism (AutoTP) is not supported"),
-        ({"pipeline": {}}, "pipeline parallelism is not supported"),
-        ({"elasticity": {}}, "elastic training"),
-        ({"compile": {"deepcompile": True}}, "compile.deepcompile = true"),
-        ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation = false"),
-        ({"gradient_allreduce_op": "sum"}, 'gradient_allreduce_op = "sum"'),
-        (zero(zero_hpz_partition_size=8), "AutoEP with ZeRO-3 refuses hpZ"),
-        (zero(mics_shard_size=8), "MiCS"),
-        (zero(zero_quantized_gradients=True), "refuses quantized gradients"),
-        (zero(zero_quantized_weights=True), "zero_quantized_weights = true  quantized communication"),
-        (zero(stage3_gather_16bit_weights_on_model_save=True), "`ds-dgemma export` writes the weights"),
-        (zero(offload_optimizer={"device": "nvme"}), 'offload_optimizer.device = "nvme"'),
-        (zero(1, offload_param={"device": "cpu"}), "offload_param  is ignored at stage 1: use stage 3"),
-        (zero(0), "clip by the norm of its own experts"),
-        (zero(reduce_bucket_sise=1), "unknown to DeepSpeed. Did you mean reduce_bucket_size?"),
-        (
-            zero(offload_param={"pin_memry": True}),
-            "pin_memry  is unknown to DeepSpeed. Did you mean pin_memory?",
-        ),
-        (zero(reduce_bucket_size="big"), 'zero_optimization.reduce_bucket_size = "big"'),
-        ({"zero_optimization": True}, "zero_optimization = true  expected an object"),
-        ({"gradient_cliping": 1}, "gradient_cliping  DeepSpeed has no such setting"),
-        ({"amp": {}}, "DeepSpeed refuses it: NVIDIA Apex AMP"),
+        ({"train_batch_size": 32}, "train_batch_size 32 train.global_batch_size 64"),
+        ({"train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size_per_gpu train.micro_batch_size"),
+        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps 2"),
+        ({"gradient_clipping": 1.0}, "gradient_clipping train.gradient_clipping 0.5"),
+        ({"bf16": {"enabled": False}}, "bf16.enabled train.precision"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled train.precision"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types.grad_accum_dtype"),
+        ({"optimizer": {"params": {"lr": 1}}}, "optimizer.params.lr optimizer.lr 0.001"),
+        ({"optimizer": {"type": "Lamb"}}, "optimizer.type AdamW"),
+        ({"optimizer": {"params": {"beta": 1}}}, "optimizer.params.beta betas"),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler optimizer.lr"),
+        ({"expert_parallel": {"enabled": True}}, "expert_parallel parallel.expert_parallel_size"),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel"),
+        ({"pipeline": {}}, "pipeline"),
+        ({"elasticity": {}}, "elasticity"),
+        ({"compile": {"deepcompile": True}}, "compile.deepcompile"),
+        ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation"),
+        ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op"),
+        (zero(zero_hpz_partition_size=8), "zero_hpz_partition_size"),
+        (zero(mics_shard_size=8), "mics_shard_size"),
+        (zero(zero_quantized_gradients=True), "zero_quantized_gradients"),
+        (zero(zero_quantized_weights=True), "zero_quantized_weights"),
+        (zero(stage3_gather_16bit_weights_on_model_save=True), "stage3_gather_16bit_weights_on_model_save export"),
+        (zero(offload_optimizer={"device": "nvme"}), "offload_optimizer.device nvme"),
+        (zero(1, offload_param={"device": "cpu"}), "offload_param 1 3"),
+        (zero(0), "zero_optimization.stage 0"),
+        (zero(reduce_bucket_sise=1), "reduce_bucket_sise reduce_bucket_size"),
+        (zero(offload_param={"pin_memry": True}), "pin_memry pin_memory"),
+        (zero(reduce_bucket_size="big"), "zero_optimization.reduce_bucket_size big"),
+        ({"zero_optimization": True}, "zero_optimization true"),
+        ({"gradient_cliping": 1}, "gradient_cliping"),
+        ({"amp": {}}, "AMP"),  # as DeepSpeed says it
     ],
 )
-def test_a_conflict_is_refused_by_name(settings, said) -> None:
-    assert said in refusal({**zero(), **settings})
+def test_a_conflict_is_refused_by_name(settings, named) -> None:
+    text = refusal({**zero(), **settings})
+    assert any(all(word in line for word in named.split()) for line in text.splitlines()), text
 
 
 def test_all_conflicts_are_told_at_once_with_the_json_named() -> None:

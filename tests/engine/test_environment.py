@@ -68,7 +68,7 @@ def test_a_port_in_use_is_told_and_ends_the_run(sudoku_run, tmp_path, monkeypatc
         taken.listen()
         monkeypatch.setattr("tests.training.free_port", lambda: taken.getsockname()[1])
         (rank,) = start_ranks(sudoku_run, [f"run.dir={tmp_path}/run"], 1, tmp_path / "log")
-        assert rank.wait(timeout=300) == 2
+        assert rank.wait(timeout=400) == 2
     log = (tmp_path / "log").read_text()
     assert "Traceback" not in log
     assert re.search(r"the ranks cannot meet \(MASTER_ADDR=127.0.0.1, MASTER_PORT=\d+\)", log), log

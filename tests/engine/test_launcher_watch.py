@@ -16,7 +16,7 @@ from ds_dgemma.engine.stop_request import StopRequest
 stop = StopRequest()
 """
 IMPORTING = "time.sleep(3); "  # takes its time, and finds its launcher gone
-LOADING = "watch_launcher(stop); print('ready', flush=True); time.sleep(300)"
+LOADING = "watch_launcher(stop); print('ready', flush=True); time.sleep(60)"
 TRAINING = """
 stop.step = 1
 watch_launcher(stop)
@@ -53,7 +53,7 @@ def wait_until_ready(runner: subprocess.Popen) -> None:
 
 def ended(process: psutil.Process) -> bool:
     try:
-        process.wait(100)
+        process.wait(60)
     except psutil.TimeoutExpired:
         process.kill()
         return False
@@ -70,7 +70,7 @@ def test_a_rank_ends_when_deepspeed_is_killed(program: str) -> None:
     runner.send_signal(signal.SIGKILL)
     runner.wait()
     assert ended(rank)
-    launch.wait(100)
+    launch.wait(60)
 
 
 def test_a_rank_ends_when_the_launcher_of_its_node_is_killed() -> None:
@@ -80,7 +80,7 @@ def test_a_rank_ends_when_the_launcher_of_its_node_is_killed() -> None:
     assert launch is not None
     launch.kill()
     assert ended(rank)
-    runner.wait(100)
+    runner.wait(60)
 
 
 def test_a_rank_that_trains_has_time_for_a_checkpoint_when_deepspeed_is_killed(tmp_path: Path) -> None:

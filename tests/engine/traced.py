@@ -1,4 +1,5 @@
-"""Train as `ds_dgemma.train` does, and print what no file of a run tells: whether frozen weights stayed as they were.
+"""Train as `ds_dgemma.train` does, and print what no file of a run tells: whether frozen weights stayed as they were,
+and how often ZeRO-3 gathered a layer's parameters in a micro-step of the last step.
 
     python -m tests.engine.traced [--no-leaves] [--stop-after STEP] --config C.yaml ...
 
@@ -7,13 +8,18 @@
 
 import argparse
 import sys
+from collections import Counter
 from typing import Any
 
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 from ds_dgemma import train
 from ds_dgemma.engine import deepspeed_engine
 from ds_dgemma.engine.stop_request import StopRequest
+
+GATHER = "_PartitionedParameterCoordinator__all_gather_params_"  # all that ZeRO-3 gathers for a module comes by here
 
 
 def shard(parameter: Any) -> torch.Tensor:
@@ -21,8 +27,37 @@ def shard(parameter: Any) -> torch.Tensor:
     return parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
 
 
+class Gathers:
+    """Counts every layer's parameters as they are gathered, and forgets them when the next step begins."""
+
+    def __init__(self) -> None:
+        self._by_parameter: Counter[int] = Counter()
+        self._layers: set[int] = set()
+        self._micro_batches = 1
+        gather, update = getattr(PartitionedParameterCoordinator, GATHER), train.update
+
+        def counted(coordinator: Any, parameters: Any, *rest: Any, **options: Any) -> Any:
+            missing = [p.ds_id for p in parameters if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+            self._by_parameter.update(missing)
+            return gather(coordinator, parameters, *rest, **options)
+
+        def stepped(engine: Any, *rest: Any) -> Any:
+            self._layers = {p.ds_id for p in engine.module.model.layers.parameters() if hasattr(p, "ds_id")}
+            self._by_parameter.clear()
+            done = update(engine, *rest)
+            self._micro_batches = len(done.micro_batches)
+            return done
+
+        setattr(PartitionedParameterCoordinator, GATHER, counted)
+        train.update = stepped
+
+    def of_a_layer(self) -> list[float]:
+        """The different counts that a layer's parameters have, smallest first."""
+        return sorted({self._by_parameter[name] / self._micro_batches for name in self._layers})
+
+
 def main(argv: list[str]) -> int:
-    """Train; print a line for every rank."""
+    """Train; print two lines for every rank."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--no-leaves", action="store_true")
     parser.add_argument("--stop-after", type=int)
@@ -38,7 +73,7 @@ def main(argv: list[str]) -> int:
 
     StopRequest.agreed = agreed_after
     frozen: dict[str, tuple[Any, torch.Tensor]] = {}
-    start = train.start_engine
+    start, gathers = train.start_engine, Gathers()
 
     def traced(objective, *arguments):
         for name, parameter in objective.named_parameters():
@@ -49,8 +84,12 @@ def main(argv: list[str]) -> int:
     train.start_engine = traced
     code = train.main(argv)
     changed = [name for name, (parameter, before) in frozen.items() if not torch.equal(shard(parameter), before)]
+    dtypes = sorted({str(before.dtype) for _, before in frozen.values()})
+    counts = ", ".join(f"{count:g}" for count in gathers.of_a_layer())
     print(
-        f"{len(changed)} changed of {len(frozen)} frozen, dtypes {sorted({str(b.dtype) for _, b in frozen.values()})}"
+        f"{len(changed)} changed of {len(frozen)} frozen, dtypes {dtypes}\n"
+        f"gathers of a layer's parameter in a micro-step: [{counts}]",
+        flush=True,
     )
     return code
 

@@ -1,26 +1,30 @@
-"""Which attention kernel runs for each layer type: the real head sizes and our masks, forward and backward in bf16.
+"""Attention kernels at the real head sizes in bf16: each that fits against fp32, and which one a layer runs.
 
     python -m tests.gpu.attention [--rehearse]
 
-The stack itself runs, one layer at a time, under the profiler; attention does not depend on the number of experts or
-the vocabulary, so those are small. A sweep of even and one of odd length: some kernels ask for aligned rows. The math
-fallback stores every score and must not run.
+Every kernel of torch, and of a package that is installed, goes through what a package's goes through before its first
+use, here against plain fp32 arithmetic. Then the layers run under the profiler, clean tokens and canvases, forward and
+backward; attention does not depend on the number of experts or the vocabulary, so those are small. Rows of even and of
+odd length: some kernels ask for aligned ones. The math fallback stores every score and must not run.
 """
 
 import argparse
 import re
 import sys
+import time
 from typing import Any
 
 import torch
-from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from ds_dgemma.model.build import build_stack
-from ds_dgemma.model.stack import DiffusionGemmaStack
+from ds_dgemma.model.kernel_choice import choose, disagreement, is_installed, problem_on, torchs_own
+from ds_dgemma.model.kernels import EFFICIENT, PACKAGES, Kernel, Problem, efficient_fits
+from ds_dgemma.model.stack import DiffusionGemmaStack, SweepLayer
+from ds_dgemma.model.sweep import Places, make_calls
 from tests.gpu import shapes
-from tests.reference.masks import clean_and_canvases
+from tests.reference.kernel import EXACT
 
 OPERATOR = re.compile(r"aten::_(scaled_dot_product_\w+)|(flex_attention)")
 KERNEL = re.compile(r"fmha|flash|attention|attn|sdpa|mem_eff", re.IGNORECASE)
@@ -44,45 +48,90 @@ def open_stack(rehearse: bool) -> DiffusionGemmaStack:
     return stack
 
 
-def profiled(stack: DiffusionGemmaStack, clean: int, canvas: int, rows: int) -> list:
-    """Events of one forward and backward, after one that is dropped."""
+def problem_of(stack: DiffusionGemmaStack, number: int, where: torch.device) -> Problem:
+    """A layer's attention."""
+    own = stack.config.get_text_config().per_layer_config[number]
+    return problem_on(where, torch.bfloat16, own.num_attention_heads, own.num_key_value_heads, own.head_dim)
+
+
+def fitting(problem: Problem) -> list[Kernel]:
+    """Every kernel that fits and is installed."""
+    found = [torchs_own(problem)]
+    if efficient_fits(problem) and EFFICIENT not in found:
+        found.append(EFFICIENT)
+    return found + [package.load() for package in PACKAGES if package.fits(problem) and is_installed(package)]
+
+
+def milliseconds(kernel: Kernel, problem: Problem, rows: int, tokens: int) -> float:
+    """A causal square, forward and backward; the mean of a few after the first."""
+
+    def some(heads: int) -> torch.Tensor:
+        flat = torch.randn(rows, tokens, heads, problem.head_size, device=problem.device, dtype=problem.dtype)
+        return flat.transpose(1, 2)
+
+    query, key, value, grad = map(some, (problem.heads, problem.kv_heads, problem.kv_heads, problem.heads))
+    wait = torch.cuda.synchronize if problem.device.type == "cuda" else lambda: None
+    began, repeats = 0.0, 5
+    for repeat in range(repeats + 1):
+        if repeat == 1:
+            wait()
+            began = time.perf_counter()
+        out, log = kernel.forward(query, key, value, True, 1.0)
+        kernel.backward(grad, query, key, value, out, log, True, 1.0)
+    wait()
+    return (time.perf_counter() - began) / repeats * 1e3
+
+
+def profiled(stack: DiffusionGemmaStack, layer: SweepLayer, clean: int, canvas: int, rows: int) -> list:
+    """Events of one forward and backward over clean tokens and canvases, after one that is dropped."""
     where = next(stack.parameters()).device
-    valid = torch.ones(rows, clean, dtype=torch.bool, device=where)
     start = torch.full((rows, 1), clean - canvas, device=where)
-    layout = clean_and_canvases(valid, start, canvas)
+    first = torch.zeros(1, dtype=torch.int64, device=where)
+    places = Places(clean, canvas, ((clean - canvas,),) * rows, start, (0,), first)
     hidden = stack.config.get_text_config().hidden_size
-    inputs = torch.randn(rows, clean + canvas, hidden, device=where, dtype=torch.bfloat16, requires_grad=True)
+    inputs = torch.randn(1, rows * (clean + canvas), hidden, device=where, dtype=torch.bfloat16, requires_grad=True)
+    call = make_calls(stack, places, None, inputs).all
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if where.type == "cuda" else [])]
-    stack(inputs, layout).sum().backward()
+    layer.block(inputs, call).hidden_1NH.sum().backward()
     with profile(activities=activities) as events:
-        stack(inputs, layout).sum().backward()
+        layer.block(inputs, call).hidden_1NH.sum().backward()
         if where.type == "cuda":
             torch.cuda.synchronize()
     return list(events.key_averages())
 
 
 def main() -> int:
-    """Name what ran; 1 when it was the math fallback, or nothing known."""
+    """Name what ran; 1 when a kernel is wrong, the math fallback ran, or nothing known."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rehearse", action="store_true")
     rehearse = parser.parse_args().rehearse
     torch.manual_seed(0)
     stack, (clean, canvas, rows) = open_stack(rehearse), shapes.lengths(rehearse)
     figures, failed = [], False
-    for layer, kind in zip(list(stack.layers), list(stack.layer_types), strict=True):
-        stack.layers, stack.layer_types = nn.ModuleList([layer]), (kind,)
+    for number, layer in enumerate(stack.sweep_layers()):
+        problem = problem_of(stack, number, shapes.device(rehearse))
+        chosen = choose("auto", problem)
+        figures += [f"{layer.kind} takes {chosen.kernel.name}", *chosen.dropped]
+        for kernel in fitting(problem):
+            try:
+                wrong = disagreement(kernel, EXACT, problem)
+                took = f"{milliseconds(kernel, problem, rows, clean):.2f} ms"
+            except Exception as error:  # one that does not run is a finding, and the others go on
+                wrong = took = f"{type(error).__name__}: {error}"
+            failed |= wrong is not None
+            figures.append(f"{kernel.name}: {wrong or f'as fp32, {took} for {rows} x {clean} causal'}")
         for length in (clean, clean - 21):
-            events = profiled(stack, length, canvas, rows)
+            events = profiled(stack, layer, length, canvas, rows)
             found = {m[1] or m[2] for e in events if (m := OPERATOR.search(e.key))}
             kernels = [e for e in events if e.device_type == DeviceType.CUDA and KERNEL.search(e.key)]
             kernels.sort(key=lambda event: event.self_device_time_total, reverse=True)
-            failed |= MATH in found or not found
-            shown = ", ".join(sorted(name for name in found if not name.endswith("_backward"))) or "nothing known"
+            failed |= MATH in found or not (found or kernels)
+            shown = ", ".join(sorted(name for name in found if not name.endswith("_backward"))) or "no aten operator"
             if kernels:
                 spent = sum(event.self_device_time_total for event in kernels) / 1e3
                 names = " + ".join(f"`{event.key.split('(')[0][:70]}`" for event in kernels[:2])
                 shown += f" ({names}; {spent:.2f} ms)"
-            figures.append(f"{kind}, {rows} x {length + canvas}: {shown}")
+            figures.append(f"{layer.kind}, {rows} x {length + canvas}: {shown}")
     print(f"FIGURE {'; '.join(figures)}")
     return int(failed)
 

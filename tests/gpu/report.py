@@ -22,7 +22,7 @@ import torch
 from tests.gpu import ROOT
 
 BUDGET = 460  # seconds for all checks
-PATIENCE = 5  # times the limits, in rehearsal: a machine without a GPU may be slow
+PATIENCE = 10  # times longer may a rehearsal take, on whatever CPU: it is about what holds, not about time
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ def checks(cases: str, rehearse: bool) -> list[Check]:
         Check("LoRA parity, fp32, ZeRO-3", [*parity, "float32", "--lora"], 90),
         Check("LoRA parity, bf16, grouped matmul", [*parity, bf16, "--grouped", "--lora"], 90),
         Check("expert layer, grouped matmul on and off, bf16", ["-m", "tests.gpu.grouped", *small], 60),
-        Check("attention kernels, bf16", ["-m", "tests.gpu.attention", *small], 60),
+        Check("layers at real shapes on fake devices, bf16", ["-m", "tests.gpu.fake"], 60),
+        Check("attention kernels, bf16", ["-m", "tests.gpu.attention", *small], 90),
         Check("Sudoku through `deepspeed`, bf16, ZeRO-3, EP 1", ["-m", "tests.gpu.sudoku", *small], 90),
         Check("step at real shapes, bf16, ZeRO-3", ["-m", "tests.gpu.real_shapes", *one_layer, *small], 220),
     ]
@@ -142,10 +143,10 @@ def main() -> int:
     when, about = datetime.now(timezone.utc), machine(args.rehearse)
     print(about, flush=True)
     patience = PATIENCE if args.rehearse else 1
-    deadline, rows = time.monotonic() + BUDGET * patience, []
+    deadline, rows = time.monotonic() + patience * BUDGET, []
     with tempfile.TemporaryDirectory() as cases:
         for check in checks(cases, args.rehearse):
-            row = run(replace(check, limit=check.limit * patience), deadline - time.monotonic())
+            row = run(replace(check, limit=patience * check.limit), deadline - time.monotonic())
             rows.append(row)
             print(f"{row.result:<8} {row.name} ({row.seconds:.0f} s)  {row.figure}", flush=True)
     out = args.out or (None if args.rehearse else ROOT / "tests" / "benchmarks")

@@ -45,12 +45,14 @@ def main() -> int:
         if code:
             print(f"FIGURE the launcher exited with {code}")
             return 1
-        records = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+        records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        start = records[0]
         seen = [record for record in records if "kind" not in record]
     first, last = (statistics.mean(record["loss"] for record in part) for part in (seen[:5], seen[-5:]))
     took = statistics.median(record["seconds"] for record in seen)
-    print(f"FIGURE loss {first:.2f} to {last:.2f} in {len(seen)} steps of {took * 1e3:.0f} ms")
-    return int(len(seen) != steps or not last < SHARE_LEFT * first)
+    kernel = start["full_attention"]
+    print(f"FIGURE loss {first:.2f} to {last:.2f} in {len(seen)} steps of {took * 1e3:.0f} ms, attention by {kernel}")
+    return int(start["kind"] != "start" or len(seen) != steps or not last < SHARE_LEFT * first)
 
 
 if __name__ == "__main__":

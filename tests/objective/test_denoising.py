@@ -14,7 +14,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from ds_dgemma.checkpoint.load import find_places, materialise, plain
 from ds_dgemma.checkpoint.weights import WeightReader
-from ds_dgemma.config import LoraSection
+from ds_dgemma.config import LoraSection, ObjectiveSection
 from ds_dgemma.data.batch import Batch, Example
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.lora import FACTORS, LoraLinear, adapt_linears, choose_targets, seed_dropout
@@ -22,8 +22,9 @@ from ds_dgemma.model.spec import read_spec
 from ds_dgemma.model.stack import SweepLayer
 from ds_dgemma.model.sweep import Sweep
 from ds_dgemma.model.vocabulary import WeightGradient
+from ds_dgemma.objective.collate import collate
+from ds_dgemma.objective.corruption import Corruption
 from ds_dgemma.objective.denoising import DenoisingObjective, RouterBalance, TokenWeights
-from ds_dgemma.objective.noise import Corruption
 from tests.parity import open_float64
 from tests.reference.fixtures import Case, make_model
 from tests.reference.float64 import DoublePrecision
@@ -59,14 +60,8 @@ def make_batch(coin: float = 0.5) -> Batch:
         tokens = draw.integers(2, CASE.vocabulary, size=3 * (sample + 1) + canvases * LENGTH)
         tokens[-2:] = 1
         examples.append((Example(sample, tokens, 3 * (sample + 1), LENGTH), 0))
-    return Corruption(
-        seed=3,
-        vocab_size=CASE.vocabulary,
-        noise_eps=1e-3,
-        self_conditioning_probability=coin,
-        canvases_per_example="all",
-        pad_id=0,
-    ).collate(examples)
+    section = ObjectiveSection(self_conditioning_probability=coin, canvases_per_example="all")
+    return collate(Corruption(section, seed=3, vocab_size=CASE.vocabulary, pad_id=0), examples)
 
 
 def take(batch: Batch, rows: slice = slice(None), canvases: slice = slice(None)) -> Batch:
@@ -79,6 +74,7 @@ def take(batch: Batch, rows: slice = slice(None), canvases: slice = slice(None))
         target_ids_BKL=batch.target_ids_BKL[rows, canvases],
         supervised_BKL=batch.supervised_BKL[rows, canvases],
         canvas_start_BK=batch.canvas_start_BK[rows, canvases],
+        noise_level_BK=batch.noise_level_BK[rows, canvases],
         starts=tuple(starts[canvases] for starts in batch.starts[rows]),
     )
     return part.with_coins(batch.self_condition_BK[rows, canvases])

@@ -162,6 +162,7 @@ def to_batch(tensors: dict[str, Tensor], coins: str, rows: slice = slice(None)) 
         target_ids_BKL=part["target_ids"][:, None],
         supervised_BKL=part["canvas_loss_mask"][:, None] & counts,
         canvas_start_BK=start,
+        noise_level_BK=torch.ones(start.shape),  # nobody asks: the cases are of the base loss
         starts=tuple(tuple(row) for row in start.tolist()),
         guessed=(),
         guessed_M=torch.empty(0, dtype=torch.int64),

@@ -8,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import torch
 from ds_dgemma.config import WandbSection
 from ds_dgemma.errors import UserError
 from ds_dgemma.tracking import sinks
-from ds_dgemma.tracking.metrics import StepMetrics, memory_gib, peak_flops, read_lines
+from ds_dgemma.tracking.metrics import START, StepMetrics, memory_gib, peak_flops, read_lines
 from ds_dgemma.tracking.plots import plot_runs, smooth
 from ds_dgemma.tracking.sinks import ConsoleSink, JsonlSink, Tracker, WandbSink
 from tests.training import REPOSITORY
@@ -110,6 +111,25 @@ def test_resuming_cuts_back_to_the_checkpoint_and_keeps_the_rest_byte_for_byte(t
     sink.close(failed=False)
     assert steps_in(path) == [1, 2, 3, 4, 5, 6]
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_start_that_is_repeated_is_told_once_and_those_before_it_stay(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+
+    def start(after: int, steps: Iterable[int]) -> None:
+        sink = JsonlSink(path, keep_through_step=after)
+        sink.write({"kind": START, "step": after, "full_attention": "sdpa"})
+        for step in steps:
+            sink.write(asdict(metrics(step)))
+        sink.close(failed=False)
+
+    start(0, ())  # ended while it loaded the model
+    start(0, range(1, 5))
+    start(3, (4, 5))
+    start(3, (4, 5, 6))
+    found = [(record.get("kind"), record["step"]) for _, record in read_lines(path)]
+    steps = [(None, step) for step in range(1, 7)]
+    assert found == [(START, 0), *steps[:3], (START, 3), *steps[3:]]
 
 
 def test_a_damaged_line_inside_the_file_is_named_and_nothing_is_cut(tmp_path: Path) -> None:

@@ -6,26 +6,17 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 
-from ds_dgemma.data.batch import Batch, Example
-from ds_dgemma.objective.noise import Corruption, NoisyCanvas, first_pass
+from ds_dgemma.config import ObjectiveSection
+from ds_dgemma.data.batch import Example
+from ds_dgemma.objective.corruption import Corruption, NoisyCanvas
 
 VOCABULARY, LENGTH = 40, 32
 OUTSIDE = VOCABULARY  # a clean id that no draw can hit, so that every replaced token shows
 
 
-def make_corruption(**changes) -> Corruption:
-    settings = {
-        "seed": 7,
-        "vocab_size": VOCABULARY,
-        "noise_eps": 1e-3,
-        "self_conditioning_probability": 0.5,
-        "canvases_per_example": 1,
-        "first_pass_bucket": 16,
-        "pad_id": 0,
-    }
-    return Corruption(**(settings | changes))
+def make_corruption(seed: int = 7, **objective) -> Corruption:
+    return Corruption(ObjectiveSection(**objective), seed, VOCABULARY, pad_id=0)
 
 
 def make_example(sample_id: int, canvases: int = 1, prompt: int = 3, length: int = LENGTH) -> Example:
@@ -44,29 +35,6 @@ def assert_frequencies(counts: list[int], expected: list[float]) -> None:
     statistic = sum((count - mean) ** 2 / mean for count, mean in zip(counts, expected, strict=True))
     freedom = len(counts) - 1
     assert abs(statistic - freedom) < 4 * math.sqrt(2 * freedom) + 4, f"chi-square {statistic} for {freedom}"
-
-
-def rows_of(batch: Batch) -> dict[int, tuple]:
-    """What every sample got, by its id."""
-    canvases = (batch.canvas_ids_BKL, batch.target_ids_BKL, batch.canvas_start_BK, batch.self_condition_BK)
-    return {
-        sample: (
-            batch.noise_levels[row],
-            *(tensor[row, : len(batch.noise_levels[row])].tolist() for tensor in canvases),
-        )
-        for row, sample in enumerate(batch.sample_ids)
-    }
-
-
-@pytest.mark.parametrize("canvases_per_example", [1, 2, "all"])
-def test_noise_is_the_same_however_the_batch_is_split_and_ordered(canvases_per_example: int | str):
-    corruption = make_corruption(canvases_per_example=canvases_per_example)
-    examples = [(make_example(sample, canvases=1 + sample % 4), 2) for sample in range(8)]
-    whole = rows_of(corruption.collate(examples))
-    assert whole == rows_of(corruption.collate(examples[::-1]))
-    for size in (1, 2, 4):
-        parts = [rows_of(corruption.collate(examples[start : start + size])) for start in range(0, 8, size)]
-        assert {sample: row for part in parts for sample, row in part.items()} == whole
 
 
 def test_seed_epoch_sample_and_canvas_each_give_other_noise():
@@ -139,23 +107,6 @@ def test_all_canvases_are_scored_when_there_are_no_more(canvases_per_example: in
     assert corruption.choose(make_example(5, canvases=3), epoch=1) == [0, 1, 2]
 
 
-def test_a_batch_holds_the_canvases_that_were_chosen_and_nothing_else():
-    corruption = make_corruption(canvases_per_example=2)
-    tokens = np.arange(1, 4 + 3 * 4, dtype=np.int64)
-    examples = [(Example(0, tokens, 3, 4), 0), (Example(1, tokens[:7], 3, 4), 0)]
-    batch = corruption.collate(examples)
-    assert batch.clean_ids_BS.tolist() == [tokens.tolist(), tokens[:7].tolist() + [0] * 8]
-    assert batch.clean_valid_BS.sum(1).tolist() == [15, 7]
-    assert batch.supervised_BKL.all(-1).tolist() == [[True, True], [True, False]]
-    assert not batch.self_condition_BK[1, 1]
-    for row, (example, epoch) in enumerate(examples):
-        for k, canvas in enumerate(corruption.choose(example, epoch)):
-            start = 3 + 4 * canvas
-            assert batch.canvas_start_BK[row, k] == start
-            assert batch.target_ids_BKL[row, k].tolist() == tokens[start : start + 4].tolist()
-    assert batch.counts() == (12, 14 + 6)
-
-
 CHOSEN = [[1, 2], [1, 4], [1, 4]]
 DRAWN = {
     (0, 0): (0.619637398438142, True, [17, 40, 23, 40, 40, 40, 40, 25]),
@@ -174,24 +125,3 @@ def test_the_stream_of_draws_is_the_one_that_runs_were_made_with():
         assert draw.noise_level == pytest.approx(level, abs=1e-12)
         assert draw.self_condition is coin
         assert draw.noised_L.tolist() == noised
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_the_first_pass_reads_at_least_up_to_every_canvas_that_needs_it(seed: int):
-    draw = np.random.default_rng(seed)
-    B, K, bucket = draw.integers(1, 6), draw.integers(1, 4), int(draw.integers(1, 20))
-    start = draw.integers(1, 50, size=(B, K))
-    clean_length = int(start.max() + draw.integers(1, 30))
-    coin = draw.random((B, K)) < draw.choice([0.0, 0.3, 1.0])
-    chosen = first_pass(coin, start, clean_length, bucket)
-    needing = [row for row in range(B) if coin[row].any()]
-    assert chosen.rows == tuple(needing or [0])  # never empty: ranks stay in step
-    assert chosen.prefix >= start[list(chosen.rows)].max()
-    assert chosen.prefix == clean_length or chosen.prefix % bucket == 0
-    assert chosen.prefix <= clean_length
-
-
-def test_the_batch_is_made_of_the_types_that_it_states():
-    batch = make_corruption().collate([(make_example(0, canvases=2), 0)])
-    assert {batch.clean_ids_BS.dtype, batch.canvas_ids_BKL.dtype, batch.target_ids_BKL.dtype} == {torch.int64}
-    assert {batch.clean_valid_BS.dtype, batch.supervised_BKL.dtype, batch.self_condition_BK.dtype} == {torch.bool}
