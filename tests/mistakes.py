@@ -129,7 +129,7 @@ def routing_weights_are_detached(run: Run):
 @mistake
 def clean_keys_and_values_are_detached(run: Run):
     keep = sweep.keep
-    run.patch.setattr(sweep, "keep", lambda *args: [kept.detach() for kept in keep(*args)])
+    run.patch.setattr(sweep, "keep", lambda *args, **how: [kept.detach() for kept in keep(*args, **how)])
 
 
 # Self-conditioning

@@ -128,8 +128,8 @@ class _Combine(torch.autograd.Function):
             rows = rows_RH.index_select(0, place_R).unflatten(0, weight_Nk.shape).to(weight_Nk.dtype)
             d_weight = torch.bmm(rows, grad.to(rows.dtype).unsqueeze(-1)).squeeze(-1)
         weight_R1 = weight_Nk.flatten().index_select(0, order_R).unsqueeze(-1)
-        d_rows = grad.index_select(0, order_R // weight_Nk.shape[1]) * weight_R1.to(grad.dtype)
-        return d_rows, d_weight, None, None
+        d_rows = grad.index_select(0, order_R // weight_Nk.shape[1]) * weight_R1
+        return d_rows.to(grad.dtype), d_weight, None, None
 
 
 def place_experts(stack: DiffusionGemmaStack, size: int, rank: int, grouped: bool) -> None:

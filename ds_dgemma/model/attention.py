@@ -22,7 +22,7 @@ same rules as dense masks. Sources: transformers `modeling_diffusion_gemma.py`
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -52,6 +52,7 @@ class Tokens:
     clean: int  # S; 0: canvases only, which read keys and values that were kept
     canvases: tuple[Canvas, ...]
     length: int  # L
+    kept: int = 0  # S of clean keys and values that were kept whole, for a call without clean tokens
 
     @property
     def clean_total(self) -> int:
@@ -80,7 +81,8 @@ class Part:
     """Queries and the keys that all of them see, or see causally."""
 
     queries: Span
-    keys: Span | int  # in this call, or the number of a kept slice
+    keys: Span | int  # or the number of a kept slice
+    of_kept: bool = False  # the span is of what was kept whole, not of this call
     causal: bool = False
     backwards: bool = False  # the last query and key first: causally, that is the triangle above the diagonal
     merges: bool = True  # into what earlier parts gave the same queries
@@ -124,8 +126,9 @@ def parts(tokens: Tokens, window: int | None) -> Iterator[Part]:
         begin, end = visible(run.start, window)
         if end > begin:
             queries = Span(own.offset + run.first * tokens.length, run.canvases, tokens.length, 0, tokens.length)
-            clean = Span(run.row * tokens.clean, run.canvases, tokens.clean, begin, end)
-            yield Part(queries, clean if tokens.clean else number)
+            length = tokens.clean or tokens.kept
+            clean = Span(run.row * length, run.canvases, length, begin, end)
+            yield Part(queries, clean if length else number, of_kept=tokens.kept > 0)
 
 
 def _clean_parts(tokens: Tokens, window: int | None) -> Iterator[Part]:
@@ -152,19 +155,24 @@ class Attended(NamedTuple):
     normaliser: Tensor  # [N, h], logarithm of the softmax's sum
 
 
-def keep(attended: Attended, tokens: Tokens, canvases: tuple[Canvas, ...], window: int | None) -> list[Tensor]:
-    """The clean keys and values that `canvases` see, two tensors for each of their runs, [rows, T, g, d]: copies where
-    they are less than the whole, which then need not be kept.
+def keep(
+    attended: Attended, tokens: Tokens, canvases: tuple[Canvas, ...], window: int | None, whole: bool = False
+) -> list[Tensor]:
+    """The clean keys and values that `canvases` see, for `attention`: copies of slices, two for each run of canvases,
+    [rows, T, g, d]; or all of them, [B * S, g, d], where that is less, or is asked for because they stay anyway.
     """
+    all_clean = [flat[: tokens.clean_total] for flat in (attended.keys, attended.values)]
+    if whole:
+        return all_clean
     slices = []
     for run in runs(canvases):
         begin, end = visible(run.start, window)
-        for flat in (attended.keys, attended.values):
-            rows = flat[: tokens.clean_total].unflatten(0, (tokens.rows, tokens.clean))
+        for flat in all_clean:
+            rows = flat.unflatten(0, (tokens.rows, tokens.clean))
             slices.append(rows[run.row : run.row + run.canvases, begin:end])
-    if sum(kept.numel() for kept in slices) < attended.keys.numel() + attended.values.numel():
+    if sum(kept.numel() for kept in slices) < sum(flat.numel() for flat in all_clean):
         return [kept.clone() for kept in slices]
-    return slices
+    return all_clean
 
 
 class _Attend(torch.autograd.Function):
@@ -189,8 +197,10 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         query, key, value, output, normaliser, *kept = ctx.saved_tensors
-        d_query, d_key, d_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        d_kept = [torch.zeros_like(tensor) for tensor in kept]
+        # In fp32 at least: a key has a share of every canvas behind it, and bf16 would lose the last ones.
+        wide = normaliser.dtype
+        totals = [torch.zeros_like(tensor, dtype=wide) for tensor in (query, key, value, *kept)]
+        d_query, d_key, d_value, *d_kept = totals
         lines = normaliser.unsqueeze(-1)
         for part in ctx.todo:
             at = part.queries.of
@@ -203,13 +213,13 @@ class _Attend(torch.autograd.Function):
                 found = tuple(tensor.flip(2) for tensor in found)
             for total, share in zip((at(d_query), *_keys(part, d_key, d_value, d_kept)), found, strict=True):
                 total.add_(share)
-        return None, None, None, None, d_query, d_key, d_value, *d_kept
+        return None, None, None, None, *(total.to(query.dtype) for total in totals)
 
 
 def _keys(part: Part, key: Tensor, value: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
     """Views of a part's keys and values, [rows, g, T, d]."""
     if isinstance(part.keys, Span):
-        return part.keys.of(key), part.keys.of(value)
+        return tuple(part.keys.of(tensor) for tensor in (kept if part.of_kept else (key, value)))
     return kept[2 * part.keys].transpose(1, 2), kept[2 * part.keys + 1].transpose(1, 2)
 
 
@@ -261,6 +271,8 @@ def attention(
     Returns the output, [1, N, h, d], and what may be used again. `kept`: keys and values by `keep`, for a call without
     clean tokens; `known`: output and normaliser that an earlier call computed of the very same.
     """
+    if kept and kept[0].ndim == 3:
+        tokens = replace(tokens, kept=len(kept[0]) // tokens.rows)
     flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
     todo = _plan(tokens, sliding_window)
     queries, keys, values = flat

@@ -64,6 +64,11 @@ def _impossible(text: Any) -> Iterator[str]:
     """Numbers that no model can have; transformers would build it all the same, or fail without naming them."""
     if text.num_hidden_layers < 1:
         yield f"num_hidden_layers = {text.num_hidden_layers}, a whole number from 1 is expected."
+    if text.attention_dropout:
+        yield f"attention_dropout = {text.attention_dropout}, which is not supported; 0 is expected."
+    cap = text.final_logit_softcapping
+    if not isinstance(cap, int | float) or cap <= 0:
+        yield f"final_logit_softcapping = {cap}, a number above 0 is expected."
     for number, layer in enumerate(text.per_layer_config):
         for key in SIZES:
             if not isinstance(size := getattr(layer, key), int) or size < 1:

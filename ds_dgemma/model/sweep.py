@@ -124,6 +124,7 @@ class Sweep:
         self._loads = loads
         self._calls = make_calls(stack, places, None if loads is None else loads.is_real_N, like)
         self._norm = stack.norm
+        self._trains_before = _trains(stack.embed_tokens) or _trains(stack.self_conditioning)
         self._passes = [
             LayerPass(
                 layer=layer,
@@ -138,8 +139,10 @@ class Sweep:
     def read(self, clean_NH: Tensor, guess_NH: Tensor, differentiates: bool) -> Tensor:
         """Read the clean tokens [B * S, H], and with them make the first guesses, [M * L, H]: normed hidden states."""
         clean, guess = clean_NH[None], guess_NH[None]
+        trains = self._trains_before
         for layer_pass in self._passes:
-            layer_pass.differentiates = differentiates
+            trains = trains or _trains(layer_pass.layer)
+            layer_pass.differentiates = differentiates and trains  # or the backward pass never comes here
             clean, guess = layer_pass.layer(clean, guess, job=layer_pass.read)
             layer_pass.clean_out = clean
         return self._norm(guess[0])
@@ -186,7 +189,8 @@ class LayerPass:
             return self._read_with_graph(clean_1NH, guess_1NH)
         calls, n = self.calls, clean_1NH.shape[1]
         done = self.layer.block(torch.cat([clean_1NH, guess_1NH], dim=1), calls.clean_and_guesses)
-        self.seen = self._kept(done.attended, calls.clean_and_guesses)
+        canvases = calls.canvases.tokens.canvases
+        self.seen = keep(done.attended, calls.clean_and_guesses.tokens, canvases, self.window)
         self.load = done.load
         if self.differentiates:
             self._note(done, n)
@@ -195,11 +199,10 @@ class LayerPass:
     def _read_with_graph(self, clean_1NH: Tensor, guess_1NH: Tensor) -> tuple[Tensor, Tensor]:
         calls = self.calls
         done = self._recorded(clean_1NH, calls.clean)
-        with torch.enable_grad():
-            self.seen = self._kept(done.attended, calls.clean)
+        with torch.enable_grad():  # all keys and values stay in the graph anyway
+            self.seen = keep(done.attended, calls.clean.tokens, (), self.window, whole=True)
         self.load = done.load.detach()
-        for_guesses = keep(done.attended, calls.clean.tokens, calls.guesses.tokens.canvases, self.window)
-        guess = self.layer.block(guess_1NH, calls.guesses, kept=for_guesses)
+        guess = self.layer.block(guess_1NH, calls.guesses, kept=self.seen)
         return done.hidden_1NH.detach(), guess.hidden_1NH
 
     def denoise(self, canvas_1NH: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,9 +224,6 @@ class LayerPass:
         known = tuple(torch.cat(pair) for pair in zip(*self.known, strict=True)) if self.known else None
         done = self.layer.block(all_1NH, self.calls.all, chosen_Nk=torch.cat(self.chosen), known=known)
         return done.hidden_1NH, done.load
-
-    def _kept(self, attended: Attended, call: Call) -> list[Tensor]:
-        return keep(attended, call.tokens, self.calls.canvases.tokens.canvases, self.window)
 
     def _note(self, done: LayerOutput, n: int) -> None:
         self.chosen.append(done.chosen_Nk[:n].clone())
@@ -298,5 +298,8 @@ def with_gradient(inputs: Tensor, module: nn.Module) -> Tensor:
     """
     if not torch.is_grad_enabled() or inputs.requires_grad:
         return inputs
-    trains = any(parameter.requires_grad for parameter in module.parameters())
-    return inputs.detach().requires_grad_(True) if trains else inputs
+    return inputs.detach().requires_grad_(True) if _trains(module) else inputs
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())

@@ -58,16 +58,20 @@ def test_parts_equal_dense_masks_and_kept_keys_equal_those_in_the_call(seed: int
         expected = under_a_mask(tokens, masks[kind], inputs)
         torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
         direction = torch.randn_like(output)
-        seen, wanted = (torch.autograd.grad(out, inputs, direction) for out in (output, expected))
+        seen, wanted = (torch.autograd.grad(out, inputs, direction, retain_graph=True) for out in (output, expected))
         torch.testing.assert_close(seen, wanted, rtol=0, atol=1e-12)
 
         # Canvases alone, on keys and values kept from a call before; and a call that is told what came out
         alone = Tokens(tokens.rows, 0, tokens.canvases, tokens.length)
-        kept = keep(attended, tokens, tokens.canvases, limit)
         of_canvases = [tensor[tokens.clean_total :] for tensor in inputs]
-        torch.testing.assert_close(
-            attend(alone, limit, of_canvases, kept=kept)[0], expected[tokens.clean_total :], rtol=0, atol=1e-12
-        )
+        for whole in (False, True):
+            kept = keep(attended, tokens, tokens.canvases, limit, whole)
+            seen, _ = attend(alone, limit, of_canvases, kept=kept)
+            torch.testing.assert_close(seen, expected[tokens.clean_total :], rtol=0, atol=1e-12)
+            alone_only = direction.index_fill(0, torch.arange(tokens.clean_total), 0.0)
+            of_kept = torch.autograd.grad(seen, inputs, alone_only[tokens.clean_total :], allow_unused=True)
+            of_all = torch.autograd.grad(expected, inputs, alone_only, retain_graph=True)
+            torch.testing.assert_close(of_kept, of_all, rtol=0, atol=1e-12)
         told, _ = attend(tokens, limit, inputs, known=(attended.output, attended.normaliser))
         torch.testing.assert_close(torch.autograd.grad(told, inputs, direction), wanted, rtol=0, atol=1e-12)
 
@@ -84,3 +88,19 @@ def test_a_sliding_layer_does_no_more_than_its_window_asks_for():
         clean_and_canvases(torch.ones(1, clean, dtype=torch.bool), torch.tensor([[200]]), length), window
     )["sliding_attention"]
     assert area == int(visible.sum())
+
+
+def test_a_keys_gradient_has_a_share_of_every_canvas_in_bf16_too():
+    """Shares of one sign, too small for bf16 to add to what is there already."""
+    clean, length, count = 8, 4, 200
+    tokens = Tokens(1, clean, tuple(Canvas(0, clean) for _ in range(count)), length)
+    torch.manual_seed(0)
+    total = clean + count * length
+    inputs = [torch.randn(total, n, SIZE) for n in (HEADS, KV_HEADS, KV_HEADS)]
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        leaves = [tensor.bfloat16().to(dtype).requires_grad_() for tensor in inputs]
+        output, _ = attend(tokens, None, leaves)
+        output.backward(torch.ones_like(output))
+        found.append(leaves[2].grad[:clean].float().sum())
+    torch.testing.assert_close(found[1], found[0], rtol=2e-3, atol=0)
