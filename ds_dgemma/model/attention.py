@@ -219,7 +219,8 @@ class _Attend(torch.autograd.Function):
 def _keys(part: Part, key: Tensor, value: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
     """Views of a part's keys and values, [rows, g, T, d]."""
     if isinstance(part.keys, Span):
-        return tuple(part.keys.of(tensor) for tensor in (kept if part.of_kept else (key, value)))
+        keys, values = kept if part.of_kept else (key, value)
+        return part.keys.of(keys), part.keys.of(values)
     return kept[2 * part.keys].transpose(1, 2), kept[2 * part.keys + 1].transpose(1, 2)
 
 
