@@ -251,8 +251,8 @@ def test_what_checkpointing_keeps_is_the_sum_by_hand(tmp_path):
         assert kept["selective"].denoised == (token + attended) * shape.tokens
         assert kept["full"].read == token * shape.clean + keys_and_values
         assert kept["selective"].read == (token + attended) * shape.clean + keys_and_values
-        # Nothing is computed again: the same graph, its input and what canvases see of clean tokens.
-        all_kept = kept["full"].again + 2 * H * shape.tokens + keys_and_values
+        # Nothing is computed again: the same graph, which has all keys and values, and its input.
+        all_kept = kept["full"].again + 2 * H * shape.tokens
         assert kept["none"].denoised == pytest.approx(all_kept, rel=0.01)
     last = traced.layers[-1].kept  # the backward pass begins with it
     assert last["full"] == last["selective"] == last["none"]
