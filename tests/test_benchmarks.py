@@ -13,7 +13,7 @@ import torch
 from transformers import DiffusionGemmaForBlockDiffusion
 
 from ds_dgemma.checkpoint.weights import WeightReader
-from tests.benchmarks.length import MEMORY_PER_DOUBLING, failures
+from tests.benchmarks.length import failures
 from tests.benchmarks.real_checkpoint import make_checkpoint
 from tests.forks import start
 from tests.gpu import shapes
@@ -76,7 +76,7 @@ def test_memory_of_a_step_grows_with_its_length_and_not_its_square() -> None:
         run = subprocess.run([sys.executable, *child], capture_output=True, text=True, check=True)
         return json.loads(run.stdout.splitlines()[-1])["memory"]
 
-    assert memory(8192) / memory(2048) <= MEMORY_PER_DOUBLING**2  # with its square it would be up to 16 times
+    assert memory(8192) / memory(2048) <= 5  # 4, and what glibc leaves; with its square up to 16
 
 
 def test_a_step_that_grows_with_the_square_of_its_length_is_refused() -> None:
