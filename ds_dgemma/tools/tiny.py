@@ -120,7 +120,7 @@ def _random_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -
 
 
 def _config(shape: Shape, vocab_size: int) -> DiffusionGemmaConfig:
-    text_config: dict[str, Any] = {
+    text: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": shape.hidden,
         "intermediate_size": shape.dense_intermediate,
@@ -136,9 +136,13 @@ def _config(shape: Shape, vocab_size: int) -> DiffusionGemmaConfig:
         "moe_intermediate_size": shape.expert_intermediate,
         "sliding_window": shape.window,
         "max_position_embeddings": 4096,
-        "use_bidirectional_attention": "vision",  # as released: only image tokens look ahead
     }
-    vision_config: dict[str, Any] = {  # transformers builds the tower always; this is the smallest
+    return small_config(text, shape.canvas)
+
+
+def small_config(text: dict[str, Any], canvas_length: int) -> DiffusionGemmaConfig:
+    """transformers' config of a text model, with the smallest vision tower; ids of image tokens end the vocabulary."""
+    vision: dict[str, Any] = {  # transformers builds the tower always
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 1,
@@ -149,12 +153,12 @@ def _config(shape: Shape, vocab_size: int) -> DiffusionGemmaConfig:
         "position_embedding_size": 16,
     }
     return DiffusionGemmaConfig(
-        text_config=text_config,
-        vision_config=vision_config,
-        canvas_length=shape.canvas,
-        boi_token_id=vocab_size - 3,
-        eoi_token_id=vocab_size - 2,
-        image_token_id=vocab_size - 1,
+        text_config={**text, "use_bidirectional_attention": "vision"},  # as released: only image tokens look ahead
+        vision_config=vision,
+        canvas_length=canvas_length,
+        boi_token_id=text["vocab_size"] - 3,
+        eoi_token_id=text["vocab_size"] - 2,
+        image_token_id=text["vocab_size"] - 1,
     )
 
 

@@ -32,6 +32,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 from transformers import DiffusionGemmaConfig
 
+from ds_dgemma.tools.tiny import small_config
+
 ROOT = Path(__file__).resolve().parents[2]
 SLIDING, FULL = "sliding_attention", "full_attention"
 LAYERS = {"sliding only": [SLIDING] * 6, "5 sliding : 1 full": [*[SLIDING] * 5, FULL]}
@@ -60,21 +62,8 @@ def config(layer_types: list[str]) -> DiffusionGemmaConfig:
         "moe_intermediate_size": 64,
         "sliding_window": 1024,
         "max_position_embeddings": max(LENGTHS),
-        "use_bidirectional_attention": "vision",
     }
-    vision: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "patch_size": 4,
-        "position_embedding_size": 16,
-    }
-    last = VOCABULARY - 1
-    image: dict[str, Any] = {"image_token_id": last, "boi_token_id": last - 1, "eoi_token_id": last - 2}
-    return DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=CANVAS, **image)
+    return small_config(text, CANVAS)
 
 
 def resident_bytes() -> int:

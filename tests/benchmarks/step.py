@@ -36,13 +36,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
+from transformers import DiffusionGemmaForBlockDiffusion
 from transformers.cache_utils import DynamicCache
 
 from ds_dgemma.config import ObjectiveSection
 from ds_dgemma.data.batch import Batch, Example
 from ds_dgemma.objective.collate import collate
 from ds_dgemma.objective.corruption import Corruption
+from ds_dgemma.tools.tiny import small_config
 from tests.reference.masks import attention_masks, clean_and_canvases
 
 CHECKPOINTING = {"ds_dgemma": "full", "ds_dgemma, selective": "selective", "ds_dgemma, kept": "none"}
@@ -69,26 +70,9 @@ def make_model(directory: Path, vocabulary: int) -> None:
         "moe_intermediate_size": 128,
         "sliding_window": 128,
         "max_position_embeddings": 4096,
-        "use_bidirectional_attention": "vision",
-    }
-    vision: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "patch_size": 4,
-        "position_embedding_size": 16,
-    }
-    image: dict[str, Any] = {
-        "image_token_id": vocabulary - 1,
-        "boi_token_id": vocabulary - 2,
-        "eoi_token_id": vocabulary - 3,
     }
     torch.manual_seed(0)
-    config = DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=CANVAS, **image)
-    DiffusionGemmaForBlockDiffusion(config).save_pretrained(directory)
+    DiffusionGemmaForBlockDiffusion(small_config(text, CANVAS)).save_pretrained(directory)
 
 
 def make_batch(prompt: int, response: int, size: int, vocabulary: int, canvas: int = CANVAS) -> Batch:

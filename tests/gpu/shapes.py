@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from transformers import DiffusionGemmaConfig
 
+from ds_dgemma.tools.tiny import small_config
+
 RELEASED: dict[str, int] = {
     "vocab_size": 262_144,
     "hidden_size": 2816,
@@ -42,27 +44,8 @@ def config(rehearse: bool, layers: int, **changes: int) -> DiffusionGemmaConfig:
         "num_hidden_layers": layers,
         "layer_types": ["sliding_attention"] * (layers - 1) + ["full_attention"],
         "max_position_embeddings": 4096,
-        "use_bidirectional_attention": "vision",
     }
-    vision: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "patch_size": 4,
-        "position_embedding_size": 16,
-    }
-    last = text["vocab_size"] - 1
-    return DiffusionGemmaConfig(
-        text_config=text,
-        vision_config=vision,
-        canvas_length=lengths(rehearse)[1],
-        image_token_id=last,
-        boi_token_id=last - 1,
-        eoi_token_id=last - 2,
-    )
+    return small_config(text, lengths(rehearse)[1])
 
 
 def lengths(rehearse: bool) -> tuple[int, int, int]:
