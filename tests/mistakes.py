@@ -128,8 +128,8 @@ def routing_weights_are_detached(run: Run):
 
 @mistake
 def clean_keys_and_values_are_detached(run: Run):
-    keep = sweep.keep
-    run.patch.setattr(sweep, "keep", lambda *args, **how: [kept.detach() for kept in keep(*args, **how)])
+    keep_all = sweep.keep_all
+    run.patch.setattr(sweep, "keep_all", lambda *args: [kept.detach() for kept in keep_all(*args)])
 
 
 # Self-conditioning

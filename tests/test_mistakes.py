@@ -24,6 +24,7 @@ from tests.reference.cases import QUANTITIES, TOLERANCES, compare, read_case, to
 from tests.reference.cases import Case as ParityCase
 from tests.reference.fixtures import write_case
 from tests.reference.masks import TokenLayout, attention_masks, clean_and_canvases
+from tests.reference.one_sweep import in_one_sweep
 
 COINS = "mixed"
 
@@ -85,14 +86,6 @@ def change_masks(run: Run, change: Callable[[TokenLayout, int, dict[str, Tensor]
     run.patch.setattr(run.objective.model.config.text_config, "_attn_implementation", "masked")
     run.patch.setattr(Sweep, "read", read)
     run.patch.setattr(Sweep, "denoise", denoise)
-
-
-def in_one_sweep(run: Any, clean_NH: Tensor, canvas_NH: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    hidden = torch.cat([clean_NH, canvas_NH])[None]
-    for layer_pass in run._passes:
-        hidden = layer_pass.layer.block(hidden, call).hidden_1NH
-    hidden = run._norm(hidden[0])
-    return hidden[: len(clean_NH)], hidden[len(clean_NH) :]
 
 
 def from_canvas(layout: TokenLayout) -> Tensor:

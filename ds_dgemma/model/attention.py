@@ -155,16 +155,16 @@ class Attended(NamedTuple):
     normaliser: Tensor  # [N, h], logarithm of the softmax's sum
 
 
-def keep(
-    attended: Attended, tokens: Tokens, canvases: tuple[Canvas, ...], window: int | None, whole: bool = False
-) -> list[Tensor]:
+def keep_all(attended: Attended, tokens: Tokens) -> list[Tensor]:
+    """All clean keys and values, [B * S, g, d], for `attention`."""
+    return [flat[: tokens.clean_total] for flat in (attended.keys, attended.values)]
+
+
+def keep(attended: Attended, tokens: Tokens, canvases: tuple[Canvas, ...], window: int | None) -> list[Tensor]:
     """The clean keys and values that `canvases` see, for `attention`: copies of slices, two for each run of canvases,
-    [rows, T, g, d]; or all of them, [B * S, g, d], where that is less, or is asked for because they stay anyway.
+    [rows, T, g, d]; or all of them, where that is less.
     """
-    all_clean = [flat[: tokens.clean_total] for flat in (attended.keys, attended.values)]
-    if whole:
-        return all_clean
-    slices = []
+    all_clean, slices = keep_all(attended, tokens), []
     for run in runs(canvases):
         begin, end = visible(run.start, window)
         for flat in all_clean:

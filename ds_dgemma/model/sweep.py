@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ds_dgemma.model.attention import Attended, Canvas, Tokens, keep
+from ds_dgemma.model.attention import Attended, Canvas, Tokens, keep, keep_all
 from ds_dgemma.model.dropout import Sections
 from ds_dgemma.model.routing import ExpertLoads
 
@@ -200,7 +200,7 @@ class LayerPass:
         calls = self.calls
         done = self._recorded(clean_1NH, calls.clean)
         with torch.enable_grad():  # all keys and values stay in the graph anyway
-            self.seen = keep(done.attended, calls.clean.tokens, (), self.window, whole=True)
+            self.seen = keep_all(done.attended, calls.clean.tokens)
         self.load = done.load.detach()
         guess = self.layer.block(guess_1NH, calls.guesses, kept=self.seen)
         return done.hidden_1NH.detach(), guess.hidden_1NH

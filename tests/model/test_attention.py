@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ds_dgemma.model.attention import Attended, Canvas, Tokens, attention, keep, parts
+from ds_dgemma.model.attention import Attended, Canvas, Tokens, attention, keep, keep_all, parts
 from tests.reference.masks import attention_masks, clean_and_canvases
 
 HEADS, KV_HEADS, SIZE = 4, 2, 8
@@ -64,8 +64,7 @@ def test_parts_equal_dense_masks_and_kept_keys_equal_those_in_the_call(seed: int
         # Canvases alone, on keys and values kept from a call before; and a call that is told what came out
         alone = Tokens(tokens.rows, 0, tokens.canvases, tokens.length)
         of_canvases = [tensor[tokens.clean_total :] for tensor in inputs]
-        for whole in (False, True):
-            kept = keep(attended, tokens, tokens.canvases, limit, whole)
+        for kept in (keep(attended, tokens, tokens.canvases, limit), keep_all(attended, tokens)):
             seen, _ = attend(alone, limit, of_canvases, kept=kept)
             torch.testing.assert_close(seen, expected[tokens.clean_total :], rtol=0, atol=1e-12)
             alone_only = direction.index_fill(0, torch.arange(tokens.clean_total), 0.0)

@@ -28,6 +28,7 @@ from ds_dgemma.objective.denoising import DenoisingObjective, RouterBalance, Tok
 from tests.parity import open_float64
 from tests.reference.fixtures import Case, make_model
 from tests.reference.float64 import DoublePrecision
+from tests.reference.one_sweep import in_one_sweep
 
 CASE = Case(layers="SF", canvas=4, window=5)
 LENGTH = CASE.canvas
@@ -309,10 +310,7 @@ def routers_said(objective: DenoisingObjective, batch: Batch) -> list[tuple[Tens
         return lambda router, inputs, output: said.update({number: (output[0], output[2])})  # the last call counts
 
     def in_one_graph(sweep: Any, clean: Tensor, canvas: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = torch.cat([clean, canvas])[None]
-        for layer_pass in sweep._passes:
-            hidden = layer_pass.layer.block(hidden, sweep._calls.all).hidden_1NH
-        return hidden[0, : len(clean)], hidden[0, len(clean) :]
+        return in_one_sweep(sweep, clean, canvas, sweep._calls.all)
 
     routers = [layer.router for layer in objective.model.sweep_layers()]
     hooks = [router.register_forward_hook(listen(number)) for number, router in enumerate(routers)]
