@@ -22,7 +22,7 @@ Shapes: N tokens of a call, all rows flat; H hidden, E experts.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -82,37 +82,37 @@ class Calls:
 def make_calls(stack: Any, places: Places, is_real_N: Tensor | None, like: Tensor) -> Calls:
     """All calls of a micro-batch; `like` has the type and device of the hidden states."""
     B, S, L = len(places.starts), places.clean, places.length
-    n, device = B * S, like.device
     canvases = tuple(Canvas(row, start) for row, starts in enumerate(places.starts) for start in starts)
     guesses = tuple(canvases[number] for number in places.guessed)
+    n, c, device = B * S, len(canvases) * L, like.device
+    # Clean tokens, canvases, and once more the canvases that are guessed: a call takes some of these.
+    canvas_position = places.start_BK.flatten()[:, None] + torch.arange(L, device=device)
+    guess_position = canvas_position[places.guessed_M].flatten()
     clean_position = torch.arange(S, device=device).repeat(B)
-    canvas_position = (places.start_BK.flatten()[:, None] + torch.arange(L, device=device)).flatten()
-    of_guesses = (n + places.guessed_M[:, None] * L + torch.arange(L, device=device)).flatten()
-    position_1N = torch.cat([clean_position, canvas_position])[None]
+    position_1N = torch.cat([clean_position, canvas_position.flatten(), guess_position])[None]
     rotary = {kind: stack.rotary_emb(like, position_1N, kind) for kind in set(stack.layer_types)}
+    if is_real_N is not None:
+        is_real_N = torch.cat([is_real_N, is_real_N.new_zeros(len(guess_position))])  # no load of a guess counts
+    at_clean, at_canvases, at_guesses, at_all = slice(0, n), slice(n, n + c), slice(n + c, None), slice(0, n + c)
+    number_N = torch.arange(position_1N.shape[1], device=device)
     seed = int(torch.randint(2**62, ())) if stack.has_dropout and stack.training else None
+    of_clean, of_guess, of_canvas = (n, seed), (len(guesses) * L, None), (c, seed and seed + 1)
 
-    def call(clean: bool, of_canvases: tuple[Canvas, ...], at: slice | Tensor, draws: Sections, real: bool) -> Call:
-        tokens = Tokens(B, S if clean else 0, of_canvases, L)
-        count = tokens.clean_total + len(of_canvases) * L
+    def call(clean: int, of_canvases: tuple[Canvas, ...], at: slice | Tensor, draws: Sections) -> Call:
         return Call(
-            tokens=tokens,
+            tokens=Tokens(B, clean, of_canvases, L),
             rotary={kind: (cos[:, at], sin[:, at]) for kind, (cos, sin) in rotary.items()},
-            is_canvas_N1=(torch.arange(count, device=device) >= tokens.clean_total).unsqueeze(-1),
-            is_real_N=None if is_real_N is None else is_real_N[at] if real else torch.zeros_like(is_real_N[at]),
+            is_canvas_N1=(number_N[at] >= n).unsqueeze(-1),
+            is_real_N=None if is_real_N is None else is_real_N[at],
             dropout=None if seed is None else draws,
         )
 
-    of_clean, of_guess, of_canvas = (n, seed), (len(guesses) * L, None), (len(canvases) * L, seed and seed + 1)
-    both = call(True, guesses, torch.cat([torch.arange(n, device=device), of_guesses]), (of_clean, of_guess), True)
-    if is_real_N is not None:
-        both = replace(both, is_real_N=torch.cat([is_real_N[:n], torch.zeros_like(is_real_N[of_guesses])]))
     return Calls(
-        clean=call(True, (), slice(0, n), (of_clean,), True),
-        guesses=call(False, guesses, of_guesses, (of_guess,), False),
-        clean_and_guesses=both,
-        canvases=call(False, canvases, slice(n, None), (of_canvas,), True),
-        all=call(True, canvases, slice(None), (of_clean, of_canvas), True),
+        clean=call(S, (), at_clean, (of_clean,)),
+        guesses=call(0, guesses, at_guesses, (of_guess,)),
+        clean_and_guesses=call(S, guesses, torch.cat([number_N[at_clean], number_N[at_guesses]]), (of_clean, of_guess)),
+        canvases=call(0, canvases, at_canvases, (of_canvas,)),
+        all=call(S, canvases, at_all, (of_clean, of_canvas)),
         checkpointing=stack.activation_checkpointing,
     )
 
