@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Every check that needs a GPU, on one device, in under 8 minutes:
 #
-#   bash tests/gpu.sh [--wheels DIR] [--out DIR] [--rehearse]
+#   bash tests/gpu.sh [--wheels DIR] [--out DIR] [--only REGEX] [--rehearse]
 #
-# Prints a line per check and writes a dated table, gpu-YYYY-MM-DD.md, to --out (tests/benchmarks). Exit code 1 when a check fails.
+# --only runs the checks whose names match. Prints a line per check and writes a dated table, gpu-YYYY-MM-DD.md, to --out (tests/benchmarks). Exit code 1 when a check fails.
 # Without a GPU, --rehearse runs the same at miniature shapes on the CPU; it writes a table only where --out says so.
 #
 # --wheels is for a machine that has torch and no network: the other packages are put on top of the python3 (or $PYTHON) that has it,
@@ -18,7 +18,7 @@ here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 usage() {
-    echo 'usage: bash tests/gpu.sh [--wheels DIR] [--out DIR] [--rehearse]' >&2
+    echo 'usage: bash tests/gpu.sh [--wheels DIR] [--out DIR] [--only REGEX] [--rehearse]' >&2
     exit 2
 }
 
@@ -30,6 +30,11 @@ while (($#)); do
         --wheels | --out)
             (($# > 1)) || usage
             if [[ $1 == --wheels ]]; then wheels=$(absolute "$2"); else arguments+=(--out "$(absolute "$2")"); fi
+            shift
+            ;;
+        --only)
+            (($# > 1)) || usage
+            arguments+=(--only "$2")
             shift
             ;;
         --rehearse)

@@ -27,8 +27,12 @@ def check_environment() -> None:
 
 
 def _library_problems() -> list[str]:
+    try:
+        requirements = metadata.requires(PACKAGE) or ()
+    except metadata.PackageNotFoundError:  # a checkout on PYTHONPATH that nobody installed names no requirements
+        return []
     problems = []
-    for requirement in map(Requirement, metadata.requires(PACKAGE) or ()):
+    for requirement in map(Requirement, requirements):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         try:

@@ -18,6 +18,7 @@ from deepspeed.moe.ep_experts import GroupedExperts, apply_expert_activation
 from torch import Tensor
 
 from ds_dgemma.config import LoraSection
+from ds_dgemma.model.kernels import in_vectors
 from ds_dgemma.model.lora import Adapter, Target
 
 # AutoEP's marks of one rank's part of the experts.
@@ -108,7 +109,8 @@ class _Loop(torch.autograd.Function):
 
 
 def _grouped(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    return torch._grouped_mm(rows, weight.to(rows.dtype).transpose(-2, -1), offs=offsets)
+    # ZeRO-3 gathers a layer's parameters one behind another: after one of an odd size, a weight begins anywhere
+    return torch._grouped_mm(rows, in_vectors(weight.to(rows.dtype)).transpose(-2, -1), offs=offsets)
 
 
 def _triton(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:

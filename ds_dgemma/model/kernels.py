@@ -63,7 +63,7 @@ def _cpu_backward(
 
 
 def _flash_forward(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    inputs = [_in_vectors(_padded(tensor)) for tensor in (query, key, value)]
+    inputs = [in_vectors(_padded(tensor)) for tensor in (query, key, value)]
     out, log, *_ = _ATEN._scaled_dot_product_flash_attention(*inputs, 0.0, causal, False, scale=scale)
     return out.narrow(-1, 0, query.shape[-1]), log
 
@@ -72,7 +72,7 @@ def _flash_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log: Tensor, causal: bool, scale: float
 ) -> Grads:
     size = query.shape[-1]
-    grad, query, key, value, out = (_in_vectors(_padded(tensor)) for tensor in (grad, query, key, value, out))
+    grad, query, key, value, out = (in_vectors(_padded(tensor)) for tensor in (grad, query, key, value, out))
     # No packed sequences (cum_seq_q, cum_seq_k), and no dropout, whose state is not looked at then
     seed = offset = torch.empty(0, dtype=torch.uint64, device=query.device)
     found = _ATEN._scaled_dot_product_flash_attention_backward(
@@ -98,7 +98,7 @@ def _flash_backward(
 
 def _efficient_forward(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     heads, tokens, size = query.shape[1:]
-    inputs = [_in_vectors(_expanded(_padded(tensor), heads)) for tensor in (query, key, value)]
+    inputs = [in_vectors(_expanded(_padded(tensor), heads)) for tensor in (query, key, value)]
     out, log, *_ = _ATEN._scaled_dot_product_efficient_attention(*inputs, None, True, 0.0, causal, scale=scale)
     return out.narrow(-1, 0, size), log.narrow(-1, 0, tokens)
 
@@ -111,10 +111,10 @@ def _efficient_backward(
     key, value = _expanded(key, heads), _expanded(value, heads)
     seed = offset = torch.empty((), dtype=torch.int64, device=query.device)  # of dropout: not looked at
     found = _ATEN._scaled_dot_product_efficient_attention_backward(
-        _in_vectors(grad),
-        _in_vectors(query),
-        _in_vectors(key),
-        _in_vectors(value),
+        in_vectors(grad),
+        in_vectors(query),
+        in_vectors(key),
+        in_vectors(value),
         None,
         _tokens_first(out).transpose(1, 2),  # the kernel takes a token's stride for granted: heads * head size
         _whole_blocks(log),
@@ -135,7 +135,7 @@ def _padded(tensor: Tensor) -> Tensor:
     return F.pad(tensor, (0, missing)) if missing else tensor
 
 
-def _in_vectors(tensor: Tensor) -> Tensor:
+def in_vectors(tensor: Tensor) -> Tensor:
     """The tensor so that a kernel can load it, 16 bytes at a time: copied where it lies otherwise."""
     return tensor if lies_in_vectors(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 

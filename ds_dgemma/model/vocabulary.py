@@ -174,9 +174,13 @@ def _raise(
 
 
 def _add_product(total_VH: Tensor, rows_CV: Tensor, rows_CH: Tensor) -> None:
-    """Add rows_CV.T @ rows_CH, in the sum's own type where the product has it."""
+    """Add rows_CV.T @ rows_CH. The product adds to the sum itself where it can: a pass over the fp32 sum for each chunk
+    was more than half of the loss's time (H200, 256 rows a chunk).
+    """
     if rows_CV.dtype == total_VH.dtype:
         total_VH.addmm_(rows_CV.t(), rows_CH)
+    elif rows_CV.is_cuda:
+        torch.addmm(total_VH, rows_CV.t(), rows_CH, out_dtype=total_VH.dtype, out=total_VH)
     else:
         total_VH += rows_CV.t() @ rows_CH
 

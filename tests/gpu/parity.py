@@ -30,7 +30,7 @@ def main() -> int:
     args = parser.parse_args()
     command = [sys.executable, "tests/parity.py", args.cases, "--dtype", args.dtype, "--verbose"]
     command += [f"--{option}" for option in ("grouped", "lora") if getattr(args, option)]
-    run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     sys.stderr.write(run.stdout)
     lines = run.stdout.splitlines()
     rows = [[float(cell) for cell in m[1].split()[:5]] for line in lines if (m := ROW.match(line))]

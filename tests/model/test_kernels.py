@@ -293,8 +293,8 @@ def as_it_is(tensor: Tensor, *_: Any) -> Tensor:
     ("kernel", "size", "broken", "refused"),
     [
         (FLASH, 512, {}, "head size 512"),
-        (FLASH, 20, {"_padded": as_it_is, "_in_vectors": as_it_is}, "heads must begin at multiples of 16 bytes"),
-        (EFFICIENT, 20, {"_padded": as_it_is, "_in_vectors": as_it_is}, "heads must begin at multiples of 16 bytes"),
+        (FLASH, 20, {"_padded": as_it_is, "in_vectors": as_it_is}, "heads must begin at multiples of 16 bytes"),
+        (EFFICIENT, 20, {"_padded": as_it_is, "in_vectors": as_it_is}, "heads must begin at multiples of 16 bytes"),
         (EFFICIENT, 512, {"_expanded": as_it_is}, "16 query heads on 2 key heads"),
         (EFFICIENT, 512, {"_whole_blocks": as_it_is}, "normalisers for 300, not 320"),
         (EFFICIENT, 512, {"_tokens_first": lambda out: out.transpose(1, 2)}, "not contiguous as"),
