@@ -76,7 +76,7 @@ class Experts(GroupedExperts):
             ends = list(accumulate(counts.tolist()))
             return lambda rows, weight: _Loop.apply(rows, weight.to(rows.dtype), ends)
         offsets = torch.cumsum(counts, dim=0, dtype=torch.int32)
-        return partial(_triton if self.use_triton_grouped_mm else _grouped, offsets=offsets)
+        return partial(_triton if self.use_triton_grouped_mm else grouped, offsets=offsets)
 
 
 class _Loop(torch.autograd.Function):
@@ -108,7 +108,8 @@ class _Loop(torch.autograd.Function):
         return d_rows, d_weight, None
 
 
-def _grouped(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def grouped(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Rows [R, in] of each expert on its weight of [e, out, in]; what the kernel reads begins at 16 bytes."""
     # ZeRO-3 gathers a layer's parameters one behind another: after one of an odd size, a weight begins anywhere
     return torch._grouped_mm(rows, in_vectors(weight.to(rows.dtype)).transpose(-2, -1), offs=offsets)
 

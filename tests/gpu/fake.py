@@ -119,6 +119,7 @@ def check_grouped(name: str, given: dict[str, Any]) -> None:
         tensor = given[which]
         require(tensor.dtype is torch.bfloat16, name, f"{which} is {tensor.dtype}")
         lanes = VECTOR_BYTES // tensor.element_size()
+        require(tensor.storage_offset() % lanes == 0, name, f"{which} does not begin at a multiple of 16 bytes")
         inner = [step for step in tensor.stride()[-2:] if step != 1]
         require(
             len(inner) < 2 and all(step % lanes == 0 for step in inner), name, f"{which}: strides {tensor.stride()}"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ds_dgemma.config import ModelSection
+from ds_dgemma.engine.experts import grouped
 from ds_dgemma.errors import UserError
 from ds_dgemma.model import kernel_choice, kernels
 from ds_dgemma.model.kernel_choice import Wanted, choose, choose_all, disagreement, torchs_own
@@ -317,3 +318,14 @@ def test_types_and_normalisers_that_a_kernel_reads_wrongly_are_seen_without_a_gp
         seed = torch.empty(0, dtype=torch.uint64, device="cuda")
         with pytest.raises(fake.Refused, match="are read as if contiguous"):
             backward(query, query, query, query, query, log, None, None, 300, 300, 0.0, True, seed, seed)
+
+
+def test_a_weight_that_begins_anywhere_is_moved_before_a_grouped_product():
+    with fake.hopper():
+        rows = torch.empty(32, 16, dtype=torch.bfloat16, device="cuda")
+        ends = torch.empty(4, dtype=torch.int32, device="cuda")
+        gathered = torch.empty(4 + 4 * 8 * 16, dtype=torch.bfloat16, device="cuda")
+        weight = gathered.narrow(0, 4, 4 * 8 * 16).view(4, 8, 16)
+        with pytest.raises(fake.Refused, match="mat2 does not begin at a multiple of 16 bytes"):
+            torch._grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
+        assert grouped(rows, weight, ends).shape == (32, 8)
