@@ -8,7 +8,7 @@ YAML owns the science (batch, learning rate, steps, clipping, canvases, expert r
 import re
 from math import lcm
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -85,11 +85,31 @@ class ModelSection(Section):
     )
 
 
-class ColumnsSection(Section):
-    """Question and answer columns, for data that is not already `messages`."""
+FormatName = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]  # data/formats.py
+Learn = Literal["last", "all", "weights"]
 
-    prompt: str = Field(description="column of the user's turn")
-    response: str = Field(description="column of the assistant's turn")
+
+class ColumnsSection(Section):
+    """Where the turns of a row stand: a column's name, or a template with names in braces, `{question}\n{context}`."""
+
+    prompt: str = Field(description="the user's turn")
+    response: str = Field(description="the assistant's turn")
+    system: str | None = Field(default=None, description="the system's turn")
+    history: str | None = Field(default=None, description="column of earlier turns, a list of [user, assistant] pairs")
+
+
+class SourceSection(Section):
+    """One source of a mixture; what it leaves out is taken from `data`."""
+
+    path: str = Field(description="a file, folder, glob or hub dataset id")
+    weight: float = Field(default=1.0, gt=0, description="how often its examples come, against their own number")
+    config: str | None = Field(default=None, description="configuration name of a hub dataset")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub dataset")
+    split: str | None = Field(default=None, description="split of a hub dataset")
+    format: FormatName | None = Field(default=None, description="as data.format")
+    columns: ColumnsSection | None = Field(default=None, description="as data.columns")
+    learn: Learn | None = Field(default=None, description="as data.learn")
+    ignore: tuple[str, ...] | None = Field(default=None, description="as data.ignore")
 
 
 class LoraSection(Section):
@@ -140,23 +160,54 @@ class LoraSection(Section):
         return self
 
 
-class DataSection(Section):
-    """Conversations and how they become token sequences."""
+Sources = str | tuple[str | SourceSection, ...]
 
-    train: str = Field(description="a JSONL file or a hub dataset id")
-    validation: str | None = Field(default=None, description="a JSONL file or a hub dataset id")
+
+class DataSection(Section):
+    """Conversations and texts, and how they become token sequences."""
+
+    train: Sources = Field(
+        description="a file (JSONL, JSON, CSV, Parquet; also .gz), folder, glob or hub dataset id; or a list of these, "
+        "each a name or {path: ..., weight: 2, ...}"
+    )
+    validation: Sources | None = Field(default=None, description="held-out data, as data.train")
     hub_config: str | None = Field(default=None, description="configuration name of a hub dataset")
     train_split: str = Field(default="train", description="split of a hub dataset")
     validation_split: str = Field(default="test", description="split of a hub dataset")
-    columns: ColumnsSection | None = Field(default=None, description="map two columns to a conversation of two turns")
-    assistant_turns: Literal["last", "all"] = Field(
-        default="last", description="last: learn the last answer; all: one example for every answer"
+    streaming: bool = Field(
+        default=False, description="read and tokenize while training: for data that does not fit the disk"
+    )
+    shuffle_buffer: int = Field(
+        default=10_000, ge=1, le=10**7, description="rows that are shuffled at once when streaming"
+    )
+    format: FormatName = Field(default="auto", description="what a row is; auto: seen from its keys")
+    columns: ColumnsSection | None = Field(default=None, description="where prompt and response of a row stand")
+    ignore: tuple[str, ...] = Field(
+        default=(), description="keys of a row that are left out on purpose, though they hold words or settings"
+    )
+    invalid: Literal["error", "drop"] = Field(
+        default="error", description="rows that cannot be trained on: stop and list them, or list them and go on"
+    )
+    learn: Learn = Field(
+        default="last",
+        description="last: the last answer; all: every answer; weights: every answer, each row must say what they "
+        "count for. A weight of the row's own is obeyed in all three",
+    )
+    control_tokens: Literal["error", "text", "allow"] = Field(
+        default="error",
+        description="control tokens written in a text, such as <eos>: refuse the row, encode them as plain "
+        "characters, or let them be control tokens",
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default={}, description="variables of the chat template, such as enable_thinking; a row's own come first"
     )
     max_length: int = Field(default=4096, ge=2, le=10**7, description="tokens of prompt, response and fill together")
     over_length: Literal["drop", "truncate", "error"] = Field(
         default="drop",
-        description="examples over max_length: leave out, cut the response to whole canvases, or stop",
+        description="examples over max_length: leave out, cut the last answer to whole canvases, or stop",
     )
+    packing: bool = Field(default=False, description="several examples in a row of max_length; none sees another")
+    group_by_length: bool = Field(default=False, description="micro-batches of examples of like length")
     workers: Annotated[int, Field(ge=0, le=1024)] = Field(
         default=1, description="loader processes per rank; 0 loads inline"
     )
@@ -221,6 +272,11 @@ class ObjectiveSection(Section):
         default=0.5, ge=0, le=1, description="chance that the second pass sees the first one's guess"
     )
     encoder_loss_weight: float = Field(default=1.0, ge=0, description="weight of the encoder's next-token loss")
+    ar_tokens: Literal["all", "learned"] = Field(
+        default="all",
+        description="tokens that the encoder's next-token loss covers: all, prompts too (the model's own recipe); "
+        "learned: answers alone",
+    )
     router_balance_weight: float = Field(
         default=0.0,
         ge=0,

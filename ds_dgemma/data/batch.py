@@ -1,62 +1,119 @@
 """Example and Batch: the two containers between data, objective and model.
 
-Shapes: B examples, S clean tokens (prompt, response, EOS fill, then padding), K scored canvases per example, L
-canvas tokens, M canvases of all examples that get a first guess. A batch holds its noise already: the objective that
-reads it draws nothing. What decides the shape of a computation is there as host integers too, so no device is asked.
+Shapes: D documents, S clean tokens of all documents, one behind another, C scored canvases, L canvas tokens, M canvases
+that get a first guess. Nothing is padded. A batch holds its noise already: the objective that reads it draws nothing.
+What decides the shape of a computation is there as host integers too, so no device is asked.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 
+class Span(NamedTuple):
+    """Tokens of a document with a weight of their own: an answer."""
+
+    start: int
+    end: int  # behind the last; fill is not counted
+    weight: float  # what each of them counts for in both losses; 0: an answer that is not to be learned
+    number: int  # of the answer in its row, a part of the key of its noise
+
+    def canvases(self, length: int, eos_is_last: bool) -> int:
+        """How many canvases hold it and an EOS."""
+        return -(-(self.end - self.start + (not eos_is_last)) // length) if self.weight else 0
+
+
+class Place(NamedTuple):
+    """Where a canvas is cut from a document."""
+
+    start: int  # position of its first token
+    span: int
+    number: int  # in its span
+
+
 @dataclass(frozen=True)
 class Example:
-    """One conversation as tokens: prompt, then a response filled with EOS to a whole number of canvases."""
+    """One document as tokens. The last span is filled with EOS to a whole number of canvases; where another is filled,
+    the fill stands in its last canvas only.
+    """
 
     sample_id: int  # row of its source, the key of its noise: the same in every epoch and on any topology
     tokens_S: np.ndarray  # int64
-    prompt_length: int  # tokens before the first canvas
+    spans: tuple[Span, ...]  # in order, apart
+    ar_weight_S: np.ndarray  # fp32, what each token counts for as a target of the AR loss; the first is nobody's
     canvas_length: int
+    eos_id: int
+    starts_anywhere: bool = False  # running text: its canvases are cut from another token in every epoch
 
     @property
-    def canvases(self) -> int:
-        """How many canvases the response was cut into."""
-        return (len(self.tokens_S) - self.prompt_length) // self.canvas_length
+    def canvases(self) -> tuple[Place, ...]:
+        """All its canvases, cut from the first token of each learned span."""
+        return self.canvases_from(0)
+
+    def canvases_from(self, offset: int) -> tuple[Place, ...]:
+        """All its canvases, the first of each span `offset` tokens behind the span's begin, or at its begin where
+        nothing would be left.
+        """
+        return tuple(self._places(offset))
+
+    def _places(self, offset: int) -> Iterator[Place]:
+        for number, span in enumerate(self.spans):
+            ended = bool(self.tokens_S[span.end - 1] == self.eos_id)
+            begin = span.start + offset if span.start + offset < span.end else span.start
+            rest = span._replace(start=begin)
+            for k in range(rest.canvases(self.canvas_length, ended)):
+                yield Place(begin + k * self.canvas_length, number, k)
+
+    def target_L(self, place: Place) -> np.ndarray:
+        """The clean tokens of a canvas, EOS behind its span."""
+        end = min(self.spans[place.span].end, place.start + self.canvas_length)
+        target_L = np.full(self.canvas_length, self.eos_id, dtype=np.int64)
+        target_L[: max(end - place.start, 0)] = self.tokens_S[place.start : end]
+        return target_L
+
+
+class Canvas(NamedTuple):
+    """A canvas's place in a batch: its document, and how many clean tokens of that stand before it."""
+
+    document: int
+    start: int
 
 
 @dataclass(frozen=True)
 class Batch:
     """A micro-batch, noise included."""
 
-    clean_ids_BS: torch.Tensor  # int64
-    clean_valid_BS: torch.Tensor  # bool, False on the padding at the right
-    canvas_ids_BKL: torch.Tensor  # int64, noised
-    target_ids_BKL: torch.Tensor  # int64, clean
-    supervised_BKL: torch.Tensor  # bool
-    canvas_start_BK: torch.Tensor  # int64, position of a canvas's first token
-    noise_level_BK: torch.Tensor  # fp32, probability that a canvas's token was drawn anew
-    starts: tuple[tuple[int, ...], ...]  # [B][K], canvas_start_BK on the host
-    # The canvases that get a first guess, numbered among B * K: those whose self-conditioning coin is true, or the
-    # first, whose guess counts for nothing, so that every rank makes one and collectives stay in step
+    clean_ids_S: torch.Tensor  # int64
+    ar_weight_S: torch.Tensor  # fp32, of a token as the target of the token before; 0 for a document's first
+    canvas_ids_CL: torch.Tensor  # int64, noised
+    target_ids_CL: torch.Tensor  # int64, clean
+    canvas_weight_C: torch.Tensor  # fp32, of each token of a canvas
+    canvas_start_C: torch.Tensor  # int64, position of a canvas's first token in its document
+    noise_level_C: torch.Tensor  # fp32, probability that a canvas's token was drawn anew
+    documents: tuple[int, ...]  # [D] clean tokens of each, on the host
+    canvases: tuple[Canvas, ...]  # [C] on the host
+    # The canvases that get a first guess: those whose self-conditioning coin is true, or the first, whose guess counts
+    # for nothing, so that every rank makes one and collectives stay in step
     guessed: tuple[int, ...]  # on the host
     guessed_M: torch.Tensor  # int64, the same
     coin_M: torch.Tensor  # bool
-    sample_ids: tuple[int, ...]
-    noise_levels: tuple[tuple[float, ...], ...]  # of the scored canvases of each example, to the last bit, on the host
+    sample_ids: tuple[int, ...]  # [D]
+    noise_levels: tuple[float, ...]  # [C] to the last bit, on the host
 
-    def with_coins(self, coin_BK: torch.Tensor) -> "Batch":
-        """The same batch with other self-conditioning coins, bool [B, K] on the CPU."""
-        guessed = tuple(coin_BK.flatten().nonzero().flatten().tolist()) or (0,)
+    def with_coins(self, coin_C: torch.Tensor) -> "Batch":
+        """The same batch with other self-conditioning coins, bool [C] on the CPU."""
+        guessed = tuple(coin_C.nonzero().flatten().tolist()) or (0,)
         guessed_M = torch.tensor(guessed)
-        return replace(self, guessed=guessed, guessed_M=guessed_M, coin_M=coin_BK.flatten()[guessed_M])
+        return replace(self, guessed=guessed, guessed_M=guessed_M, coin_M=coin_C[guessed_M])
 
     @property
-    def self_condition_BK(self) -> torch.Tensor:
-        """Bool [B, K]: the coins."""
-        coins = torch.zeros_like(self.canvas_start_BK, dtype=torch.bool).flatten()
-        return coins.index_copy(0, self.guessed_M, self.coin_M).view_as(self.canvas_start_BK)
+    def self_condition_C(self) -> torch.Tensor:
+        """Bool [C]: the coins."""
+        coins = torch.zeros_like(self.canvas_start_C, dtype=torch.bool)
+        return coins.index_copy(0, self.guessed_M, self.coin_M)
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copy the tensors to `device`."""
@@ -67,21 +124,18 @@ class Batch:
         }
         return replace(self, **moved)
 
-    @property
-    def ar_pairs_BS(self) -> torch.Tensor:
-        """Bool [B, S-1]: positions whose next token is scored by the AR loss (both of them real tokens)."""
-        return self.clean_valid_BS[:, 1:] & self.clean_valid_BS[:, :-1]
+    def counting(self, documents: Sequence[bool]) -> "Batch":
+        """The same batch, in which only some documents count for the losses."""
+        counts_D = torch.tensor(documents, dtype=torch.float32)
+        of_S = counts_D.repeat_interleave(torch.tensor(self.documents))
+        of_C = counts_D[torch.tensor([canvas.document for canvas in self.canvases])]
+        return replace(self, ar_weight_S=self.ar_weight_S * of_S, canvas_weight_C=self.canvas_weight_C * of_C)
 
-    @property
-    def is_real_N(self) -> torch.Tensor:
-        """Bool [B * S + B * K * L]: all clean tokens, then all canvases' tokens, False on padding."""
-        scored_BKL = self.supervised_BKL.any(-1, keepdim=True).expand_as(self.supervised_BKL)
-        return torch.cat([self.clean_valid_BS.flatten(), scored_BKL.flatten()])
-
-    def counts(self) -> tuple[int, int]:
-        """Tokens scored by the diffusion loss and by the AR loss."""
-        return int(self.supervised_BKL.sum()), int(self.ar_pairs_BS.sum())
+    def counts(self) -> tuple[float, float]:
+        """Tokens scored by the diffusion loss and by the AR loss, each by its weight."""
+        length = self.canvas_ids_CL.shape[1]
+        return length * float(self.canvas_weight_C.double().sum()), float(self.ar_weight_S.double().sum())
 
     def tokens(self) -> int:
-        """Tokens read by the model, padding left out: clean ones, and those of scored canvases."""
-        return int(self.is_real_N.sum())
+        """Tokens read by the model: clean ones, and those of scored canvases."""
+        return self.clean_ids_S.numel() + self.canvas_ids_CL.numel()

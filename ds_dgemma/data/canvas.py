@@ -1,9 +1,9 @@
-"""A turn as an `Example`: the prompt, then the response cut into canvases.
+"""A tokenized conversation as an `Example`: its answers cut into canvases, within `max_length`.
 
-A canvas is a block of `canvas_length` tokens. The response gets one EOS and is cut into canvases from its
-first token; the last is filled with EOS, and the fill is learned and attended like text: it teaches when to
-stop. `max_length` counts prompt and canvases together, so it is met or missed by whole canvases. Shapes: S
-clean tokens.
+A canvas is a block of `canvas_length` tokens. An answer gets one EOS and is cut into canvases from its first token; its
+last canvas is filled with EOS, and the fill is learned and attended like text: it teaches when to stop. The fill of the
+last answer stands in the clean sequence too, so `max_length` is met or missed by whole canvases of that answer. Shapes:
+S clean tokens.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from typing import Literal
 
 import numpy as np
 
-from ds_dgemma.data.batch import Example
-from ds_dgemma.errors import UserError
+from ds_dgemma.data.batch import Example, Span
 
 OverLength = Literal["drop", "truncate", "error"]
+ArTokens = Literal["all", "learned"]
 
 
 @dataclass(frozen=True)
@@ -35,55 +35,55 @@ class LengthReport:
         )
 
 
-def end_response(response_ids: Sequence[int], eos_id: int) -> list[int]:
-    """Return the response with one EOS at its end, the one it has or a new one."""
-    ended = len(response_ids) > 0 and response_ids[-1] == eos_id
-    return [*response_ids] if ended else [*response_ids, eos_id]
-
-
-def canvases_needed(response_length, canvas_length: int):
-    """Return how many canvases hold a response (EOS counted); an integer or an array of them."""
-    return -(-response_length // canvas_length)
+def canvases_needed(answer_length, canvas_length: int):
+    """Return how many canvases hold an answer (EOS counted); an integer or an array of them."""
+    return -(-answer_length // canvas_length)
 
 
 def canvases_kept(
-    prompt_length, response_length, canvas_length: int, max_length: int, over_length: OverLength
+    prompt_length, answer_length, canvas_length: int, max_length: int, over_length: OverLength
 ) -> np.ndarray:
-    """Return how many canvases are trained on, 0 for an example left out; integers or arrays of them."""
-    needed = canvases_needed(response_length, canvas_length)
+    """Return how many canvases of the last answer are trained on, 0 for an example left out; integers or arrays."""
+    needed = canvases_needed(answer_length, canvas_length)
     room = np.maximum((max_length - prompt_length) // canvas_length, 0)
     if over_length == "truncate":
         return np.minimum(needed, room)
     return np.where(needed <= room, needed, 0)
 
 
-def too_long(prompt_length: int, response_length: int, canvas_length: int, max_length: int) -> str:
+def too_long(prompt_length: int, answer_length: int, canvas_length: int, max_length: int) -> str:
     """Say how long an example is and what it would take to keep it."""
-    canvases = canvases_needed(response_length, canvas_length)
+    canvases = canvases_needed(answer_length, canvas_length)
     return (
-        f"prompt {prompt_length} + response {response_length} (EOS counted) in {canvases} x {canvas_length} "
+        f"prompt {prompt_length} + response {answer_length} (EOS counted) in {canvases} x {canvas_length} "
         f"= {prompt_length + canvases * canvas_length} tokens, over data.max_length {max_length}"
     )
 
 
 def make_example(
-    prompt_ids: Sequence[int],
-    response_ids: Sequence[int],
+    sample_id: int,
+    ids: Sequence[int],
+    spans: Sequence[Span],
     canvas_length: int,
     eos_id: int,
-    sample_id: int,
-    max_length: int,
-    over_length: OverLength,
-) -> Example | None:
-    """Cut one turn into canvases; None if it is left out. A cut response gets no EOS: it is not over."""
-    response = end_response(response_ids, eos_id)
-    lengths = len(prompt_ids), len(response), canvas_length, max_length
-    kept = int(canvases_kept(*lengths, over_length))
-    if kept == 0:
-        if over_length == "error":
-            raise UserError(f"sample {sample_id}: {too_long(*lengths)}. Raise it, or set data.over_length.")
-        return None
-    room = kept * canvas_length
-    fill = [eos_id] * (room - len(response))
-    tokens_S = np.array([*prompt_ids, *response[:room], *fill], dtype=np.int64)
-    return Example(sample_id, tokens_S, len(prompt_ids), canvas_length)
+    canvases: int,
+    ar_tokens: ArTokens = "all",
+    scored_from: int = 1,
+    starts_anywhere: bool = False,
+) -> Example:
+    """Lay out a document of tokens whose last span ends it, with `canvases` canvases for that span.
+
+    `scored_from`: tokens before it are no targets of the AR loss, for another document of the row has them. A cut
+    answer gets no EOS: it is not over.
+    """
+    last = spans[-1]
+    end = last.start + canvases * canvas_length
+    tokens_S = np.full(end, eos_id, dtype=np.int64)
+    tokens_S[: min(end, len(ids))] = ids[:end]
+    spans = (*spans[:-1], last._replace(end=min(end, last.end)))
+    ar_weight_S = np.full(end, 1.0 if ar_tokens == "all" else 0.0, dtype=np.float32)
+    for span in spans:
+        ar_weight_S[span.start : span.end] = span.weight
+    ar_weight_S[spans[-1].end :] = last.weight
+    ar_weight_S[: max(scored_from, 1)] = 0.0
+    return Example(sample_id, tokens_S, spans, ar_weight_S, canvas_length, eos_id, starts_anywhere)
