@@ -47,14 +47,19 @@ def mistake(make: Callable[[Run], object]) -> Callable[[Run], object]:
 
 @mistake
 def canvas_positions_start_at_the_prompts_end(run: Run):
-    prompts = torch.tensor([[row.prompt] for row in CASE.rows])
-    run.batch = replace(run.batch, canvas_start_BK=prompts)  # what sees what goes by the host's `starts`
+    prompts = torch.tensor([row.prompt for row in CASE.rows])
+    run.batch = replace(run.batch, canvas_start_C=prompts)  # what sees what goes by the host's `canvases`
 
 
 @mistake
-def canvas_positions_start_after_the_padded_batch(run: Run):
-    clean = run.batch.clean_ids_BS.shape[1]
-    run.batch = replace(run.batch, canvas_start_BK=torch.full_like(run.batch.canvas_start_BK, clean))
+def canvas_positions_start_after_the_longest_document(run: Run):
+    longest = max(run.batch.documents)
+    run.batch = replace(run.batch, canvas_start_C=torch.full_like(run.batch.canvas_start_C, longest))
+
+
+@mistake
+def positions_go_on_from_document_to_document(run: Run):
+    run.batch = replace(run.batch, position_S=torch.arange(run.batch.clean_ids_S.numel()))
 
 
 def rope_frequencies(run: Run, count: int, divisor: int) -> None:
@@ -146,7 +151,7 @@ def an_unconditioned_canvas_skips_the_block(run: Run):
 
 @mistake
 def the_coin_is_ignored(run: Run):
-    run.batch = run.batch.with_coins(torch.ones(len(CASE.rows), 1, dtype=torch.bool))
+    run.batch = run.batch.with_coins(torch.ones(len(CASE.rows), dtype=torch.bool))
 
 
 def change_embed(run: Run, change: Callable[[Tensor], Tensor]) -> None:
@@ -187,39 +192,49 @@ def the_first_guess_has_a_temperature(run: Run):
 
 @mistake
 def only_noised_tokens_are_learned(run: Run):
-    noised = run.batch.canvas_ids_BKL != run.batch.target_ids_BKL
-    run.batch = replace(run.batch, supervised_BKL=run.batch.supervised_BKL & noised)
+    noised = run.batch.canvas_ids_CL != run.batch.target_ids_CL
+    run.batch = replace(run.batch, canvas_weight_CL=run.batch.canvas_weight_CL * noised)
+
+
+def change_pairs(run: Run, weigh: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
+    """Let `weigh` (weights, positions, end of prompt, end of response) make the weights of the encoder's loss, without
+    changing what they are divided by.
+    """
+    batch = run.batch
+    place, lengths = batch.ar_place_A, torch.tensor(batch.documents)
+    of_A = torch.arange(len(lengths)).repeat_interleave(lengths)[place]
+    prompt = torch.tensor([row.prompt for row in CASE.rows])[of_A]
+    response = torch.tensor([row.response for row in CASE.rows])[of_A]
+    right = batch.counts()
+    wrong = weigh(batch.ar_weight_A, batch.position_S[place], prompt, prompt + response) * 1.0
+    run.batch = replace(batch, ar_weight_A=wrong)
+    run.patch.setattr(Batch, "counts", lambda self: right)
 
 
 @mistake
 def the_encoder_loss_is_a_mean_of_examples(run: Run):
-    score = run.objective.model.embed_tokens.score
-    pairs = run.batch.ar_pairs_BS
+    def weigh(weight: Tensor, position: Tensor, prompt: Tensor, end: Tensor) -> Tensor:
+        pairs = torch.tensor(run.batch.documents) - 1
+        return len(weight) / len(pairs) / pairs.repeat_interleave(pairs)
 
-    def changed(hidden: Tensor, target: Tensor, weight: Tensor, *args):
-        clean = pairs / pairs.sum(1, keepdim=True) / len(pairs)
-        return score(hidden, target, torch.cat([weight[: -pairs.numel()], clean.flatten()]), *args)
-
-    run.patch.setattr(run.objective.model.embed_tokens, "score", changed)
-
-
-def change_pairs(run: Run, keep: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
-    """Keep the pairs whose second token `keep` (its position, end of prompt, end of response) wants."""
-    prompt = torch.tensor([row.prompt for row in CASE.rows])[:, None]
-    response = torch.tensor([row.response for row in CASE.rows])[:, None]
-    position = torch.arange(1, run.batch.clean_ids_BS.shape[1])
-    wrong = run.batch.ar_pairs_BS & keep(position, prompt, prompt + response)
-    run.patch.setattr(Batch, "ar_pairs_BS", property(lambda batch: wrong))
+    change_pairs(run, weigh)
 
 
 @mistake
 def the_encoder_loss_leaves_out_the_prompt(run: Run):
-    change_pairs(run, lambda position, prompt, end: position >= prompt)
+    change_pairs(run, lambda weight, position, prompt, end: weight * (position >= prompt))
 
 
 @mistake
 def the_encoder_loss_leaves_out_the_fill(run: Run):
-    change_pairs(run, lambda position, prompt, end: position < end)
+    change_pairs(run, lambda weight, position, prompt, end: weight * (position < end))
+
+
+@mistake
+def the_encoder_loss_predicts_a_documents_first_token(run: Run):
+    place, first = run.batch.ar_place_A.clone(), run.batch.documents[0]
+    place[first - 1] = first  # in the place of its second
+    run.batch = replace(run.batch, ar_place_A=place)
 
 
 @mistake

@@ -56,24 +56,14 @@ def furthest(run: Run, case: ParityCase) -> float:
 def change_masks(run: Run, change: Callable[[TokenLayout, int, dict[str, Tensor]], dict[str, Tensor]]) -> None:
     """Let `change` (layout, window, right masks) make dense masks, under which everything attends, in one sweep."""
     batch, window = run.batch, run.objective.model.window
-    layout = clean_and_canvases(batch.clean_valid_BS, batch.canvas_start_BK, LENGTH)
-    wrong = change(layout, window, attention_masks(layout, window))
-    rows, clean = batch.clean_ids_BS.shape
+    clean = sum(batch.documents)
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, _: None, *, tokens: Tokens, **more: Any) -> Any:
-        mask = wrong["sliding_attention" if module.is_sliding else "full_attention"]
-        of_row = [canvas.row for canvas in tokens.canvases]
-
-        def laid(flat: Tensor) -> Tensor:  # [1, h, N, d] to [rows, h, S + L, d]; a row without a canvas gets zeros
-            by_row = flat[0].transpose(0, 1)
-            canvases = by_row.new_zeros(rows, LENGTH, *by_row.shape[1:])
-            canvases = canvases.index_copy(0, torch.tensor(of_row), by_row[rows * clean :].unflatten(0, (-1, LENGTH)))
-            return torch.cat([by_row[: rows * clean].unflatten(0, (rows, clean)), canvases], dim=1).transpose(1, 2)
-
-        q, k, v = map(laid, (query, key, value))
-        k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], dim=1) for tensor in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, mask, scale=module.scaling).transpose(1, 2)
-        return torch.cat([out[:, :clean].flatten(0, 1), out[of_row, clean:].flatten(0, 1)])[None], None
+        layout = clean_and_canvases(tokens.documents, tokens.canvases, LENGTH)
+        kind = "sliding_attention" if module.is_sliding else "full_attention"
+        mask = change(layout, window, attention_masks(layout, window))[kind]
+        k, v = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1) for tensor in (key, value))
+        return F.scaled_dot_product_attention(query, k, v, mask, scale=module.scaling).transpose(1, 2), None
 
     def read(self: Any, clean_NH: Tensor, guess_NH: Tensor, differentiates: bool) -> Tensor:
         with torch.no_grad():
@@ -89,7 +79,7 @@ def change_masks(run: Run, change: Callable[[TokenLayout, int, dict[str, Tensor]
 
 
 def from_canvas(layout: TokenLayout) -> Tensor:
-    return layout.is_canvas_BT[:, None, :, None]
+    return layout.is_canvas_T[:, None]
 
 
 def replace_sliding(right: dict[str, Tensor], where: Tensor, wrong: Tensor) -> dict[str, Tensor]:
@@ -111,20 +101,10 @@ def a_canvas_sees_window_clean_tokens(run: Run):
 
 
 @mistake
-def the_canvas_window_ends_with_the_padded_batch(run: Run):
-    def change(layout: TokenLayout, window: int, right: dict[str, Tensor]) -> dict[str, Tensor]:
-        clean = layout.position_BT.shape[1] - LENGTH
-        late = (layout.position_BT >= clean - (window - 1)) | layout.is_canvas_BT
-        return replace_sliding(right, from_canvas(layout), right["full_attention"] & late[:, None, None, :])
-
-    change_masks(run, change)
-
-
-@mistake
 def every_canvas_token_has_its_own_window(run: Run):
     def change(layout: TokenLayout, window: int, right: dict[str, Tensor]) -> dict[str, Tensor]:
-        near = layout.position_BT[:, None, :] > layout.position_BT[:, :, None] - window
-        return replace_sliding(right, from_canvas(layout), right["full_attention"] & near[:, None])
+        near = layout.position_T[None, :] > layout.position_T[:, None] - window
+        return replace_sliding(right, from_canvas(layout), right["full_attention"] & near)
 
     change_masks(run, change)
 
@@ -137,7 +117,7 @@ def the_decoder_has_no_window(run: Run):
 @mistake
 def a_canvas_reads_its_own_clean_text(run: Run):
     def change(layout: TokenLayout, window: int, right: dict[str, Tensor]) -> dict[str, Tensor]:
-        return attention_masks(replace(layout, start_BT=layout.start_BT + LENGTH), window)
+        return attention_masks(replace(layout, start_T=layout.start_T + LENGTH), window)
 
     change_masks(run, change)
 
@@ -146,10 +126,19 @@ def a_canvas_reads_its_own_clean_text(run: Run):
 
 
 @mistake
+def documents_see_each_other(run: Run):
+    def change(layout: TokenLayout, window: int, right: dict[str, Tensor]) -> dict[str, Tensor]:
+        return attention_masks(replace(layout, document_T=torch.zeros_like(layout.document_T)), window)
+
+    change_masks(run, change)
+
+
+@mistake
 def clean_tokens_read_the_canvas(run: Run):
     def change(layout: TokenLayout, window: int, right: dict[str, Tensor]) -> dict[str, Tensor]:
-        causal = layout.position_BT[:, None, :] <= layout.position_BT[:, :, None]
-        seen = (causal & layout.is_canvas_BT[:, None, :])[:, None] & ~from_canvas(layout)
+        causal = layout.position_T[None, :] <= layout.position_T[:, None]
+        own = layout.document_T[None, :] == layout.document_T[:, None]
+        seen = causal & own & layout.is_canvas_T[None, :] & ~from_canvas(layout)
         return {kind: mask | seen for kind, mask in right.items()}
 
     change_masks(run, change)
@@ -158,8 +147,8 @@ def clean_tokens_read_the_canvas(run: Run):
 @mistake
 def the_canvas_is_causal(run: Run):
     def change(layout: TokenLayout, window: int, right: dict[str, Tensor]) -> dict[str, Tensor]:
-        causal = layout.position_BT[:, None, :] <= layout.position_BT[:, :, None]
-        return {kind: mask & causal[:, None] for kind, mask in right.items()}
+        causal = layout.position_T[None, :] <= layout.position_T[:, None]
+        return {kind: mask & causal for kind, mask in right.items()}
 
     change_masks(run, change)
 
@@ -200,8 +189,8 @@ def a_canvas_reads_its_own_first_clean_token(run: Run):
 
 
 @mistake
-def a_canvas_reads_the_end_of_its_padded_row(run: Run):
-    clean = run.batch.clean_ids_BS.shape[1]
+def a_canvas_reads_the_end_of_its_document(run: Run):
+    clean = min(run.batch.documents)
     change_visible(run, lambda start, begin, end: (clean - (end - begin), clean))
 
 
@@ -209,8 +198,8 @@ def change_clean_parts(run: Run, change: Callable[[attention.Part], attention.Pa
     """Let `change` spoil or leave out parts of the clean tokens' attention on sliding layers."""
     right = attention._clean_parts
 
-    def wrong(tokens: Tokens, window: int | None):
-        spoilt = right(tokens, window) if window is None else map(change, right(tokens, window))
+    def wrong(documents: tuple[int, ...], window: int | None):
+        spoilt = right(documents, window) if window is None else map(change, right(documents, window))
         return (part for part in spoilt if part is not None)
 
     change_parts(run, "_clean_parts", wrong)

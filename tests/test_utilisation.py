@@ -7,21 +7,21 @@ import pytest
 import torch
 
 from ds_dgemma.config import ObjectiveSection
-from ds_dgemma.data.batch import Example
 from ds_dgemma.objective.collate import collate
 from ds_dgemma.objective.corruption import Corruption
-from ds_dgemma.training.utilisation import rows_of
+from ds_dgemma.training.utilisation import documents_of
+from tests.reference.examples import one_answer
 from tests.training import make_run, train
 
 
-def test_padding_and_idle_first_guesses_are_no_work() -> None:
-    corruption = Corruption(ObjectiveSection(canvases_per_example="all"), seed=0, vocab_size=16, pad_id=0)
-    long, short = Example(0, np.ones(14, np.int64), 6, 4), Example(1, np.ones(7, np.int64), 3, 4)
-    batch = collate(corruption, [(long, 0), (short, 0)])  # the short one is padded to 14 tokens and 2 canvases
-    coins = torch.tensor([[False, True], [True, False]])
-    assert list(rows_of([batch.with_coins(coins)])) == [(14, [6, 10], [10]), (7, [3], [3])]
+def test_an_idle_first_guess_is_no_work() -> None:
+    corruption = Corruption(ObjectiveSection(canvases_per_example="all"), seed=0, vocab_size=16)
+    long, short = (one_answer(0, np.ones(size), prompt, 4, eos_id=1) for size, prompt in ((14, 6), (7, 3)))
+    batch = collate(corruption, [(long, 0), (short, 0)])
+    coins = torch.tensor([False, True, True])
+    assert list(documents_of([batch.with_coins(coins)])) == [(14, [6, 10], [10]), (7, [3], [3])]
     idle = batch.with_coins(torch.zeros_like(coins))  # one guess is made all the same
-    assert list(rows_of([idle])) == [(14, [6, 10], []), (7, [3], [])]
+    assert list(documents_of([idle])) == [(14, [6, 10], []), (7, [3], [])]
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Example and Batch: the two containers between data, objective and model.
 
-Shapes: D documents, S clean tokens of all documents, one behind another, C scored canvases, L canvas tokens, M canvases
-that get a first guess. Nothing is padded. A batch holds its noise already: the objective that reads it draws nothing.
+Shapes: D documents, S clean tokens of all documents, one behind another, A targets of the AR loss, C scored
+canvases, L canvas tokens, M canvases that get a first guess. Nothing is padded. A batch holds its noise already: the objective that reads it draws nothing.
 What decides the shape of a computation is there as host integers too, so no device is asked.
 """
 
@@ -20,10 +20,6 @@ class Span(NamedTuple):
     end: int  # behind the last; fill is not counted
     weight: float  # what each of them counts for in both losses; 0: an answer that is not to be learned
     number: int  # of the answer in its row, a part of the key of its noise
-
-    def canvases(self, length: int, eos_is_last: bool) -> int:
-        """How many canvases hold it and an EOS."""
-        return -(-(self.end - self.start + (not eos_is_last)) // length) if self.weight else 0
 
 
 class Place(NamedTuple):
@@ -46,6 +42,7 @@ class Example:
     ar_weight_S: np.ndarray  # fp32, what each token counts for as a target of the AR loss; the first is nobody's
     canvas_length: int
     eos_id: int
+    is_cut: bool = False  # its last span goes on: no EOS follows
     starts_anywhere: bool = False  # running text: its canvases are cut from another token in every epoch
 
     @property
@@ -60,12 +57,17 @@ class Example:
         return tuple(self._places(offset))
 
     def _places(self, offset: int) -> Iterator[Place]:
+        length = self.canvas_length
         for number, span in enumerate(self.spans):
-            ended = bool(self.tokens_S[span.end - 1] == self.eos_id)
-            begin = span.start + offset if span.start + offset < span.end else span.start
-            rest = span._replace(start=begin)
-            for k in range(rest.canvases(self.canvas_length, ended)):
-                yield Place(begin + k * self.canvas_length, number, k)
+            begin = span.start + offset if span.start + offset + length <= span.end else span.start
+            for k in range(self._count(span, span.end - begin) if span.weight else 0):
+                yield Place(begin + k * length, number, k)
+
+    def _count(self, span: Span, tokens: int) -> int:
+        """How many canvases hold the last `tokens` of a span, and an EOS."""
+        if self.is_cut and span is self.spans[-1]:
+            return tokens // self.canvas_length
+        return -(-(tokens + int(self.tokens_S[span.end - 1] != self.eos_id)) // self.canvas_length)
 
     def target_L(self, place: Place) -> np.ndarray:
         """The clean tokens of a canvas, EOS behind its span."""
@@ -75,26 +77,21 @@ class Example:
         return target_L
 
 
-class Canvas(NamedTuple):
-    """A canvas's place in a batch: its document, and how many clean tokens of that stand before it."""
-
-    document: int
-    start: int
-
-
 @dataclass(frozen=True)
 class Batch:
     """A micro-batch, noise included."""
 
     clean_ids_S: torch.Tensor  # int64
-    ar_weight_S: torch.Tensor  # fp32, of a token as the target of the token before; 0 for a document's first
+    position_S: torch.Tensor  # int64, of a clean token in its document
+    ar_place_A: torch.Tensor  # int64, clean tokens that are targets of the AR loss: never a document's first
+    ar_weight_A: torch.Tensor  # fp32, what each counts for
     canvas_ids_CL: torch.Tensor  # int64, noised
     target_ids_CL: torch.Tensor  # int64, clean
-    canvas_weight_C: torch.Tensor  # fp32, of each token of a canvas
+    canvas_weight_CL: torch.Tensor  # fp32, of a token in the diffusion loss
     canvas_start_C: torch.Tensor  # int64, position of a canvas's first token in its document
     noise_level_C: torch.Tensor  # fp32, probability that a canvas's token was drawn anew
     documents: tuple[int, ...]  # [D] clean tokens of each, on the host
-    canvases: tuple[Canvas, ...]  # [C] on the host
+    canvases: tuple[tuple[int, int], ...]  # [C] document and start of each, on the host
     # The canvases that get a first guess: those whose self-conditioning coin is true, or the first, whose guess counts
     # for nothing, so that every rank makes one and collectives stay in step
     guessed: tuple[int, ...]  # on the host
@@ -127,14 +124,13 @@ class Batch:
     def counting(self, documents: Sequence[bool]) -> "Batch":
         """The same batch, in which only some documents count for the losses."""
         counts_D = torch.tensor(documents, dtype=torch.float32)
-        of_S = counts_D.repeat_interleave(torch.tensor(self.documents))
-        of_C = counts_D[torch.tensor([canvas.document for canvas in self.canvases])]
-        return replace(self, ar_weight_S=self.ar_weight_S * of_S, canvas_weight_C=self.canvas_weight_C * of_C)
+        of_A = counts_D.repeat_interleave(torch.tensor(self.documents))[self.ar_place_A]
+        of_C1 = counts_D[[document for document, _ in self.canvases]].unsqueeze(-1)
+        return replace(self, ar_weight_A=self.ar_weight_A * of_A, canvas_weight_CL=self.canvas_weight_CL * of_C1)
 
     def counts(self) -> tuple[float, float]:
         """Tokens scored by the diffusion loss and by the AR loss, each by its weight."""
-        length = self.canvas_ids_CL.shape[1]
-        return length * float(self.canvas_weight_C.double().sum()), float(self.ar_weight_S.double().sum())
+        return float(self.canvas_weight_CL.double().sum()), float(self.ar_weight_A.double().sum())
 
     def tokens(self) -> int:
         """Tokens read by the model: clean ones, and those of scored canvases."""

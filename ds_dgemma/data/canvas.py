@@ -19,71 +19,60 @@ ArTokens = Literal["all", "learned"]
 
 
 @dataclass(frozen=True)
-class LengthReport:
-    """What the length policy did to a set of examples."""
+class Cut:
+    """How an example is cut from a tokenized document."""
 
-    kept: int  # truncated ones included
-    dropped: int
-    truncated: int
     max_length: int
+    over_length: OverLength
+    canvas_length: int
+    eos_id: int
+    ar_tokens: ArTokens = "all"
 
-    def __str__(self) -> str:
-        total = self.kept + self.dropped
+    def canvases_needed(self, answer_length):
+        """Return how many canvases hold an answer (EOS counted); an integer or an array of them."""
+        return -(-answer_length // self.canvas_length)
+
+    def canvases_kept(self, prompt_length, answer_length) -> np.ndarray:
+        """Return how many canvases of an answer have room behind its prompt, 0: it is left out; integers or arrays."""
+        needed = self.canvases_needed(answer_length)
+        room = np.maximum((self.max_length - prompt_length) // self.canvas_length, 0)
+        return np.minimum(needed, room) if self.over_length == "truncate" else np.where(needed <= room, needed, 0)
+
+    def too_long(self, prompt_length: int, answer_length: int) -> str:
+        """Say how long an example is and what it would take to keep it."""
+        canvases = self.canvases_needed(answer_length)
         return (
-            f"kept {self.kept:,} of {total:,} examples, dropped {self.dropped:,}, "
-            f"truncated {self.truncated:,} (max_length {self.max_length:,})"
+            f"prompt {prompt_length} + response {answer_length} (EOS counted) in {canvases} x {self.canvas_length} "
+            f"= {prompt_length + canvases * self.canvas_length} tokens, over data.max_length {self.max_length}"
         )
 
+    def text_tokens(self, prefix: int) -> int:
+        """Tokens of running text in a document of whole canvases, behind a prefix."""
+        return (self.max_length - prefix) // self.canvas_length * self.canvas_length
 
-def canvases_needed(answer_length, canvas_length: int):
-    """Return how many canvases hold an answer (EOS counted); an integer or an array of them."""
-    return -(-answer_length // canvas_length)
+    def example(
+        self,
+        sample_id: int,
+        ids: np.ndarray,
+        spans: Sequence[Span],
+        scored_from: int = 1,
+        is_cut: bool = False,
+        starts_anywhere: bool = False,
+    ) -> Example:
+        """Lay out a document whose last span ends it, filled with EOS to whole canvases of that span.
 
-
-def canvases_kept(
-    prompt_length, answer_length, canvas_length: int, max_length: int, over_length: OverLength
-) -> np.ndarray:
-    """Return how many canvases of the last answer are trained on, 0 for an example left out; integers or arrays."""
-    needed = canvases_needed(answer_length, canvas_length)
-    room = np.maximum((max_length - prompt_length) // canvas_length, 0)
-    if over_length == "truncate":
-        return np.minimum(needed, room)
-    return np.where(needed <= room, needed, 0)
-
-
-def too_long(prompt_length: int, answer_length: int, canvas_length: int, max_length: int) -> str:
-    """Say how long an example is and what it would take to keep it."""
-    canvases = canvases_needed(answer_length, canvas_length)
-    return (
-        f"prompt {prompt_length} + response {answer_length} (EOS counted) in {canvases} x {canvas_length} "
-        f"= {prompt_length + canvases * canvas_length} tokens, over data.max_length {max_length}"
-    )
-
-
-def make_example(
-    sample_id: int,
-    ids: Sequence[int],
-    spans: Sequence[Span],
-    canvas_length: int,
-    eos_id: int,
-    canvases: int,
-    ar_tokens: ArTokens = "all",
-    scored_from: int = 1,
-    starts_anywhere: bool = False,
-) -> Example:
-    """Lay out a document of tokens whose last span ends it, with `canvases` canvases for that span.
-
-    `scored_from`: tokens before it are no targets of the AR loss, for another document of the row has them. A cut
-    answer gets no EOS: it is not over.
-    """
-    last = spans[-1]
-    end = last.start + canvases * canvas_length
-    tokens_S = np.full(end, eos_id, dtype=np.int64)
-    tokens_S[: min(end, len(ids))] = ids[:end]
-    spans = (*spans[:-1], last._replace(end=min(end, last.end)))
-    ar_weight_S = np.full(end, 1.0 if ar_tokens == "all" else 0.0, dtype=np.float32)
-    for span in spans:
-        ar_weight_S[span.start : span.end] = span.weight
-    ar_weight_S[spans[-1].end :] = last.weight
-    ar_weight_S[: max(scored_from, 1)] = 0.0
-    return Example(sample_id, tokens_S, spans, ar_weight_S, canvas_length, eos_id, starts_anywhere)
+        `scored_from`: tokens before it are no targets of the AR loss, for another document of the row has them.
+        `is_cut`: the last span goes on, and gets no EOS.
+        """
+        last = spans[-1]
+        length = len(ids) - last.start + (not is_cut and ids[-1] != self.eos_id)
+        tokens_S = np.full(last.start + self.canvases_needed(length) * self.canvas_length, self.eos_id, dtype=np.int64)
+        tokens_S[: len(ids)] = ids
+        ar_weight_S = np.full(len(tokens_S), self.ar_tokens == "all", dtype=np.float32)
+        for span in spans:
+            ar_weight_S[span.start : span.end] = span.weight
+        ar_weight_S[last.end :] = last.weight
+        ar_weight_S[: max(scored_from, 1)] = 0.0
+        return Example(
+            sample_id, tokens_S, tuple(spans), ar_weight_S, self.canvas_length, self.eos_id, is_cut, starts_anywhere
+        )

@@ -3,13 +3,12 @@ ranks.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 
 from ds_dgemma.data.batch import Batch, Example
 from ds_dgemma.engine.ranks import RankLayout, sum_over_ranks
-from ds_dgemma.objective.denoising import TokenWeights
+from ds_dgemma.objective.denoising import TokenWeights, mean
 
 FIXED_EPOCH = -1  # no training epoch: its draws are validation's own
 
@@ -32,16 +31,11 @@ def validate(
         mine = range(first, first + micro_batch_size)
         # Every rank runs every pass: past the end it repeats the last example, and nothing of that counts.
         batch = collate([(examples[min(i, len(examples) - 1)], FIXED_EPOCH) for i in mine])
-        counted = torch.tensor([i < len(examples) for i in mine])
-        batch = replace(
-            batch,
-            clean_valid_BS=batch.clean_valid_BS & counted[:, None],
-            supervised_BKL=batch.supervised_BKL & counted[:, None, None],
-        )
+        batch = batch.counting([i < len(examples) for i in mine])
         parts = engine(batch.to(ranks.device), TokenWeights(1.0, 1.0))
         for i, value in enumerate((parts.diffusion_nll, parts.ar_nll, *batch.counts())):
             sums[i] += float(value)
     engine.train()
     diffusion_nll, ar_nll, diffusion_tokens, ar_tokens = sum_over_ranks(sums, ranks.device)
-    diffusion, ar = diffusion_nll / max(diffusion_tokens, 1), ar_nll / max(ar_tokens, 1)
+    diffusion, ar = mean(diffusion_nll, diffusion_tokens), mean(ar_nll, ar_tokens)
     return {"loss": diffusion + encoder_loss_weight * ar, "loss_diffusion": diffusion, "loss_ar": ar}

@@ -1,10 +1,11 @@
 """Who attends to whom, in parts that need no mask.
 
-The tokens of a call are one flat sequence, `[clean tokens of B rows, S each | M canvases of L]`:
+The tokens of a call are one flat sequence, `[clean tokens of D documents, one behind another | C canvases of L]`:
 
-- clean tokens see clean tokens of their row, causally, on sliding layers the last `window` of them (itself included);
-- a canvas sees the clean tokens of its row before its start, on sliding layers the last `window - 1` of those, and all
-  of itself. Nothing else reads a canvas. Padding stands at the right of a row, where no real token looks.
+- clean tokens see clean tokens of their document, causally, on sliding layers the last `window` of them (itself
+  included);
+- a canvas sees the clean tokens of its document before its start, on sliding layers the last `window - 1` of those, and
+  all of itself. Nothing else reads a canvas, and nothing sees another document.
 
 Each of these sets is cut into *parts*, rectangles and triangles of (queries, keys) that a kernel computes whole or
 causally: no mask exists, nothing grows with S * S, and nothing is computed that nobody sees. A sliding layer goes in
@@ -15,15 +16,18 @@ blocks of a window, here 4 clean tokens in blocks of window 2 (c: causal part, t
         . t c .        the merged o and l, yields its share of the gradients: exact, as in Ring Attention
         . . c c        (arXiv 2310.01889) and FlashAttention 2 (arXiv 2307.08691).
 
-Shapes: N tokens, h heads (g of keys and values), d head size, T tokens of a part. `tests/reference/masks.py` has the
-same rules as dense masks. Sources: transformers `modeling_diffusion_gemma.py`
+Neighbours that are alike, documents of one length and canvases with as much before them, share a part.
+
+Shapes: N tokens, S clean ones, h heads (g of keys and values), d head size, T tokens of a part.
+`tests/reference/masks.py` has the same rules as dense masks. Sources: transformers `modeling_diffusion_gemma.py`
 (`create_diffusion_decoder_attention_mask`, sliding cache); gemma/diffusion
 `hackable_diffusion_adapter/hd/mask_helpers.py`.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -38,9 +42,9 @@ WANTED = "wanted_kernel"  # an attention module's setting, for `kernel_for`
 
 
 class Canvas(NamedTuple):
-    """A canvas's place: its row of clean tokens, and how many of them stand before it."""
+    """A canvas's place: its document, and how many clean tokens of that stand before it."""
 
-    row: int
+    document: int
     start: int
 
 
@@ -48,21 +52,26 @@ class Canvas(NamedTuple):
 class Tokens:
     """The tokens of one call, all as host integers: no device is asked."""
 
-    rows: int  # B
-    clean: int  # S; 0: canvases only, which read keys and values that were kept
+    documents: tuple[int, ...]  # clean tokens of each
     canvases: tuple[Canvas, ...]
     length: int  # L
-    kept: int = 0  # S of clean keys and values that were kept whole, for a call without clean tokens
+    reads_clean: bool = True  # False: canvases only, against keys and values that were kept
+    kept_whole: bool = False  # those of all clean tokens were
 
     @property
     def clean_total(self) -> int:
-        """Clean tokens of all rows."""
-        return self.rows * self.clean
+        """Clean tokens of this call."""
+        return sum(self.documents) if self.reads_clean else 0
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Clean tokens before each document."""
+        return tuple(accumulate(self.documents, initial=0))
 
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens `begin` to `end` of `rows` neighbouring rows, each `length` tokens long, the first at `offset`."""
+    """Tokens `begin` to `end` of `rows` neighbours, each `length` tokens long, the first at `offset`."""
 
     offset: int
     rows: int
@@ -89,11 +98,11 @@ class Part:
 
 
 class Run(NamedTuple):
-    """Neighbouring canvases of neighbouring rows that start alike: one part serves all of them."""
+    """Neighbouring canvases, of neighbouring documents of one length, that start alike: one part serves all."""
 
     first: int  # canvas
     canvases: int
-    row: int
+    document: int
     start: int
 
 
@@ -103,40 +112,55 @@ def visible(start: int, window: int | None) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=256)
-def runs(canvases: tuple[Canvas, ...]) -> tuple[Run, ...]:
+def runs(documents: tuple[int, ...], canvases: tuple[Canvas, ...]) -> tuple[Run, ...]:
     """Canvases in runs, in order; those that see no clean token are in none."""
     found: list[Run] = []
-    for number, (row, start) in enumerate(canvases):
+    for number, (document, start) in enumerate(canvases):
         last = found[-1] if found else None
-        if last and (last.first + last.canvases, last.row + last.canvases, last.start) == (number, row, start):
+        if (
+            last
+            and (last.first + last.canvases, last.document + last.canvases, last.start) == (number, document, start)
+            and documents[last.document] == documents[document]
+        ):
             found[-1] = last._replace(canvases=last.canvases + 1)
         elif start:
-            found.append(Run(number, 1, row, start))
+            found.append(Run(number, 1, document, start))
     return tuple(found)
 
 
 def parts(tokens: Tokens, window: int | None) -> Iterator[Part]:
     """All parts of a call; the first that a query meets does not merge."""
-    yield from _clean_parts(tokens, window)
+    if tokens.reads_clean:
+        yield from _clean_parts(tokens.documents, window)
     if not tokens.canvases:
         return
     own = Span(tokens.clean_total, len(tokens.canvases), tokens.length, 0, tokens.length)
     yield Part(own, own, merges=False)
-    for number, run in enumerate(runs(tokens.canvases)):
+    for number, run in enumerate(runs(tokens.documents, tokens.canvases)):
         begin, end = visible(run.start, window)
         if end > begin:
             queries = Span(own.offset + run.first * tokens.length, run.canvases, tokens.length, 0, tokens.length)
-            length = tokens.clean or tokens.kept
-            clean = Span(run.row * length, run.canvases, length, begin, end)
-            yield Part(queries, clean if length else number, of_kept=tokens.kept > 0)
+            clean = _clean_keys(tokens, run, begin, end)
+            is_slice = not (tokens.reads_clean or tokens.kept_whole)
+            yield Part(queries, number if is_slice else clean, of_kept=tokens.kept_whole)
 
 
-def _clean_parts(tokens: Tokens, window: int | None) -> Iterator[Part]:
-    length = tokens.clean
-    block = length if window is None else min(window, length)
-    for begin in range(0, length, block or 1):
+def _clean_keys(tokens: Tokens, run: Run, begin: int, end: int) -> Span:
+    return Span(tokens.offsets[run.document], run.canvases, tokens.documents[run.document], begin, end)
+
+
+def _clean_parts(documents: tuple[int, ...], window: int | None) -> Iterator[Part]:
+    offset = 0
+    for length, alike in groupby(documents):
+        rows = len(list(alike))
+        yield from _causal_parts(offset, rows, length, length if window is None else min(window, length))
+        offset += rows * length
+
+
+def _causal_parts(offset: int, rows: int, length: int, block: int) -> Iterator[Part]:
+    for begin in range(0, length, block):
         end = min(begin + block, length)
-        span = lambda a, b: Span(0, tokens.rows, length, a, b)  # noqa: E731
+        span = lambda a, b: Span(offset, rows, length, a, b)  # noqa: E731
         yield Part(span(begin, end), span(begin, end), causal=True, merges=False)
         if begin:
             # A last, shorter block: what its last query still sees of the block before, all its queries see.
@@ -156,7 +180,7 @@ class Attended(NamedTuple):
 
 
 def keep_all(attended: Attended, tokens: Tokens) -> list[Tensor]:
-    """All clean keys and values, [B * S, g, d], for `attention`."""
+    """All clean keys and values, [S, g, d], for `attention`."""
     return [flat[: tokens.clean_total] for flat in (attended.keys, attended.values)]
 
 
@@ -165,11 +189,9 @@ def keep(attended: Attended, tokens: Tokens, canvases: tuple[Canvas, ...], windo
     [rows, T, g, d]; or all of them, where that is less.
     """
     all_clean, slices = keep_all(attended, tokens), []
-    for run in runs(canvases):
-        begin, end = visible(run.start, window)
-        for flat in all_clean:
-            rows = flat.unflatten(0, (tokens.rows, tokens.clean))
-            slices.append(rows[run.row : run.row + run.canvases, begin:end])
+    for run in runs(tokens.documents, canvases):
+        seen = _clean_keys(tokens, run, *visible(run.start, window))
+        slices += [seen.of(flat).transpose(1, 2) for flat in all_clean]
     if sum(kept.numel() for kept in slices) < sum(flat.numel() for flat in all_clean):
         return [kept.clone() for kept in slices]
     return all_clean
@@ -273,7 +295,7 @@ def attention(
     clean tokens; `known`: output and normaliser that an earlier call computed of the very same.
     """
     if kept and kept[0].ndim == 3:
-        tokens = replace(tokens, kept=len(kept[0]) // tokens.rows)
+        tokens = replace(tokens, kept_whole=True)
     flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
     todo = _plan(tokens, sliding_window)
     queries, keys, values = flat

@@ -129,7 +129,7 @@ def products_of(stack: DiffusionGemmaStack) -> Products:
 
 
 def clean_pairs(tokens: int, window: int | None) -> int:
-    """Visible pairs among the clean tokens of a row."""
+    """Visible pairs among the clean tokens of a document."""
     inside = tokens if window is None else min(tokens, window)
     return inside * (inside + 1) // 2 + (tokens - inside) * inside
 
@@ -173,11 +173,11 @@ def guess_forward_flops(products: Products, start: int) -> float:
     return forward_flops(products, 0, [start]) + 4 * products.vocabulary * products.canvas_length
 
 
-def batch_work(products: Products, rows: Iterable[tuple[int, Sequence[int], Sequence[int]]]) -> float:
-    """Useful FLOPs of rows of (clean tokens, starts of canvases, starts of those whose first guess counts)."""
+def batch_work(products: Products, documents: Iterable[tuple[int, Sequence[int], Sequence[int]]]) -> float:
+    """Useful FLOPs of documents of (clean tokens, starts of canvases, starts of those whose first guess counts)."""
     return sum(
         example_work(products, clean, starts, "none").useful + sum(guess_work(products, at).useful for at in guessed)
-        for clean, starts, guessed in rows
+        for clean, starts, guessed in documents
     )
 
 

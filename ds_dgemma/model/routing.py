@@ -19,9 +19,8 @@ from torch import Tensor
 
 @dataclass
 class ExpertLoads:
-    """Filled by a sweep: what the real tokens of a micro-batch asked of every layer's experts."""
+    """Filled by a sweep: what the tokens of a micro-batch, clean ones and canvases, asked of every layer's experts."""
 
-    is_real_N: Tensor  # bool, False on padding; clean tokens, then canvases
     layers: list[Tensor] = field(default_factory=list)  # one [2, E] a layer, by `expert_load`
 
     def tokens_LE(self) -> Tensor:
@@ -39,17 +38,15 @@ def weights_of(router: Any, probability_NE: Tensor, chosen_Nk: Tensor) -> Tensor
     return weights / weights.sum(-1, keepdim=True) * router.per_expert_scale[chosen_Nk]
 
 
-def expert_load(probability_NE: Tensor, chosen_Nk: Tensor, is_real_N: Tensor) -> Tensor:
-    """Per expert the real tokens that chose it and the sum of its probability over real tokens, [2, E]."""
-    real_N1 = is_real_N.to(probability_NE.dtype).unsqueeze(-1)
-    tokens_E = torch.zeros_like(probability_NE[0]).index_add(
-        0, chosen_Nk.flatten(), real_N1.expand_as(chosen_Nk).flatten()
-    )
-    return torch.stack([tokens_E, (probability_NE * real_N1).sum(0)])
+def expert_load(probability_NE: Tensor, chosen_Nk: Tensor) -> Tensor:
+    """Per expert the tokens that chose it and the sum of its probability over tokens, [2, E]."""
+    one_each = torch.ones_like(probability_NE[:1, 0]).expand(chosen_Nk.numel())
+    tokens_E = torch.zeros_like(probability_NE[0]).index_add(0, chosen_Nk.flatten(), one_each)
+    return torch.stack([tokens_E, probability_NE.sum(0)])
 
 
 def balance_loss(probability_LE: Tensor, tokens_of_batch_LE: Tensor, top_k: int) -> Tensor:
     """A micro-batch's part of the loss, given the counts of the whole batch; the parts add up to the whole's."""
-    tokens_L1 = (tokens_of_batch_LE.sum(-1, keepdim=True) / top_k).clamp(min=1)  # nothing but padding: zero
+    tokens_L1 = tokens_of_batch_LE.sum(-1, keepdim=True) / top_k
     layers, experts = probability_LE.shape
     return (tokens_of_batch_LE / tokens_L1 * probability_LE / tokens_L1).sum() * experts / layers

@@ -79,7 +79,8 @@ class SweepLayer(nn.Module):
             probability, weights, chosen = self.router(flat)  # reads the raw residual, the experts a normed one
         if chosen_Nk is not None:
             chosen, weights = chosen_Nk, weights_of(self.router, probability, chosen_Nk)
-        load = flat.new_empty(0) if call.is_real_N is None else expert_load(probability, chosen, call.is_real_N)
+        n = call.counted
+        load = expert_load(probability[:n], chosen[:n]) if n else flat.new_empty(0)
         sparse = self.experts(self.pre_feedforward_layernorm_2(flat), chosen, weights).view_as(residual)
         mixed = dense + self.post_feedforward_layernorm_2(sparse)
         hidden = residual + self.post_feedforward_layernorm(mixed)

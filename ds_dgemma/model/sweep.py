@@ -18,7 +18,8 @@ are no inputs of the autograd function here: while they are partitioned, autogra
                                token, for a forward product of queries and keys that grows with the length
     none                       everything that autograd keeps
 
-Shapes: N tokens of a call, all rows flat; H hidden, E experts.
+Shapes: N tokens of a call, S clean ones of all documents, C canvases, L canvas tokens, M canvases that get a first guess,
+H hidden, E experts.
 """
 
 from collections.abc import Sequence
@@ -42,7 +43,7 @@ class Call:
     tokens: Tokens
     rotary: dict[str, tuple[Tensor, Tensor]]  # cos and sin by layer type, [1, N, head size]
     is_canvas_N1: Tensor  # bool
-    is_real_N: Tensor | None  # bool; None: routers are not balanced
+    counted: int  # the first tokens, so many, of which routers' loads count; 0: routers are not balanced
     dropout: Sections | None  # None: no adapter has dropout
 
 
@@ -50,7 +51,7 @@ class LayerOutput(NamedTuple):
     """What a layer computes."""
 
     hidden_1NH: Tensor
-    load: Tensor  # `routing.expert_load` of the real tokens, [2, E]; empty when routers are not balanced
+    load: Tensor  # `routing.expert_load` of the counted tokens, [2, E]; empty when routers are not balanced
     chosen_Nk: Tensor  # the experts of every token
     attended: Attended
 
@@ -59,11 +60,12 @@ class LayerOutput(NamedTuple):
 class Places:
     """Where the clean tokens and canvases of a micro-batch are, on the host, and what of it the device needs too."""
 
-    clean: int  # S
+    documents: tuple[int, ...]  # clean tokens of each
+    canvases: tuple[Canvas, ...]
     length: int  # L
-    starts: tuple[tuple[int, ...], ...]  # [B][K], clean tokens before each canvas
-    start_BK: Tensor
-    guessed: tuple[int, ...]  # canvases that get a first guess, numbered among B * K
+    position_S: Tensor  # int64, in its document
+    start_C: Tensor  # int64
+    guessed: tuple[int, ...]  # canvases that get a first guess
     guessed_M: Tensor
 
 
@@ -79,40 +81,37 @@ class Calls:
     checkpointing: Checkpointing
 
 
-def make_calls(stack: Any, places: Places, is_real_N: Tensor | None, like: Tensor) -> Calls:
-    """All calls of a micro-batch; `like` has the type and device of the hidden states."""
-    B, S, L = len(places.starts), places.clean, places.length
-    canvases = tuple(Canvas(row, start) for row, starts in enumerate(places.starts) for start in starts)
+def make_calls(stack: Any, places: Places, balances: bool, like: Tensor) -> Calls:
+    """All calls of a micro-batch; `like` has the type and device of the hidden states; `balances`: routers are."""
+    documents, canvases, L = places.documents, places.canvases, places.length
     guesses = tuple(canvases[number] for number in places.guessed)
-    n, c, device = B * S, len(canvases) * L, like.device
+    n, c, device = sum(documents), len(canvases) * L, like.device
     # Clean tokens, canvases, and once more the canvases that are guessed: a call takes some of these.
-    canvas_position = places.start_BK.flatten()[:, None] + torch.arange(L, device=device)
+    canvas_position = places.start_C[:, None] + torch.arange(L, device=device)
     guess_position = canvas_position[places.guessed_M].flatten()
-    clean_position = torch.arange(S, device=device).repeat(B)
-    position_1N = torch.cat([clean_position, canvas_position.flatten(), guess_position])[None]
+    position_1N = torch.cat([places.position_S, canvas_position.flatten(), guess_position])[None]
     rotary = {kind: stack.rotary_emb(like, position_1N, kind) for kind in set(stack.layer_types)}
-    if is_real_N is not None:
-        is_real_N = torch.cat([is_real_N, is_real_N.new_zeros(len(guess_position))])  # no load of a guess counts
     at_clean, at_canvases, at_guesses, at_all = slice(0, n), slice(n, n + c), slice(n + c, None), slice(0, n + c)
     number_N = torch.arange(position_1N.shape[1], device=device)
     seed = int(torch.randint(2**62, ())) if stack.has_dropout and stack.training else None
     of_clean, of_guess, of_canvas = (n, seed), (len(guesses) * L, None), (c, seed and seed + 1)
 
-    def call(clean: int, of_canvases: tuple[Canvas, ...], at: slice | Tensor, draws: Sections) -> Call:
+    def call(tokens: Tokens, at: slice | Tensor, counted: int, draws: Sections) -> Call:
         return Call(
-            tokens=Tokens(B, clean, of_canvases, L),
+            tokens=tokens,
             rotary={kind: (cos[:, at], sin[:, at]) for kind, (cos, sin) in rotary.items()},
             is_canvas_N1=(number_N[at] >= n).unsqueeze(-1),
-            is_real_N=None if is_real_N is None else is_real_N[at],
+            counted=counted if balances else 0,
             dropout=None if seed is None else draws,
         )
 
+    guesses_behind = torch.cat([number_N[at_clean], number_N[at_guesses]])
     return Calls(
-        clean=call(S, (), at_clean, (of_clean,)),
-        guesses=call(0, guesses, at_guesses, (of_guess,)),
-        clean_and_guesses=call(S, guesses, torch.cat([number_N[at_clean], number_N[at_guesses]]), (of_clean, of_guess)),
-        canvases=call(0, canvases, at_canvases, (of_canvas,)),
-        all=call(S, canvases, at_all, (of_clean, of_canvas)),
+        clean=call(Tokens(documents, (), L), at_clean, n, (of_clean,)),
+        guesses=call(Tokens(documents, guesses, L, reads_clean=False), at_guesses, 0, (of_guess,)),
+        clean_and_guesses=call(Tokens(documents, guesses, L), guesses_behind, n, (of_clean, of_guess)),
+        canvases=call(Tokens(documents, canvases, L, reads_clean=False), at_canvases, c, (of_canvas,)),
+        all=call(Tokens(documents, canvases, L), at_all, n + c, (of_clean, of_canvas)),
         checkpointing=stack.activation_checkpointing,
     )
 
@@ -122,7 +121,7 @@ class Sweep:
 
     def __init__(self, stack: Any, places: Places, like: Tensor, loads: ExpertLoads | None = None) -> None:
         self._loads = loads
-        self._calls = make_calls(stack, places, None if loads is None else loads.is_real_N, like)
+        self._calls = make_calls(stack, places, loads is not None, like)
         self._norm = stack.norm
         self._trains_before = _trains(stack.embed_tokens) or _trains(stack.self_conditioning)
         self._passes = [
@@ -137,7 +136,7 @@ class Sweep:
 
     @torch.no_grad()
     def read(self, clean_NH: Tensor, guess_NH: Tensor, differentiates: bool) -> Tensor:
-        """Read the clean tokens [B * S, H], and with them make the first guesses, [M * L, H]: normed hidden states."""
+        """Read the clean tokens [S, H], and with them make the first guesses, [M * L, H]: normed hidden states."""
         clean, guess = clean_NH[None], guess_NH[None]
         trains = self._trains_before
         for layer_pass in self._passes:
@@ -148,7 +147,7 @@ class Sweep:
         return self._norm(guess[0])
 
     def denoise(self, clean_NH: Tensor, canvas_NH: Tensor) -> tuple[Tensor, Tensor]:
-        """Denoise the canvases [B * K * L, H]: normed hidden states of the clean tokens, which were read before, and of
+        """Denoise the canvases [C * L, H]: normed hidden states of the clean tokens, which were read before, and of
         the canvases. Fills `loads`.
         """
         clean, canvas = clean_NH[None], canvas_NH[None]

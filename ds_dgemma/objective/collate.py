@@ -1,7 +1,6 @@
 """Make the batch of some examples, their noise included: the same whoever makes it, in the loader's workers as a rule.
 
-Shapes: as in `data/batch.py`. An example with fewer scored canvases than another gets empty ones: nothing of theirs is
-supervised.
+Shapes: as in `data/batch.py`.
 """
 
 from collections.abc import Sequence
@@ -15,35 +14,34 @@ from ds_dgemma.objective.corruption import Corruption
 
 def collate(corruption: Corruption, examples: Sequence[tuple[Example, int]]) -> Batch:
     """Make the micro-batch of `(example, epoch)` pairs."""
-    canvases = [[corruption.corrupt(e, epoch, c) for c in corruption.choose(e, epoch)] for e, epoch in examples]
-    rows = [example for example, _ in examples]
-    B, K, L = len(rows), max(map(len, canvases)), rows[0].canvas_length
-    S, pad_id = max(len(example.tokens_S) for example in rows), corruption.pad_id
-
-    clean_ids, clean_valid = np.full((B, S), pad_id), np.zeros((B, S), dtype=bool)
-    ids, targets = np.full((B, K, L), pad_id), np.full((B, K, L), pad_id)
-    supervised = np.zeros((B, K, L), dtype=bool)
-    start, coin = np.zeros((B, K), dtype=np.int64), np.zeros((B, K), dtype=bool)
-    level = np.ones((B, K), dtype=np.float32)  # an empty canvas: all noise
-    for b, example in enumerate(rows):
-        clean_ids[b, : len(example.tokens_S)] = example.tokens_S
-        clean_valid[b, : len(example.tokens_S)] = True
-        for k, canvas in enumerate(canvases[b]):
-            ids[b, k], targets[b, k], supervised[b, k] = canvas.noised_L, canvas.target_L, True
-            start[b, k], coin[b, k], level[b, k] = canvas.start, canvas.self_condition, canvas.noise_level
+    documents = [example for example, _ in examples]
+    canvases = [
+        (number, corruption.corrupt(example, epoch, place))
+        for number, (example, epoch) in enumerate(examples)
+        for place in corruption.choose(example, epoch)
+    ]
+    noisy = [canvas for _, canvas in canvases]
+    length = documents[0].canvas_length
+    weight_C = np.array([canvas.weight for canvas in noisy], dtype=np.float32)
+    levels = tuple(canvas.noise_level for canvas in noisy)
+    ar_weight_S = np.concatenate([example.ar_weight_S for example in documents])
+    (ar_place_A,) = ar_weight_S.nonzero()
     nobody = torch.empty(0, dtype=torch.int64)
     return Batch(
-        clean_ids_BS=torch.from_numpy(clean_ids),
-        clean_valid_BS=torch.from_numpy(clean_valid),
-        canvas_ids_BKL=torch.from_numpy(ids),
-        target_ids_BKL=torch.from_numpy(targets),
-        supervised_BKL=torch.from_numpy(supervised),
-        canvas_start_BK=torch.from_numpy(start),
-        noise_level_BK=torch.from_numpy(level),
-        starts=tuple(tuple(row) for row in start.tolist()),
+        clean_ids_S=torch.from_numpy(np.concatenate([example.tokens_S for example in documents])),
+        position_S=torch.from_numpy(np.concatenate([np.arange(len(example.tokens_S)) for example in documents])),
+        ar_place_A=torch.from_numpy(ar_place_A),
+        ar_weight_A=torch.from_numpy(ar_weight_S[ar_place_A]),
+        canvas_ids_CL=torch.from_numpy(np.stack([canvas.noised_L for canvas in noisy])),
+        target_ids_CL=torch.from_numpy(np.stack([canvas.target_L for canvas in noisy])),
+        canvas_weight_CL=torch.from_numpy(np.repeat(weight_C[:, None], length, axis=1)),
+        canvas_start_C=torch.tensor([canvas.start for canvas in noisy]),
+        noise_level_C=torch.tensor(levels, dtype=torch.float32),
+        documents=tuple(len(example.tokens_S) for example in documents),
+        canvases=tuple((number, canvas.start) for number, canvas in canvases),
         guessed=(),
         guessed_M=nobody,
         coin_M=nobody.bool(),
-        sample_ids=tuple(example.sample_id for example in rows),
-        noise_levels=tuple(tuple(canvas.noise_level for canvas in row) for row in canvases),
-    ).with_coins(torch.from_numpy(coin))
+        sample_ids=tuple(example.sample_id for example in documents),
+        noise_levels=levels,
+    ).with_coins(torch.tensor([canvas.self_condition for canvas in noisy]))

@@ -1,5 +1,5 @@
-"""Choose and corrupt canvases: every draw is keyed by (seed, purpose, epoch, sample, canvas), never by rank or step
-order.
+"""Choose and corrupt canvases: every draw is keyed by (seed, purpose, epoch, row, span, canvas), never by rank or
+step order.
 
 t is a noise level in (0, 1]: 0 keeps the text, 1 destroys it. Each supervised canvas token becomes, with
 probability t, a uniform draw from the whole vocabulary (which may hit the right one); there is no mask token. Runs
@@ -15,7 +15,7 @@ from hashlib import blake2b
 import numpy as np
 
 from ds_dgemma.config import ObjectiveSection
-from ds_dgemma.data.batch import Example
+from ds_dgemma.data.batch import Example, Place
 from ds_dgemma.objective.schedules import noise_level
 
 
@@ -32,6 +32,7 @@ class NoisyCanvas:
     start: int  # position of its first token
     target_L: np.ndarray  # int64, clean
     noised_L: np.ndarray  # int64
+    weight: float
     noise_level: float
     self_condition: bool
 
@@ -43,26 +44,28 @@ class Corruption:
     objective: ObjectiveSection
     seed: int
     vocab_size: int
-    pad_id: int
 
-    def choose(self, example: Example, epoch: int) -> list[int]:
-        """The scored canvases: uniform without replacement, in order."""
+    def choose(self, example: Example, epoch: int) -> list[Place]:
+        """The scored canvases, over all spans: uniform without replacement, in order."""
+        key = (epoch, example.sample_id, example.spans[-1].number)
+        canvases = example.canvases
+        if example.starts_anywhere:
+            shift = int(generator(self.seed, "shift", *key).integers(example.canvas_length))
+            canvases = example.canvases_from(shift)
         wanted = self.objective.canvases_per_example
-        if wanted == "all" or wanted >= example.canvases:
-            return list(range(example.canvases))
-        draw = generator(self.seed, "canvas", epoch, example.sample_id)
-        chosen = draw.choice(example.canvases, size=wanted, replace=False)
-        return sorted(int(canvas) for canvas in chosen)
+        if wanted == "all" or wanted >= len(canvases):
+            return list(canvases)
+        chosen = generator(self.seed, "canvas", *key).choice(len(canvases), size=wanted, replace=False)
+        return [canvases[int(number)] for number in sorted(chosen)]
 
-    def corrupt(self, example: Example, epoch: int, canvas: int) -> NoisyCanvas:
+    def corrupt(self, example: Example, epoch: int, place: Place) -> NoisyCanvas:
         """Noise one canvas: a level t of the schedule, a uniform id for each token with probability t, a coin."""
-        length = example.canvas_length
-        start = example.prompt_length + canvas * length
-        target = example.tokens_S[start : start + length].astype(np.int64)
-        key = (epoch, example.sample_id, canvas)
+        length, span = example.canvas_length, example.spans[place.span]
+        target = example.target_L(place)
+        key = (epoch, example.sample_id, span.number, place.number)
         u = generator(self.seed, "level", *key).random()
         level = noise_level(self.objective.noise_schedule, u, self.objective.noise_eps, self.objective.noise_max)
         draw = generator(self.seed, "corruption", *key)
         replaced, ids = draw.random(length) < level, draw.integers(self.vocab_size, size=length)
         coin = generator(self.seed, "coin", *key).random() < self.objective.self_conditioning_probability
-        return NoisyCanvas(start, target, np.where(replaced, ids, target), level, bool(coin))
+        return NoisyCanvas(place.start, target, np.where(replaced, ids, target), span.weight, level, bool(coin))

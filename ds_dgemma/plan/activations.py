@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_dgemma.model.spec import text_spec
+from ds_dgemma.model.attention import Canvas
 from ds_dgemma.model.stack import DiffusionGemmaStack, SweepLayer
 from ds_dgemma.model.sweep import Call, Calls, Checkpointing, LayerPass, Places, make_calls
 from ds_dgemma.plan.setup import Shape
@@ -77,10 +78,19 @@ def trace(stack: DiffusionGemmaStack, shape: Shape, dtype: torch.dtype) -> Stack
 
 def _calls(stack: DiffusionGemmaStack, shape: Shape, hidden_size: int, dtype: torch.dtype) -> Calls:
     """The calls of a micro-batch of one example with one first guess."""
-    starts = torch.tensor([shape.starts], device="meta")
-    last = torch.zeros(1, dtype=torch.int64, device="meta")
-    places = Places(shape.clean, shape.canvas_length, (shape.starts,), starts, (shape.canvases - 1,), last)
-    calls = make_calls(stack, places, None, torch.empty(1, hidden_size, dtype=dtype, device="meta"))
+    def meta(*size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.int64, device="meta")
+
+    places = Places(
+        documents=(shape.clean,),
+        canvases=tuple(Canvas(0, start) for start in shape.starts),
+        length=shape.canvas_length,
+        position_S=meta(shape.clean),
+        start_C=meta(shape.canvases),
+        guessed=(shape.canvases - 1,),
+        guessed_M=meta(1),
+    )
+    calls = make_calls(stack, places, False, torch.empty(1, hidden_size, dtype=dtype, device="meta"))
     # A dropout by parts draws from generators, which meta has not; torch's own keeps as much.
     named = {field.name: getattr(calls, field.name) for field in fields(calls)}
     return replace(calls, **{n: replace(call, dropout=None) for n, call in named.items() if isinstance(call, Call)})

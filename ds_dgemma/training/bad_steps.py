@@ -92,20 +92,7 @@ class BadSteps:
         seen = []
         for number, (share, batch) in enumerate(zip(shares, done.micro_batches, strict=True)):
             loss, diffusion_nll, ar_nll, router = done.losses[number].tolist()
-            examples = []
-            for row, (index, epoch) in enumerate(share):
-                example, levels = self._stream.examples[index], batch.noise_levels[row]
-                starts = batch.canvas_start_BK[row, : len(levels)].tolist()
-                examples.append(
-                    SeenExample(
-                        id=batch.sample_ids[row],
-                        index=index,
-                        epoch=epoch,
-                        canvases=tuple((start - example.prompt_length) // example.canvas_length for start in starts),
-                        noise_levels=levels,
-                        self_conditioning=tuple(batch.self_condition_BK[row, : len(levels)].tolist()),
-                    )
-                )
+            examples = [_seen_example(batch, document, *item) for document, item in enumerate(share)]
             seen.append(
                 SeenMicroBatch(
                     rank=self._ranks.rank,
@@ -118,6 +105,18 @@ class BadSteps:
                 )
             )
         return seen
+
+
+def _seen_example(batch: Batch, document: int, index: int, epoch: int) -> SeenExample:
+    canvases = [number for number, (of, _) in enumerate(batch.canvases) if of == document]
+    return SeenExample(
+        id=batch.sample_ids[document],
+        index=index,
+        epoch=epoch,
+        canvases=tuple(batch.canvases[number][1] for number in canvases),
+        noise_levels=tuple(batch.noise_levels[number] for number in canvases),
+        self_conditioning=tuple(batch.self_condition_C[canvases].tolist()),
+    )
 
 
 def tell(skipped: SkippedStep) -> dict[str, str]:

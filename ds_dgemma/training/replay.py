@@ -19,9 +19,8 @@ from ds_dgemma.checkpoint.weights import local_directory, model_digest
 from ds_dgemma.config import RunConfig
 from ds_dgemma.config_file import read_yaml
 from ds_dgemma.data.batch import Batch
-from ds_dgemma.data.chat import row_of
 from ds_dgemma.data.read import read_split
-from ds_dgemma.data.stream import ExampleSet
+from ds_dgemma.data.examples import ExampleSet
 from ds_dgemma.data.tokenizer import load_tokenizer
 from ds_dgemma.engine.open_model import fill_model, outline_run
 from ds_dgemma.engine.ranks import RankLayout, connect, disconnect
@@ -129,10 +128,10 @@ def replay(file: Path, checkpoint: Path | None = None, from_model: bool = False)
     spec = read_spec(str(directory))
     text = text_spec(spec)
     tokenizer = load_tokenizer(directory, text.vocab_size)
-    conversations, examples = read_split(config.data, "train", spec, tokenizer)
+    examples = read_split(config, "train", spec, tokenizer)
     if examples.digest != step.data_digest:
         raise UserError(f"data.train: {config.data.train} has changed since {file} was written. Restore it.")
-    corruption = Corruption(config.objective, step.seed, text.vocab_size, text.pad_token_id or 0)
+    corruption = Corruption(config.objective, step.seed, text.vocab_size)
     batches = [_batch(seen, examples, corruption, file) for seen in step.micro_batches]
     model = outline_run(config, spec, directory, ranks, trained is not None)
     if trained is not None:
@@ -143,8 +142,7 @@ def replay(file: Path, checkpoint: Path | None = None, from_model: bool = False)
         print(_heading(step, config, trained.checkpoint if trained else None))
 
         def make(one: SeenExample) -> tuple[Batch, str]:
-            where = conversations.where(row_of(one.id, config.data.assistant_turns))
-            return collate(corruption, [(examples[one.index], one.epoch)]), where
+            return collate(corruption, [(examples[one.index], one.epoch)]), examples.where(one.id)
 
         bad = list(_run_all(StepAlone(objective, batches, config, ranks), step, batches, make))
         print(_verdict(bad))
@@ -169,7 +167,7 @@ def _run_all(
                 outcome = alone.run(single)
                 noise = " ".join(f"{t:.4f}" for t in one.noise_levels)
                 canvases = " ".join(map(str, one.canvases))
-                print(f"  example {one.id} ({where})  t {noise}  canvas {canvases}  {outcome}", flush=True)
+                print(f"  example {one.id} ({where})  t {noise}  canvas at {canvases}  {outcome}", flush=True)
                 if not outcome.finite:
                     yield f"example {one.id}"
 
@@ -226,8 +224,8 @@ def _batch(seen: SeenMicroBatch, examples: ExampleSet, corruption: Corruption, f
     if not seen.examples or any(one.index >= len(examples) or one.index < 0 for one in seen.examples):
         raise UserError(f"{file}: {seen.name} has examples that the data has not.")
     batch = collate(corruption, [(examples[one.index], one.epoch) for one in seen.examples])
-    said = tuple((one.id, one.noise_levels) for one in seen.examples)
-    if said != tuple(zip(batch.sample_ids, batch.noise_levels, strict=True)):
+    levels = tuple(level for one in seen.examples for level in one.noise_levels)
+    if (tuple(one.id for one in seen.examples), levels) != (batch.sample_ids, batch.noise_levels):
         raise UserError(f"{file}: {seen.name} has other ids or noise levels than the run's config makes. Restore both.")
     return batch
 

@@ -24,10 +24,10 @@ class _Part(BaseModel):
 class SeenExample(_Part):
     """One example of a micro-batch."""
 
-    id: int  # the row of its source, or what stands for one of a row's turns
+    id: int  # of its source and row
     index: int  # among the examples that are trained on
     epoch: int
-    canvases: tuple[int, ...]  # the scored ones
+    canvases: tuple[int, ...]  # where the scored ones start
     noise_levels: tuple[float, ...]  # of each of them
     self_conditioning: tuple[bool, ...]  # of each of them
 

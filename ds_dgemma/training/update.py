@@ -20,7 +20,7 @@ from ds_dgemma.engine.ranks import RankLayout, sum_over_ranks
 from ds_dgemma.engine.router_balance import router_balance
 from ds_dgemma.engine.schedule import learning_rate
 from ds_dgemma.model.lora import seed_dropout
-from ds_dgemma.objective.denoising import TokenWeights
+from ds_dgemma.objective.denoising import TokenWeights, mean
 from ds_dgemma.tracking.metrics import StepMetrics, memory_gib
 from ds_dgemma.training.utilisation import Utilisation
 
@@ -52,7 +52,7 @@ def update(
     tokens, diffusion_tokens, ar_tokens, work = sum_over_ranks(totals, ranks.device)
     ar_weight = config.objective.encoder_loss_weight
     shares = ranks.world * len(micro_batches)
-    weights = TokenWeights.global_mean(int(diffusion_tokens), int(ar_tokens), ar_weight, shares)
+    weights = TokenWeights.global_mean(diffusion_tokens, ar_tokens, ar_weight, shares)
     lr = learning_rate(step - 1, config.train.max_steps, config.optimizer)
     set_learning_rate(engine, lr)
 
@@ -69,7 +69,7 @@ def update(
     _, diffusion_nll, ar_nll, router, skipped = sum_over_ranks([*sums, was_skipped(engine)], ranks.device)
     if skipped not in (0, ranks.world):
         raise RuntimeError(f"step {step}: {skipped:.0f} of {ranks.world} ranks skipped the update, so weights differ.")
-    diffusion, ar = diffusion_nll / max(diffusion_tokens, 1), ar_nll / max(ar_tokens, 1)
+    diffusion, ar = mean(diffusion_nll, diffusion_tokens), mean(ar_nll, ar_tokens)
     seconds = time.perf_counter() - began
     metrics = StepMetrics(
         step=step,

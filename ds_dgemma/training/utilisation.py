@@ -26,18 +26,17 @@ class Utilisation:
 
     def work(self, batches: Iterable[Batch]) -> float:
         """Useful FLOPs of micro-batches; 0 where nothing is measured."""
-        return 0.0 if self.peak_flops is None else batch_work(self.products, rows_of(batches))
+        return 0.0 if self.peak_flops is None else batch_work(self.products, documents_of(batches))
 
     def of(self, work: float, seconds: float, devices: int) -> float | None:
         """The share of `devices` at their peak that did `work` FLOPs in `seconds`."""
         return None if self.peak_flops is None else work / (seconds * devices * self.peak_flops)
 
 
-def rows_of(batches: Iterable[Batch]) -> Iterator[tuple[int, list[int], list[int]]]:
-    """Each example's clean tokens, the starts of its scored canvases, and of those whose first guess counts."""
+def documents_of(batches: Iterable[Batch]) -> Iterator[tuple[int, list[int], list[int]]]:
+    """Each document's clean tokens, the starts of its scored canvases, and of those whose first guess counts."""
     for batch in batches:
-        lengths, scored = batch.clean_valid_BS.sum(1).tolist(), batch.supervised_BKL.any(-1).tolist()
         coins = {number for number, coin in zip(batch.guessed, batch.coin_M.tolist(), strict=True) if coin}
-        for row, (clean, starts) in enumerate(zip(lengths, batch.starts, strict=True)):
-            guessed = [start for k, start in enumerate(starts) if row * len(starts) + k in coins]
-            yield clean, [start for start, is_scored in zip(starts, scored[row], strict=True) if is_scored], guessed
+        for document, clean in enumerate(batch.documents):
+            starts = {number: start for number, (of, start) in enumerate(batch.canvases) if of == document}
+            yield clean, list(starts.values()), [start for number, start in starts.items() if number in coins]

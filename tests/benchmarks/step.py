@@ -40,10 +40,11 @@ from transformers import DiffusionGemmaForBlockDiffusion
 from transformers.cache_utils import DynamicCache
 
 from ds_dgemma.config import ObjectiveSection
-from ds_dgemma.data.batch import Batch, Example
+from ds_dgemma.data.batch import Batch
 from ds_dgemma.objective.collate import collate
 from ds_dgemma.objective.corruption import Corruption
 from ds_dgemma.tools.tiny import small_config
+from tests.reference.examples import one_answer
 from tests.reference.masks import attention_masks, clean_and_canvases
 
 CHECKPOINTING = {"ds_dgemma": "full", "ds_dgemma, selective": "selective", "ds_dgemma, kept": "none"}
@@ -78,11 +79,12 @@ def make_model(directory: Path, vocabulary: int) -> None:
 def make_batch(prompt: int, response: int, size: int, vocabulary: int, canvas: int = CANVAS) -> Batch:
     """Random conversations of one length; every second example is self-conditioned."""
     draw = np.random.default_rng(7)
-    rows = [
-        (Example(row, draw.integers(3, vocabulary - 3, prompt + response), prompt, canvas), 0) for row in range(size)
-    ]
-    corruption = Corruption(ObjectiveSection(), seed=0, vocab_size=vocabulary, pad_id=0)
-    return collate(corruption, rows).with_coins(torch.arange(size)[:, None] % 2 == 0)
+    rows = []
+    for row in range(size):
+        tokens = draw.integers(3, vocabulary - 3, prompt + response)
+        rows.append((one_answer(row, tokens, prompt, canvas, eos_id=int(tokens[-1])), 0))
+    corruption = Corruption(ObjectiveSection(), seed=0, vocab_size=vocabulary)
+    return collate(corruption, rows).with_coins(torch.arange(size) % 2 == 0)
 
 
 def open_ours(directory: Path, args: argparse.Namespace, checkpointing: Any) -> Step:
@@ -125,9 +127,15 @@ def open_transformers(directory: Path, args: argparse.Namespace) -> Step:
 
     def step(batch: Batch) -> tuple[float, float]:
         model.zero_grad()
-        ids, S = batch.clean_ids_BS, batch.clean_ids_BS.shape[1]
-        layout = clean_and_canvases(batch.clean_valid_BS, batch.canvas_start_BK, CANVAS)
-        masks = attention_masks(layout, window)
+        ids = batch.clean_ids_S.unflatten(0, (len(batch.documents), -1))
+        S = ids.shape[1]
+        layouts = [clean_and_canvases([S], [(0, start)], CANVAS) for _, start in batch.canvases]
+        of_documents = [attention_masks(layout, window) for layout in layouts]
+        masks = {
+            kind: torch.stack([masks[kind] for masks in of_documents]).unsqueeze(1).to(args.device)
+            for kind in of_documents[0]
+        }
+        position = torch.stack([layout.position_T[S:] for layout in layouts]).to(args.device)
         encoded = model.model.encoder(
             input_ids=ids,
             attention_mask={kind: mask[..., :S, :S] for kind, mask in masks.items()},
@@ -135,16 +143,16 @@ def open_transformers(directory: Path, args: argparse.Namespace) -> Step:
         )
         canvas = dict(
             past_key_values=encoded.past_key_values,
-            decoder_input_ids=batch.canvas_ids_BKL[:, 0],
+            decoder_input_ids=batch.canvas_ids_CL,
             decoder_attention_mask={kind: mask[..., S:, :] for kind, mask in masks.items()},
-            decoder_position_ids=layout.position_BT[:, S:],
+            decoder_position_ids=position,
         )
-        coin = batch.self_condition_BK[:, 0]
+        coin = batch.self_condition_C
         with torch.no_grad():
             guess = model(**canvas).logits
         logits = model(self_conditioning_logits=guess, self_conditioning_mask=coin, **canvas)
         del guess
-        diffusion = F.cross_entropy(logits.logits.flatten(0, 1), batch.target_ids_BKL.flatten())
+        diffusion = F.cross_entropy(logits.logits.flatten(0, 1), batch.target_ids_CL.flatten())
         del logits
         clean = torch.tanh(model.lm_head(encoded.last_hidden_state).float() / cap) * cap
         ar = F.cross_entropy(clean[:, :-1].flatten(0, 1), ids[:, 1:].flatten())

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_dgemma.engine.expert_parallel import place_experts
 from ds_dgemma.model import attention
+from ds_dgemma.model.attention import Canvas
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.kernel_choice import torchs_own
 from ds_dgemma.model.kernels import HALF, LOG_BLOCK, VECTOR_BYTES, Kernel, Problem, lies_in_vectors
@@ -223,19 +224,22 @@ def to_fake(stack: DiffusionGemmaStack) -> None:
 
 
 def calls_of(stack: DiffusionGemmaStack) -> Calls:
-    """Four rows of 1,525 clean tokens, over a window and no multiple of anything; one canvas each, two of them guessed,
+    """Four documents of 1,525 clean tokens, over a window and no multiple of anything; one canvas each, two of them guessed,
     one without a clean token before it.
     """
-    starts = ((1269,), (1269,), (0,), (37,))
+    def ids(count: int) -> torch.Tensor:
+        return torch.empty(count, dtype=torch.int64, device="cuda")
+
     places = Places(
-        clean=1525,
+        documents=(1525,) * 4,
+        canvases=tuple(Canvas(document, start) for document, start in enumerate((1269, 1269, 0, 37))),
         length=256,
-        starts=starts,
-        start_BK=torch.empty(4, 1, dtype=torch.int64, device="cuda"),
+        position_S=ids(4 * 1525),
+        start_C=ids(4),
         guessed=(0, 3),
-        guessed_M=torch.empty(2, dtype=torch.int64, device="cuda"),
+        guessed_M=ids(2),
     )
-    return make_calls(stack, places, None, torch.empty(1, dtype=torch.bfloat16, device="cuda"))
+    return make_calls(stack, places, False, torch.empty(1, dtype=torch.bfloat16, device="cuda"))
 
 
 def attend_backward(stack: DiffusionGemmaStack, calls: Calls, number: int) -> None:

@@ -1,6 +1,7 @@
-"""Attention in parts equals softmax under the dense masks, for any rows, canvases, starts and window; float64."""
+"""Attention in parts equals softmax under the dense masks, for any documents, canvases, starts and window; float64."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,14 +13,17 @@ from tests.reference.masks import attention_masks, clean_and_canvases
 HEADS, KV_HEADS, SIZE = 4, 2, 8
 
 
-def draw(seed: int) -> tuple[Tokens, list[list[int]], int]:
-    """Rows of clean tokens, canvases that start anywhere (at 0, at the very end, together), and a window."""
+def draw(seed: int) -> tuple[Tokens, int]:
+    """Documents, some of one length; canvases that start anywhere (at 0, at the very end, together); and a window."""
     pick = random.Random(seed)
-    rows, clean, canvases = pick.randint(1, 3), pick.randint(3, 40), pick.randint(1, 3)
-    start = lambda: pick.choice([0, clean - 1, clean, clean // 2, pick.randint(0, clean)])  # noqa: E731
-    starts = [[start() for _ in range(canvases)] for _ in range(rows)]
-    placed = tuple(Canvas(row, at) for row in range(rows) for at in starts[row])
-    return Tokens(rows, clean, placed, pick.randint(1, 6)), starts, pick.choice([1, 2, 3, 5, 8, clean, 50])
+    lengths = [pick.randint(3, 40) for _ in range(2)]
+    documents = tuple(pick.choice(lengths) for _ in range(pick.randint(1, 4)))
+    canvases = []
+    for document, clean in enumerate(documents):
+        start = lambda: pick.choice([0, 2, clean - 1, clean, clean // 2, pick.randint(0, clean)])  # noqa: B023, E731
+        canvases += [Canvas(document, start()) for _ in range(pick.randint(0, 2))]
+    canvases = canvases or [Canvas(0, 1)]
+    return Tokens(documents, tuple(canvases), pick.randint(1, 6)), pick.choice([1, 2, 3, 5, 8, lengths[0], 50])
 
 
 def attend(tokens: Tokens, window: int | None, inputs: list[Tensor], **more) -> tuple[Tensor, Attended]:
@@ -31,38 +35,30 @@ def attend(tokens: Tokens, window: int | None, inputs: list[Tensor], **more) -> 
     return output[0], attended
 
 
-def under_a_mask(tokens: Tokens, mask: Tensor, inputs: list[Tensor]) -> Tensor:
-    """Softmax attention of every row's [clean | canvases] under its dense mask; on [N, heads, d]."""
-    cut = tokens.clean_total
-
-    def by_row(flat: Tensor) -> Tensor:
-        clean, canvases = flat[:cut].unflatten(0, (tokens.rows, -1)), flat[cut:].unflatten(0, (tokens.rows, -1))
-        return torch.cat([clean, canvases], dim=1).transpose(1, 2).repeat_interleave(HEADS // flat.shape[1], dim=1)
-
-    query, key, value = map(by_row, inputs)
+def under_a_mask(mask: Tensor, inputs: list[Tensor]) -> Tensor:
+    """Softmax attention of [clean | canvases] under its dense mask; on [N, heads, d]."""
+    query, key, value = (flat.transpose(0, 1).repeat_interleave(HEADS // flat.shape[1], dim=0) for flat in inputs)
     scores = 0.7 * query @ key.transpose(-1, -2)
-    out = (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value).transpose(1, 2)
-    return torch.cat([out[:, : tokens.clean].flatten(0, 1), out[:, tokens.clean :].flatten(0, 1)])
+    return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value).transpose(0, 1)
 
 
 @pytest.mark.parametrize("seed", range(30))
 def test_parts_equal_dense_masks_and_kept_keys_equal_those_in_the_call(seed: int):
-    tokens, starts, window = draw(seed)
+    tokens, window = draw(seed)
     torch.manual_seed(seed)
     count = tokens.clean_total + len(tokens.canvases) * tokens.length
     inputs = [torch.randn(count, n, SIZE, dtype=torch.float64, requires_grad=True) for n in (HEADS, KV_HEADS, KV_HEADS)]
-    valid = torch.ones(tokens.rows, tokens.clean, dtype=torch.bool)
-    masks = attention_masks(clean_and_canvases(valid, torch.tensor(starts), tokens.length), window)
+    masks = attention_masks(clean_and_canvases(tokens.documents, tokens.canvases, tokens.length), window)
     for kind, limit in (("full_attention", None), ("sliding_attention", window)):
         output, attended = attend(tokens, limit, inputs)
-        expected = under_a_mask(tokens, masks[kind], inputs)
+        expected = under_a_mask(masks[kind], inputs)
         torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
         direction = torch.randn_like(output)
         seen, wanted = (torch.autograd.grad(out, inputs, direction, retain_graph=True) for out in (output, expected))
         torch.testing.assert_close(seen, wanted, rtol=0, atol=1e-12)
 
         # Canvases alone, on keys and values kept from a call before; and a call that is told what came out
-        alone = Tokens(tokens.rows, 0, tokens.canvases, tokens.length)
+        alone = replace(tokens, reads_clean=False)
         of_canvases = [tensor[tokens.clean_total :] for tensor in inputs]
         for kept in (keep(attended, tokens, tokens.canvases, limit), keep_all(attended, tokens)):
             seen, _ = attend(alone, limit, of_canvases, kept=kept)
@@ -77,22 +73,20 @@ def test_parts_equal_dense_masks_and_kept_keys_equal_those_in_the_call(seed: int
 
 def test_a_sliding_layer_does_no_more_than_its_window_asks_for():
     window, clean, length = 16, 256, 8
-    tokens = Tokens(1, clean, (Canvas(0, 200),), length)
+    tokens = Tokens((clean,), (Canvas(0, 200),), length)
     area = 0
     for part in parts(tokens, window):
         queries = part.queries.end - part.queries.begin
         keys = 15 if isinstance(part.keys, int) else part.keys.end - part.keys.begin
         area += queries * (queries + 1) // 2 if part.causal else queries * keys
-    visible = attention_masks(
-        clean_and_canvases(torch.ones(1, clean, dtype=torch.bool), torch.tensor([[200]]), length), window
-    )["sliding_attention"]
+    visible = attention_masks(clean_and_canvases([clean], [(0, 200)], length), window)["sliding_attention"]
     assert area == int(visible.sum())
 
 
 def test_a_keys_gradient_has_a_share_of_every_canvas_in_bf16_too():
     """Shares of one sign, too small for bf16 to add to what is there already."""
     clean, length, count = 8, 4, 200
-    tokens = Tokens(1, clean, tuple(Canvas(0, clean) for _ in range(count)), length)
+    tokens = Tokens((clean,), tuple(Canvas(0, clean) for _ in range(count)), length)
     torch.manual_seed(0)
     total = clean + count * length
     inputs = [torch.randn(total, n, SIZE) for n in (HEADS, KV_HEADS, KV_HEADS)]

@@ -1,6 +1,6 @@
 """What a loss depends on, and what it must not depend on. In float64, so that equal means equal to 1e-12."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from ds_dgemma.checkpoint.load import find_places, materialise, plain
 from ds_dgemma.checkpoint.weights import WeightReader
 from ds_dgemma.config import LoraSection, ObjectiveSection
-from ds_dgemma.data.batch import Batch, Example
+from ds_dgemma.data.batch import Batch
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.lora import FACTORS, LoraLinear, adapt_linears, choose_targets, seed_dropout
 from ds_dgemma.model.spec import read_spec
@@ -26,6 +25,7 @@ from ds_dgemma.objective.collate import collate
 from ds_dgemma.objective.corruption import Corruption
 from ds_dgemma.objective.denoising import DenoisingObjective, RouterBalance, TokenWeights
 from tests.parity import open_float64
+from tests.reference.examples import one_answer
 from tests.reference.fixtures import Case, make_model
 from tests.reference.float64 import DoublePrecision
 from tests.reference.one_sweep import in_one_sweep
@@ -53,32 +53,30 @@ def objective(checkpoint: Path) -> DenoisingObjective:
     return open_float64(checkpoint, train_router=True)
 
 
-def make_batch(coin: float = 0.5) -> Batch:
-    """Three examples of 3, 1 and 2 canvases, all of them scored, with prompts of 3, 6 and 9 tokens, and some fill."""
+def make_batch(coin: float = 0.5, documents: Sequence[int] = (0, 1, 2)) -> Batch:
+    """Documents of 3, 1 and 2 canvases, all of them scored, with prompts of 3, 6 and 9 tokens, and some fill."""
     draw = np.random.default_rng(5)
     examples = []
     for sample, canvases in enumerate((3, 1, 2)):
-        tokens = draw.integers(2, CASE.vocabulary, size=3 * (sample + 1) + canvases * LENGTH)
-        tokens[-2:] = 1
-        examples.append((Example(sample, tokens, 3 * (sample + 1), LENGTH), 0))
+        tokens = draw.integers(2, CASE.vocabulary, size=3 * (sample + 1) + canvases * LENGTH - 2)
+        examples.append((one_answer(sample, tokens, 3 * (sample + 1), LENGTH, eos_id=1), 0))
     section = ObjectiveSection(self_conditioning_probability=coin, canvases_per_example="all")
-    return collate(Corruption(section, seed=3, vocab_size=CASE.vocabulary, pad_id=0), examples)
+    corruption = Corruption(section, seed=3, vocab_size=CASE.vocabulary)
+    return collate(corruption, [examples[document] for document in documents])
 
 
-def take(batch: Batch, rows: slice = slice(None), canvases: slice = slice(None)) -> Batch:
-    """Some rows of a batch, some canvases of each."""
+def only(batch: Batch, canvases: list[int]) -> Batch:
+    """A batch without its other canvases."""
     part = replace(
         batch,
-        clean_ids_BS=batch.clean_ids_BS[rows],
-        clean_valid_BS=batch.clean_valid_BS[rows],
-        canvas_ids_BKL=batch.canvas_ids_BKL[rows, canvases],
-        target_ids_BKL=batch.target_ids_BKL[rows, canvases],
-        supervised_BKL=batch.supervised_BKL[rows, canvases],
-        canvas_start_BK=batch.canvas_start_BK[rows, canvases],
-        noise_level_BK=batch.noise_level_BK[rows, canvases],
-        starts=tuple(starts[canvases] for starts in batch.starts[rows]),
+        canvas_ids_CL=batch.canvas_ids_CL[canvases],
+        target_ids_CL=batch.target_ids_CL[canvases],
+        canvas_weight_CL=batch.canvas_weight_CL[canvases],
+        canvas_start_C=batch.canvas_start_C[canvases],
+        noise_level_C=batch.noise_level_C[canvases],
+        canvases=tuple(batch.canvases[canvas] for canvas in canvases),
     )
-    return part.with_coins(batch.self_condition_BK[rows, canvases])
+    return part.with_coins(batch.self_condition_C[canvases])
 
 
 def step(objective: DenoisingObjective, batch: Batch, weights: TokenWeights) -> Step:
@@ -91,7 +89,7 @@ def step(objective: DenoisingObjective, batch: Batch, weights: TokenWeights) -> 
 
 
 def hidden(objective: DenoisingObjective, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Clean [B, S, H] and canvas [B, K, L, H] states that the loss is computed from."""
+    """Clean [S, H] and canvas [C, L, H] states that the loss is computed from."""
     with DoublePrecision(), torch.no_grad():
         return objective.hidden_states(batch, WeightGradient())
 
@@ -113,15 +111,10 @@ def total(steps: list[Step]) -> Step:
 
 def test_a_batch_with_nothing_to_learn_gives_zero_and_not_nan(objective: DenoisingObjective):
     batch = make_batch()
-    nothing = replace(
-        batch,
-        supervised_BKL=torch.zeros_like(batch.supervised_BKL),
-        clean_valid_BS=torch.zeros_like(batch.clean_valid_BS),
-    )
+    nothing = batch.counting([False] * 3)
     seen = step(objective, nothing, weights_of(nothing))
     assert (float(seen.loss), float(seen.diffusion_nll), float(seen.ar_nll)) == (0, 0, 0)
     assert all(not gradient.any() for gradient in seen.gradients.values())
-    assert balance_step(objective, nothing, RouterBalance(1.0, lambda tokens: tokens)) == (0, {})
 
 
 def test_the_loss_is_the_weighted_sum_of_two_means(objective: DenoisingObjective):
@@ -134,74 +127,65 @@ def test_the_loss_is_the_weighted_sum_of_two_means(objective: DenoisingObjective
 
 def test_micro_batches_add_up_to_the_whole_batch(objective: DenoisingObjective):
     batch = make_batch()
-    parts = [step(objective, take(batch, rows=slice(row, row + 1)), weights_of(batch)) for row in range(3)]
+    parts = [step(objective, make_batch(documents=[number]), weights_of(batch)) for number in range(3)]
     assert_same(total(parts), step(objective, batch, weights_of(batch)))
 
 
-def test_canvases_of_one_row_count_like_canvases_scored_alone(objective: DenoisingObjective):
+def test_canvases_of_one_document_count_like_canvases_scored_alone(objective: DenoisingObjective):
     batch = make_batch()
-    assert batch.self_condition_BK.any(1).tolist() != batch.self_condition_BK.all(1).tolist()  # coins differ in a row
+    assert len(set(batch.self_condition_C[:3].tolist())) == 2  # coins differ in a document
     both = weights_of(batch)
     diffusion, ar = TokenWeights(both.diffusion, 0.0), TokenWeights(0.0, both.ar)
     together = step(objective, batch, diffusion)
-    alone = [step(objective, take(batch, canvases=slice(k, k + 1)), diffusion) for k in range(3)]
+    alone = [step(objective, only(batch, canvases), diffusion) for canvases in ([0, 3], [1, 4], [2, 5])]
     assert_same(total(alone)._replace(ar_nll=together.ar_nll), together)
     # and the encoder's loss does not see how many there are
-    assert_same(step(objective, take(batch, canvases=slice(1)), ar)._replace(diffusion_nll=together.diffusion_nll),
+    assert_same(step(objective, only(batch, [0]), ar)._replace(diffusion_nll=together.diffusion_nll),
                 step(objective, batch, ar))  # fmt: skip
 
 
 def test_a_canvas_is_unaffected_by_the_coins_of_others(objective: DenoisingObjective):
     batch = make_batch()
     _, expected = hidden(objective, batch)
-    for row, canvas in ((0, 0), (0, 2), (1, 0), (2, 1)):
-        flipped = ~batch.self_condition_BK
-        flipped[row, canvas] ^= True
+    for canvas in (0, 2, 3, 5):
+        flipped = ~batch.self_condition_C
+        flipped[canvas] ^= True
         _, seen = hidden(objective, batch.with_coins(flipped))
-        torch.testing.assert_close(seen[row, canvas], expected[row, canvas], rtol=1e-12, atol=1e-12)
-        changed = (seen - expected).abs().amax((2, 3)) > 1e-3
-        assert int(changed[batch.supervised_BKL.any(-1)].sum()) == 5  # all the other canvases
+        torch.testing.assert_close(seen[canvas], expected[canvas], rtol=1e-12, atol=1e-12)
+        assert int(((seen - expected).abs().amax((1, 2)) > 1e-3).sum()) == 5  # all the other canvases
 
 
-def test_a_canvas_sees_neither_its_own_clean_text_nor_anything_later(objective: DenoisingObjective):
+def test_a_canvas_sees_neither_its_own_clean_text_nor_anything_later_nor_another_document(
+    objective: DenoisingObjective,
+):
     batch = make_batch(coin=1.0)
     _, expected = hidden(objective, batch)
-    for row, canvas in ((0, 0), (0, 1), (2, 0)):
-        start = int(batch.canvas_start_BK[row, canvas])
-        ids, canvases = batch.clean_ids_BS.clone(), batch.canvas_ids_BKL.clone()
-        ids[row, start:] = 9
-        canvases[row, torch.arange(3) != canvas] = 9
-        _, seen = hidden(objective, replace(batch, clean_ids_BS=ids, canvas_ids_BKL=canvases))
-        torch.testing.assert_close(seen[row, canvas], expected[row, canvas], rtol=1e-12, atol=1e-12)
+    for canvas in (0, 1, 4):
+        document, start = batch.canvases[canvas]
+        before = sum(batch.documents[:document])
+        ids, canvases = torch.full_like(batch.clean_ids_S, 9), torch.full_like(batch.canvas_ids_CL, 9)
+        ids[before : before + start] = batch.clean_ids_S[before : before + start]
+        canvases[canvas] = batch.canvas_ids_CL[canvas]
+        _, seen = hidden(objective, replace(batch, clean_ids_S=ids, canvas_ids_CL=canvases))
+        torch.testing.assert_close(seen[canvas], expected[canvas], rtol=1e-12, atol=1e-12)
 
-        ids[row, start - 1] = 9
-        _, seen = hidden(objective, replace(batch, clean_ids_BS=ids))
-        assert (seen[row, canvas] - expected[row, canvas]).abs().min(0).values.max() > 1e-3  # every token reads it
+        ids[before + start - 1] = 9
+        _, seen = hidden(objective, replace(batch, clean_ids_S=ids))
+        assert (seen[canvas] - expected[canvas]).abs().min(0).values.max() > 1e-3  # every token reads it
 
 
-def test_clean_text_sees_no_canvas_and_nothing_later(objective: DenoisingObjective):
+def test_clean_text_sees_no_canvas_and_nothing_later_nor_another_document(objective: DenoisingObjective):
     batch = make_batch(coin=1.0)
     expected, _ = hidden(objective, batch)
-    ids = batch.clean_ids_BS.clone()
-    ids[:, 8:] = 9
+    first = batch.documents[0]
+    ids = torch.full_like(batch.clean_ids_S, 9)
+    ids[first : first + 8] = batch.clean_ids_S[first : first + 8]
     everything_else = replace(
-        batch,
-        clean_ids_BS=ids,
-        canvas_ids_BKL=torch.full_like(batch.canvas_ids_BKL, 9),
-    ).with_coins(~batch.self_condition_BK)
+        batch, clean_ids_S=ids, canvas_ids_CL=torch.full_like(batch.canvas_ids_CL, 9)
+    ).with_coins(~batch.self_condition_C)
     seen, _ = hidden(objective, everything_else)
-    torch.testing.assert_close(seen[:, :8], expected[:, :8], rtol=1e-12, atol=1e-12)
-    assert (seen[0, 8] - expected[0, 8]).abs().max() > 1e-3
-
-
-def test_padding_on_the_right_changes_nothing(objective: DenoisingObjective):
-    batch = make_batch()
-    longer = replace(
-        batch,
-        clean_ids_BS=F.pad(batch.clean_ids_BS, (0, 6), value=5),
-        clean_valid_BS=F.pad(batch.clean_valid_BS, (0, 6), value=False),
-    )
-    assert_same(step(objective, longer, weights_of(batch)), step(objective, batch, weights_of(batch)))
+    torch.testing.assert_close(seen[first : first + 8], expected[first : first + 8], rtol=1e-12, atol=1e-12)
+    assert (seen[first + 8] - expected[first + 8]).abs().max() > 1e-3
 
 
 def open_recomputing(checkpoint: Path, checkpointing: Any, monkeypatch: pytest.MonkeyPatch) -> DenoisingObjective:
@@ -322,26 +306,14 @@ def routers_said(objective: DenoisingObjective, batch: Batch) -> list[tuple[Tens
     return [said[number] for number in range(len(routers))]
 
 
-def real_tokens(batch: Batch) -> list[int]:
-    """Places of all tokens that are no padding, clean tokens of all rows first."""
-    (B, S), (_, K, L) = batch.clean_ids_BS.shape, batch.canvas_ids_BKL.shape
-    places = [b * S + i for b in range(B) for i in range(S) if batch.clean_valid_BS[b, i]]
-    for b in range(B):
-        for canvas in range(K):
-            if batch.supervised_BKL[b, canvas].any():
-                places += [B * S + (b * K + canvas) * L + i for i in range(L)]
-    assert len(places) == batch.tokens() < B * (S + K * L)
-    return places
-
-
-def slow_balance_loss(said: list[tuple[Tensor, Tensor]], places: list[int]) -> Tensor:
+def slow_balance_loss(said: list[tuple[Tensor, Tensor]]) -> Tensor:
     """The definition, an expert at a time."""
     total = torch.zeros((), dtype=torch.float64)
     for probability_NE, chosen_Nk in said:
         experts = probability_NE.shape[1]
         for expert in range(experts):
-            f = sum(expert in chosen_Nk[i].tolist() for i in places) / len(places)
-            P = torch.stack([probability_NE[i, expert] for i in places]).mean()
+            f = sum(expert in chosen for chosen in chosen_Nk.tolist()) / len(chosen_Nk)
+            P = probability_NE[:, expert].mean()
             total = total + experts * f * P / len(said)
     return total
 
@@ -349,9 +321,10 @@ def slow_balance_loss(said: list[tuple[Tensor, Tensor]], places: list[int]) -> T
 def test_the_routers_loss_and_its_gradients_are_the_definitions(objective: DenoisingObjective):
     batch = make_batch()
     ours, gradients = balance_step(objective, batch, RouterBalance(1.0, lambda tokens: tokens))
-    said, places = routers_said(objective, batch), real_tokens(batch)
+    said = routers_said(objective, batch)
+    assert len(said[0][0]) == batch.tokens()
 
-    slow = slow_balance_loss(said, places)
+    slow = slow_balance_loss(said)
     assert ours == pytest.approx(float(slow.detach()), rel=1e-12)
     objective.zero_grad()
     slow.backward()
@@ -361,10 +334,8 @@ def test_the_routers_loss_and_its_gradients_are_the_definitions(objective: Denoi
         torch.testing.assert_close(gradients.get(name, nothing), expected, rtol=1e-9, atol=1e-13)
     assert "model.layers.0.router.proj.weight" in gradients
 
-    mask = torch.zeros(len(said[0][0]))
-    mask[places] = 1
     (experts, k) = (said[0][0].shape[1], said[0][1].shape[1])
-    theirs = [load_balancing_loss_func((probability.log(),), experts, k, mask) for probability, _ in said]
+    theirs = [load_balancing_loss_func((probability.log(),), experts, k) for probability, _ in said]
     assert ours == pytest.approx(sum(float(loss.detach()) for loss in theirs) / len(theirs), rel=1e-6)  # theirs is fp32
 
 
@@ -375,8 +346,8 @@ def test_micro_batches_parts_of_the_routers_loss_add_up_to_the_whole_batchs(obje
         objective, batch, RouterBalance(0.5, lambda tokens: counts.append(tokens) or tokens)
     )
     parts = [
-        balance_step(objective, take(batch, rows=slice(row, row + 1)), RouterBalance(0.5, lambda tokens: counts[0]))
-        for row in range(3)
+        balance_step(objective, make_batch(documents=[number]), RouterBalance(0.5, lambda tokens: counts[0]))
+        for number in range(3)
     ]
     assert sum(part for part, _ in parts) == pytest.approx(whole, rel=1e-10)
     for name, gradient in gradients.items():

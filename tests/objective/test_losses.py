@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from ds_dgemma.config import LossName, ObjectiveSection
-from ds_dgemma.data.batch import Batch, Example
+from ds_dgemma.data.batch import Batch
 from ds_dgemma.model.vocabulary import Shift, TiedVocabulary, WeightGradient
 from ds_dgemma.objective.collate import collate
 from ds_dgemma.objective.corruption import Corruption
 from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
 from ds_dgemma.objective.losses import LARGEST_WEIGHT, LOSSES, inverse_kept, kept_over_drawn
 from tests.parity import open_float64
+from tests.reference.examples import one_answer
 from tests.reference.fixtures import Case, make_model
 from tests.reference.float64 import DoublePrecision
 
@@ -33,20 +34,18 @@ def objective(tmp_path_factory: pytest.TempPathFactory) -> DenoisingObjective:
 
 @pytest.fixture(scope="module")
 def batch() -> Batch:
-    """Two examples of 3 and 1 canvases, so that two canvases are empty; levels and coins of all sorts."""
+    """Two examples of 3 and 1 canvases, the second's of weight 0.5; levels and coins of all sorts."""
     draw = np.random.default_rng(5)
-    examples = [
-        (Example(sample, draw.integers(2, V, size=3 + canvases * CASE.canvas), 3, CASE.canvas), 0)
-        for sample, canvases in enumerate((3, 1))
-    ]
-    corruption = Corruption(ObjectiveSection(canvases_per_example="all"), seed=3, vocab_size=V, pad_id=0)
+    examples = []
+    for sample, (canvases, weight) in enumerate(((3, 1.0), (1, 0.5))):
+        tokens = np.append(draw.integers(2, V, size=2 + canvases * CASE.canvas), 1)
+        examples.append((one_answer(sample, tokens, 3, CASE.canvas, eos_id=1, weight=weight), 0))
+    corruption = Corruption(ObjectiveSection(canvases_per_example="all"), seed=3, vocab_size=V)
     made = collate(corruption, examples)
-    scored = made.supervised_BKL.any(-1)
-    assert scored.sum() == 4
-    level = made.noise_level_BK[scored]
-    assert level.max() - level.min() > 0.3
-    assert (made.canvas_ids_BKL == made.target_ids_BKL)[scored].float().mean() > 0.1  # kept ones and
-    assert (made.canvas_ids_BKL != made.target_ids_BKL)[scored].float().mean() > 0.1  # others
+    assert len(made.canvases) == 4
+    assert made.noise_level_C.max() - made.noise_level_C.min() > 0.3
+    assert (made.canvas_ids_CL == made.target_ids_CL).float().mean() > 0.1  # kept ones and
+    assert (made.canvas_ids_CL != made.target_ids_CL).float().mean() > 0.1  # others
     return made
 
 
@@ -61,16 +60,17 @@ def slow_losses(objective: DenoisingObjective, batch: Batch, loss: str) -> tuple
     embed = objective.model.embed_tokens
     logits = lambda hidden: list(torch.tanh(embed.weight @ hidden / embed.softcap) * embed.softcap)  # noqa: E731
     diffusion = ar = torch.zeros((), dtype=torch.float64)
-    for row, canvases in enumerate(batch.noise_levels):
-        for k, t in enumerate(canvases):
-            for place in range(CASE.canvas):
-                f, x = logits(canvas[row, k, place]), int(batch.canvas_ids_BKL[row, k, place])
-                if "leave_one_out" in loss:
-                    f[x] = f[x] + math.log(1 + V * (1 - t) / t)
-                weight = min(1 / (1 - t), 100) if "reweighted" in loss else 1
-                diffusion = diffusion + weight * cross_entropy(f, int(batch.target_ids_BKL[row, k, place]))
-        for place in range(int(batch.clean_valid_BS[row].sum()) - 1):
-            ar = ar + cross_entropy(logits(clean[row, place]), int(batch.clean_ids_BS[row, place + 1]))
+    for k, t in enumerate(batch.noise_levels):
+        for place in range(CASE.canvas):
+            f, x = logits(canvas[k, place]), int(batch.canvas_ids_CL[k, place])
+            if "leave_one_out" in loss:
+                f[x] = f[x] + math.log(1 + V * (1 - t) / t)
+            weight = (min(1 / (1 - t), 100) if "reweighted" in loss else 1) * (1.0 if k < 3 else 0.5)
+            diffusion = diffusion + weight * cross_entropy(f, int(batch.target_ids_CL[k, place]))
+    for i in range(1, len(clean)):
+        if i != batch.documents[0]:
+            weight = 1.0 if i < batch.documents[0] + 3 else 0.5
+            ar = ar + weight * cross_entropy(logits(clean[i - 1]), int(batch.clean_ids_S[i]))
     return diffusion, WEIGHTS.diffusion * diffusion + WEIGHTS.ar * ar
 
 

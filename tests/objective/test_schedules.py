@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from ds_dgemma.config import NoiseSchedule, ObjectiveSection
-from ds_dgemma.data.batch import Example
 from ds_dgemma.objective.corruption import Corruption, generator
 from ds_dgemma.objective.schedules import SCHEDULES, noise_level
+from tests.reference.examples import one_answer
 
 # The share of levels up to t, between 0 and 1: by hand from the density that each source states.
 CUMULATIVE: dict[str, Callable[[float], float]] = {
@@ -24,9 +24,9 @@ CUMULATIVE: dict[str, Callable[[float], float]] = {
 def levels(schedule: str, eps: float, most: float, count: int = 3000) -> np.ndarray:
     """Those that as many canvases get, sorted."""
     section = ObjectiveSection(noise_schedule=schedule, noise_eps=eps, noise_max=most)  # pyright: ignore
-    corruption = Corruption(section, seed=1, vocab_size=4, pad_id=0)
-    example = lambda sample: Example(sample, np.zeros(2, dtype=np.int64), 1, 1)  # noqa: E731
-    return np.sort([corruption.corrupt(example(sample), 0, 0).noise_level for sample in range(count)])
+    corruption = Corruption(section, seed=1, vocab_size=4)
+    examples = [one_answer(sample, np.zeros(2), prompt=1, length=1, eos_id=0) for sample in range(count)]
+    return np.sort([corruption.corrupt(example, 0, example.canvases[0]).noise_level for example in examples])
 
 
 def test_every_schedule_of_the_config_is_there_and_tested():

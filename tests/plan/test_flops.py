@@ -83,7 +83,7 @@ def test_a_step_does_what_is_counted(checkpointing: Any, settings: list[str], su
     with counter:
         DenoisingObjective(stack, 1)(batch, TokenWeights(1.0, 1.0)).loss.backward()
 
-    rows = [(6 * length, starts, starts if row != 1 else ()) for row, starts in enumerate(batch.starts)]
+    rows = [(6 * length, (start,), (start,) if row != 1 else ()) for row, start in batch.canvases]
     work = Work(0.0, 0.0)
     for clean, starts, guessed in rows:
         work += example_work(products, clean, starts, checkpointing)
@@ -95,7 +95,7 @@ def test_a_step_does_what_is_counted(checkpointing: Any, settings: list[str], su
 
 
 def test_visible_pairs_are_those_of_the_mask() -> None:
-    layout = clean_and_canvases(torch.ones(1, 50, dtype=torch.bool), torch.tensor([[42, 8]]), 8)
+    layout = clean_and_canvases([50], [(0, 42), (0, 8)], 8)
     for kind, mask in attention_masks(layout, window=16).items():
         window = 16 if kind == "sliding_attention" else None
         pairs = clean_pairs(50, window) + canvas_pairs(42, 8, window) + canvas_pairs(8, 8, window)

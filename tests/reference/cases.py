@@ -73,7 +73,7 @@ class Observed:
 
     diffusion_nll: float  # sums over the whole batch
     ar_nll: float
-    hidden_NH: Tensor  # what the loss was computed from, this rank's rows: canvas tokens, then clean ones
+    hidden_NH: Tensor  # what the loss was computed from, this rank's rows: canvas tokens, then clean ones with a target
     gradients: dict[str, Tensor]  # whole, of all ranks' experts, by the parameter's name in the stack
 
     @property
@@ -154,33 +154,39 @@ def to_batch(tensors: dict[str, Tensor], coins: str, rows: slice = slice(None)) 
     counts = rows.start is None or rows.start < rows.stop
     picked = rows if counts else slice(0, 1)
     part = {name: value[picked] for name, value in tensors.items() if not name.startswith("expected")}
-    start, coin = part["canvas_start"][:, None], part[f"coins.{coins}"][:, None]
+    valid, start = part["attention_mask"].bool(), part["canvas_start"]
+    documents = tuple(valid.sum(1).tolist())
+    position_S = torch.cat([torch.arange(length) for length in documents])
+    ar_place_A = position_S.nonzero().flatten()
     return Batch(
-        clean_ids_BS=part["input_ids"],
-        clean_valid_BS=part["attention_mask"].bool() & counts,
-        canvas_ids_BKL=part["canvas_ids"][:, None],
-        target_ids_BKL=part["target_ids"][:, None],
-        supervised_BKL=part["canvas_loss_mask"][:, None] & counts,
-        canvas_start_BK=start,
-        noise_level_BK=torch.ones(start.shape),  # nobody asks: the cases are of the base loss
-        starts=tuple(tuple(row) for row in start.tolist()),
+        clean_ids_S=part["input_ids"][valid],
+        position_S=position_S,
+        ar_place_A=ar_place_A,
+        ar_weight_A=torch.full(ar_place_A.shape, float(counts)),
+        canvas_ids_CL=part["canvas_ids"],
+        target_ids_CL=part["target_ids"],
+        canvas_weight_CL=part["canvas_loss_mask"].float() * counts,
+        canvas_start_C=start,
+        noise_level_C=torch.ones(start.shape),  # nobody asks: the cases are of the base loss
+        documents=documents,
+        canvases=tuple(enumerate(start.tolist())),
         guessed=(),
         guessed_M=torch.empty(0, dtype=torch.int64),
         coin_M=torch.empty(0, dtype=torch.bool),
-        sample_ids=tuple(range(len(coin))),
+        sample_ids=tuple(range(len(start))),
         noise_levels=(),
-    ).with_coins(coin)
+    ).with_coins(part[f"coins.{coins}"])
 
 
 def compare(seen: Observed, case: Case, coins: str, dtype: str, rows: slice = slice(None)) -> list[float]:
     """Differences in the order of QUANTITIES, logits over `rows`; infinite where something is not a number."""
     expected, batch = case.tensors, to_batch(case.tensors, coins)
-    diffusion_tokens, ar_tokens = (max(1, count) for count in batch.counts())
+    diffusion_tokens, ar_tokens = (max(1.0, count) for count in batch.counts())
     canvas_logits, logsumexp = read_hidden(seen.hidden_NH, case, rows)
     wrong_logits = canvas_logits - expected[f"expected.{coins}.pass2_logits"][rows]
-    valid = batch.clean_valid_BS[rows, :-1]
+    has_next = expected["attention_mask"][rows, 1:].bool()
     known = expected.get("expected.encoder_logsumexp")  # LoRA cases have none
-    wrong_logsumexp = (logsumexp - known[rows, :-1])[valid] if known is not None else logsumexp.new_empty(0)
+    wrong_logsumexp = logsumexp - known[rows, :-1][has_next] if known is not None else logsumexp.new_empty(0)
     differences: tuple[float, ...] = (
         abs(seen.diffusion_nll / diffusion_tokens - float(expected[f"expected.{coins}.diffusion_loss"])),
         abs(seen.ar_nll / ar_tokens - float(expected[f"expected.{coins}.ar_loss"])),
@@ -193,15 +199,14 @@ def compare(seen: Observed, case: Case, coins: str, dtype: str, rows: slice = sl
 
 
 def read_hidden(hidden_NH: Tensor, case: Case, rows: slice) -> tuple[Tensor, Tensor]:
-    """Canvas logits [B, L, V] and the encoder's log-sum-exp [B, S-1] of `rows`, through the checkpoint's embedding."""
-    canvas, clean = case.tensors["canvas_ids"][rows], case.tensors["input_ids"][rows, :-1]
+    """Canvas logits [B, L, V] and the encoder's log-sum-exp [A] of `rows`, through the checkpoint's embedding."""
+    canvas = case.tensors["canvas_ids"][rows]
     if not len(canvas):  # the rank computed a row that counts for nothing
-        return torch.empty(*canvas.shape, case.text.vocab_size), torch.empty(clean.shape)
+        return torch.empty(*canvas.shape, case.text.vocab_size), torch.empty(0)
     weight = WeightReader(case.directory / "model").read(DECODER + "embed_tokens.weight").to(hidden_NH)
     cap = case.text.final_logit_softcapping
     logits = (torch.tanh(hidden_NH @ weight.t() / cap) * cap).cpu()
-    canvas_logits = logits[: canvas.numel()].view(*canvas.shape, -1)
-    return canvas_logits, logits[canvas.numel() :].logsumexp(-1).view(clean.shape)
+    return logits[: canvas.numel()].view(*canvas.shape, -1), logits[canvas.numel() :].logsumexp(-1)
 
 
 def norm_differences(squares: dict[str, float], norms: dict[str, float], cancels: float) -> dict[str, float]:
