@@ -10,7 +10,7 @@ from math import lcm
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 ATTENTION_AND_MLP = (
     *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
@@ -90,7 +90,7 @@ Learn = Literal["last", "all", "weights"]
 
 
 class ColumnsSection(Section):
-    """Where the turns of a row stand: a column's name, or a template with names in braces, `{question}\n{context}`."""
+    """Where the turns of a row stand: a column's name, or a template with names in braces, `{question} {context}`."""
 
     prompt: str = Field(description="the user's turn")
     response: str = Field(description="the assistant's turn")
@@ -101,7 +101,7 @@ class ColumnsSection(Section):
 class SourceSection(Section):
     """One source of a mixture; what it leaves out is taken from `data`."""
 
-    path: str = Field(description="a file, folder, glob or hub dataset id")
+    path: str = Field(min_length=1, description="a file, folder, glob or hub dataset id")
     weight: float = Field(default=1.0, gt=0, description="how often its examples come, against their own number")
     config: str | None = Field(default=None, description="configuration name of a hub dataset")
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub dataset")
@@ -160,17 +160,24 @@ class LoraSection(Section):
         return self
 
 
-Sources = str | tuple[str | SourceSection, ...]
+def _as_sources(value: Any) -> Any:
+    """A name, a section or a list of both, as a list of sections."""
+    entries = value if isinstance(value, list | tuple) else [value]
+    return tuple({"path": entry} if isinstance(entry, str) else entry for entry in entries)
+
+
+Sources = Annotated[tuple[SourceSection, ...], BeforeValidator(_as_sources)]
 
 
 class DataSection(Section):
     """Conversations and texts, and how they become token sequences."""
 
     train: Sources = Field(
-        description="a file (JSONL, JSON, CSV, Parquet; also .gz), folder, glob or hub dataset id; or a list of these, "
-        "each a name or {path: ..., weight: 2, ...}"
+        min_length=1,
+        description="a file (JSONL, JSON, CSV, Parquet; also .gz), folder, glob or hub dataset id as text; or a list of "
+        "these, each as text or {path: ..., weight: 2, ...}"
     )
-    validation: Sources | None = Field(default=None, description="held-out data, as data.train")
+    validation: Sources | None = Field(default=None, min_length=1, description="held-out data, as data.train")
     hub_config: str | None = Field(default=None, description="configuration name of a hub dataset")
     train_split: str = Field(default="train", description="split of a hub dataset")
     validation_split: str = Field(default="test", description="split of a hub dataset")
@@ -211,6 +218,12 @@ class DataSection(Section):
     workers: Annotated[int, Field(ge=0, le=1024)] = Field(
         default=1, description="loader processes per rank; 0 loads inline"
     )
+
+    @model_validator(mode="after")
+    def _possible(self) -> "DataSection":
+        if self.packing and self.group_by_length:
+            raise ValueError("packing and group_by_length: packed rows are all of one length, set one of them")
+        return self
 
 
 class TrainSection(Section):

@@ -18,6 +18,7 @@ from ds_dgemma.config import RunConfig
 
 Key = tuple[str, ...]
 
+RENAMED: dict[Key, Key] = {("data", "assistant_turns"): ("data", "learn")}
 REFERENCE_BEGIN = "<!-- config reference: begin -->"
 REFERENCE_END = "<!-- config reference: end -->"
 
@@ -41,8 +42,14 @@ def settings(
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
     """The section that a field holds, also where it may be null or holds a list of them; None for a plain setting."""
-    members = [field.annotation, *get_args(field.annotation)]
-    return next((m for m in members if isinstance(m, type) and issubclass(m, BaseModel)), None)
+    return next((m for m in _members(field.annotation) if isinstance(m, type) and issubclass(m, BaseModel)), None)
+
+
+def _members(annotation: Any) -> Iterator[Any]:
+    """A type and all that it is made of."""
+    yield annotation
+    for member in get_args(annotation):
+        yield from _members(member)
 
 
 def default_of(field: FieldInfo) -> Any:
@@ -55,6 +62,8 @@ def nearest(key: Key) -> str:
     key = tuple(part for part in key if not part.isdigit())  # a place in a list
     names = [name for name, _ in settings(inside_optional=True)]
     known = sorted({name[:length] for name in names for length in range(1, len(name) + 1)}, key=dotted)
+    if key in RENAMED:
+        return f" It is {dotted(RENAMED[key])} now."
     if len(key) == 1 and tuple(key[0].split(".")) in known:
         section, _, name = key[0].rpartition(".")
         return f" In a file, write {name}: indented below {section}:."
@@ -72,12 +81,11 @@ def nearest(key: Key) -> str:
 def expected(field: FieldInfo) -> str:
     """A field's type and bounds in words: "a number > 0", "bf16 or fp32", "a section with dir"."""
     section = section_of(field)
-    if get_origin(field.annotation) is tuple and section is not None:
-        return f"a list of sections with {', '.join(section.model_fields)}"
     if section is not None:
         required = [name for name, inner in section.model_fields.items() if inner.is_required()]
-        null = "" if section is field.annotation else "null or "
-        return f"{null}a section with {', '.join(required or section.model_fields)}"
+        null = "null or " if type(None) in get_args(field.annotation) else ""
+        what = "a list of sections" if any(get_origin(m) is tuple for m in _members(field.annotation)) else "a section"
+        return f"{null}{what} with {', '.join(required or section.model_fields)}"
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     bounds = [
         f"{sign} {getattr(bound, name)}"
@@ -100,6 +108,8 @@ def _type_in_words(annotation: Any) -> str:
         return f"{', '.join(most)} or {last}" if most else last
     if origin in (Union, types.UnionType):
         return " or ".join("null" if member is type(None) else _type_in_words(member) for member in members)
+    if origin is dict:
+        return "a mapping"
     if origin is tuple:
         inner = _type_in_words(members[0]).removeprefix("a ")
         return f"a list of {inner}" if members[-1] is Ellipsis else f"a list of {len(members)} {inner}s"
@@ -133,7 +143,7 @@ def show(value: Any) -> str:
 
 def reference_markdown() -> str:
     """The config reference: one table for every section."""
-    return "\n\n".join(_tables((), RunConfig)) + "\n"
+    return "\n\n".join(_tables((), RunConfig, set())) + "\n"
 
 
 def update_reference(document: Path) -> None:
@@ -144,15 +154,16 @@ def update_reference(document: Path) -> None:
     document.write_text(before + marked + after, encoding="utf-8")
 
 
-def _tables(above: Key, section: type[BaseModel]) -> Iterator[str]:
+def _tables(above: Key, section: type[BaseModel], seen: set[type[BaseModel]]) -> Iterator[str]:
     rows = [_row((*above, name), field) for name, field in section.model_fields.items() if _has_a_row(field)]
     title = f"### `{dotted(above)}`" if above else "### Top level"
     if rows:
         purpose = (section.__doc__ or "").strip().splitlines()[0]
         yield "\n".join([title, "", purpose, "", "| key | value | default | meaning |", "|---|---|---|---|", *rows])
     for name, field in section.model_fields.items():
-        if (below := section_of(field)) is not None:
-            yield from _tables((*above, name), below)
+        if (below := section_of(field)) is not None and below not in seen:
+            seen.add(below)
+            yield from _tables((*above, name), below, seen)
 
 
 def _has_a_row(field: FieldInfo) -> bool:
