@@ -1,14 +1,16 @@
 """The examples of a split: tokenized documents by the length policy, cut into canvases when asked for."""
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 
 from ds_dgemma.data.batch import Example, Span
 from ds_dgemma.data.canvas import Cut
-from ds_dgemma.data.token_cache import TokenizedRows
+from ds_dgemma.data.sources import Source
+from ds_dgemma.data.token_cache import Documents
 from ds_dgemma.errors import UserError
 
 SHOWN_PROBLEMS = 10
@@ -48,10 +50,9 @@ class LengthReport:
 class SourceExamples:
     """The examples of one source."""
 
-    name: str
+    source: Source
     number: int
-    digest: str
-    rows: TokenizedRows
+    documents: Documents
     cut: Cut
     document_N: np.ndarray  # int64
     spans_N: np.ndarray  # int64, how many of the document's spans it has
@@ -59,14 +60,31 @@ class SourceExamples:
     piece_N: np.ndarray  # int64, which piece of a running text
     report: LengthReport
 
+    @property
+    def digest(self) -> str:
+        """Of the content of the source, and of what is learned of it."""
+        return f"{self.source.digest} {self.source.learn}"
+
+    @property
+    def shortest(self) -> int:
+        """Tokens that the shortest document takes."""
+        table, spans = self.documents.documents, self.documents.spans
+        counts = np.diff(table["first_span"], append=len(spans))
+        last = table["first_span"] + counts - 1
+        begin, answer = spans["start"][last], spans["end"][last] - spans["start"][last]
+        one_canvas = self.cut.over_length == "truncate" or table["is_text"].any()
+        canvases = 1 if one_canvas else self.cut.canvases_needed(answer)
+        return int((begin + canvases * self.cut.canvas_length).min())
+
     def __len__(self) -> int:
         return len(self.document_N)
 
     def __getitem__(self, index: int) -> Example:
         document = int(self.document_N[index])
-        entry = self.rows.documents[document]
+        entry = self.documents.documents[document]
         sample = sample_id(self.number, int(entry["row"]))
-        ids, spans = self.rows.ids(document), self.rows.spans_of(document)
+        ids = self.documents.tokens[int(entry["start"]) :][: int(entry["length"])]
+        spans = self._spans(document)
         if entry["is_text"]:
             return self._piece_of_text(sample, ids, spans[0], int(self.piece_N[index]))
         *others, last = spans[: int(self.spans_N[index])]
@@ -74,6 +92,12 @@ class SourceExamples:
         is_cut = last.end + int(ids[last.end - 1] != self.cut.eos_id) > room
         last = last._replace(end=min(last.end, room))
         return self.cut.example(sample, ids[: last.end], [*others, last], int(entry["scored_from"]), is_cut)
+
+    def _spans(self, document: int) -> list[Span]:
+        table, found = self.documents.documents, self.documents.spans
+        first = int(table[document]["first_span"])
+        end = int(table[document + 1]["first_span"]) if document + 1 < len(table) else len(found)
+        return [Span(*span.tolist()) for span in found[first:end]]
 
     def _piece_of_text(self, sample: int, ids: np.ndarray, span: Span, piece: int) -> Example:
         size = self.cut.text_tokens(span.start)
@@ -83,16 +107,17 @@ class SourceExamples:
         return self.cut.example(sample, tokens, [own], is_cut=own.end - own.start == size, starts_anywhere=True)
 
 
-def examples_of(name: str, number: int, digest: str, rows: TokenizedRows, cut: Cut) -> SourceExamples:
+def examples_of(source: Source, number: int, held: Documents, cut: Cut) -> SourceExamples:
     """Apply the length policy to a source's documents.
 
     A conversation that is too long is left out; with `truncate` it ends with whole canvases of the last answer that has
     room. A running text that is too long becomes several examples.
     """
-    documents = rows.documents
-    span_D = _last_spans(rows, cut)
-    begin_D, end_D = (rows.spans[name][span_D].astype(np.int64) for name in ("start", "end"))
-    answer_D = end_D - begin_D + (rows.tokens[documents["start"] + end_D - 1] != cut.eos_id)
+    documents = held.documents
+    counts_D = np.diff(documents["first_span"], append=len(held.spans))
+    span_D = _last_spans(held, counts_D, cut)
+    begin_D, end_D = (held.spans[name][span_D].astype(np.int64) for name in ("start", "end"))
+    answer_D = end_D - begin_D + (held.tokens[documents["start"] + end_D - 1] != cut.eos_id)
     canvases_D = cut.canvases_kept(begin_D, answer_D)
     spans_D = span_D - documents["first_span"] + 1
     size_D = cut.text_tokens(begin_D)
@@ -104,7 +129,7 @@ def examples_of(name: str, number: int, digest: str, rows: TokenizedRows, cut: C
     rest_N = np.minimum(size_N, (end_D - begin_D)[document_N] - piece_N * size_N)
     text_N = cut.canvases_needed(rest_N + (rest_N < size_N))
     canvases_N = np.where(documents["is_text"][document_N], text_N, canvases_D[document_N])
-    is_short_D = (canvases_D < cut.canvases_needed(answer_D)) | (spans_D < rows.span_counts)
+    is_short_D = (canvases_D < cut.canvases_needed(answer_D)) | (spans_D < counts_D)
     report = LengthReport(
         kept=len(document_N),
         dropped=int((pieces_D == 0).sum()),
@@ -113,12 +138,11 @@ def examples_of(name: str, number: int, digest: str, rows: TokenizedRows, cut: C
         max_length=cut.max_length,
     )
     if cut.over_length == "error" and report.dropped:
-        raise _over_length_error(name, rows, np.flatnonzero(pieces_D == 0), begin_D, answer_D, cut)
+        raise _over_length_error(source, documents, np.flatnonzero(pieces_D == 0), begin_D, answer_D, cut)
     return SourceExamples(
-        name=name,
+        source=source,
         number=number,
-        digest=digest,
-        rows=rows,
+        documents=held,
         cut=cut,
         document_N=document_N,
         spans_N=spans_D[document_N],
@@ -128,24 +152,24 @@ def examples_of(name: str, number: int, digest: str, rows: TokenizedRows, cut: C
     )
 
 
-def _last_spans(rows: TokenizedRows, cut: Cut) -> np.ndarray:
+def _last_spans(held: Documents, counts_D: np.ndarray, cut: Cut) -> np.ndarray:
     """The span that ends each document: its last, or with `truncate` the last learned one that has room."""
-    first_D = rows.documents["first_span"]
-    last_D = first_D + rows.span_counts - 1
+    first_D = held.documents["first_span"]
+    last_D = first_D + counts_D - 1
     if cut.over_length != "truncate" or not len(first_D):
         return last_D
-    has_room = (rows.spans["weight"] > 0) & (rows.spans["start"] + cut.canvas_length <= cut.max_length)
+    has_room = (held.spans["weight"] > 0) & (held.spans["start"] + cut.canvas_length <= cut.max_length)
     found_D = np.maximum.reduceat(np.where(has_room, np.arange(len(has_room)), -1), first_D)
     return np.where(found_D < 0, last_D, found_D)
 
 
 def _over_length_error(
-    name: str, rows: TokenizedRows, over: np.ndarray, begin_D: np.ndarray, answer_D: np.ndarray, cut: Cut
+    source: Source, documents: np.ndarray, over: np.ndarray, begin_D: np.ndarray, answer_D: np.ndarray, cut: Cut
 ) -> UserError:
     count = "1 example is" if len(over) == 1 else f"{len(over)} examples are"
-    lines = [f"{name}: {count} too long, and data.over_length is error"]
+    lines = [f"{source.name}: {count} too long, and data.over_length is error"]
     for document in over[:SHOWN_PROBLEMS]:
-        where = rows.source.where(int(rows.documents[document]["row"]))
+        where = source.where(int(documents[document]["row"]))
         lines.append(f"  {where}: {cut.too_long(int(begin_D[document]), int(answer_D[document]))}")
     return UserError("\n".join([*lines, "  Raise data.max_length, or set data.over_length to drop or truncate."]))
 
@@ -155,6 +179,7 @@ class ExampleSet:
     """The examples of all sources, one after another."""
 
     sources: tuple[SourceExamples, ...]
+    told: tuple[str, ...] = ()  # what a user should know of their rows
 
     @cached_property
     def _firsts(self) -> list[int]:
@@ -173,7 +198,7 @@ class ExampleSet:
     @property
     def digest(self) -> str:
         """Of the content of all sources."""
-        return " ".join(source.digest for source in self.sources)
+        return " ".join(examples.digest for examples in self.sources)
 
     def __len__(self) -> int:
         return self._firsts[-1]
@@ -185,4 +210,4 @@ class ExampleSet:
     def where(self, sample: int) -> str:
         """Say where the row of a sample id is."""
         source, row = row_of(sample)
-        return self.sources[source].rows.source.where(row)
+        return self.sources[source].source.where(row)
