@@ -42,7 +42,7 @@ IGNORE = "or name it in data.ignore to leave it out"
 WORDS = frozenset(
     word
     for words in (
-        "messages conversations conversation dialogue dialog history system system_prompt documents",
+        "messages conversations conversation dialogue dialog history system system_prompt system_message documents",
         "instruction instructions input context prompt question query problem",
         "completion answer response output solution text chosen rejected reasoning reasoning_content thinking thought",
         "tools functions tool_calls function_call tool_responses tool_choice response_format",

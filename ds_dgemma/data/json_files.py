@@ -8,15 +8,17 @@ newline byte only: U+2028 inside a string is text. Blank lines are skipped. A `.
 import gzip
 import hashlib
 import json
+import re
 import zlib
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from io import BufferedReader
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +31,7 @@ BLOCK = 2**23  # bytes read at once
 ARRAY_HINT = " A JSON array becomes JSONL with: jq -c '.[]'"
 BLANK = b" \t\r\n\v\f"
 BOM = "\ufeff"
+WHITE_SPACE = re.compile(r"[ \t\n\r]*")
 
 Record = dict[str, Any]
 NumberedRows = Iterator[tuple[int, Record | BadRow]]
@@ -215,7 +218,7 @@ def opens_an_array(path: Path, name: str) -> bool:
 
 
 @contextmanager
-def opened(path: Path, name: str) -> Iterator[IO[bytes]]:
+def opened(path: Path, name: str) -> Iterator[BufferedReader | gzip.GzipFile]:
     """Open a file, `.gz` or not; what the system says against it becomes a `UserError`."""
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
@@ -239,7 +242,7 @@ def _read(path: Path, start: int, end: int) -> bytes:
         return file.read(end - start)
 
 
-def _scan(file: IO[bytes]) -> Index:
+def _scan(file: BufferedReader | gzip.GzipFile) -> Index:
     """Find every 500th row, block by block."""
     starts, numbers, digest = array("q"), array("q"), hashlib.blake2b(digest_size=16)
     rows = lines = offset = 0
@@ -331,7 +334,7 @@ class _Parser:
 
 
 def _skip(text: str, place: int) -> int:
-    return json.decoder.WHITESPACE.match(text, place).end()
+    return WHITE_SPACE.match(text, place).end()  # type: ignore[union-attr]  # it may be empty
 
 
 def _object(value: Any) -> Record | BadRow:

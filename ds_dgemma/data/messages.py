@@ -54,7 +54,16 @@ def is_plain(raw: Any) -> bool:
     if type(raw) is not dict or len(raw) != 2 or raw.get("role") not in SPEAKERS:
         return False
     content = raw.get("content")
-    return type(content) is str and content.isascii() and not content.isspace() and content != ""
+    return type(content) is str and content.strip() != "" and _is_text(content)
+
+
+def _is_text(content: str) -> bool:
+    """Whether there are no halves of surrogate pairs."""
+    try:
+        content.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_message(raw: Any, name: str, content_name: str | None = None) -> tuple[Message, float | None]:

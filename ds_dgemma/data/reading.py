@@ -42,7 +42,7 @@ class Reading:
             self.bad(row, record)
         elif (name := record.get("id")) is not None:
             self.id_rows.append(row)
-            self.id_hashes.append(xxhash.xxh3_64_intdigest(str(name)))
+            self.id_hashes.append(xxhash.xxh3_64_intdigest(str(name).encode("utf-8", "surrogatepass")))
         if doubled:
             self.doubled_rows += 1
             self.doubled = [*self.doubled, (row, doubled[0])][:SHOWN]

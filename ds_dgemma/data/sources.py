@@ -144,7 +144,8 @@ def read_rows(chunk: Chunk, layout: Layout, reading: Reading) -> Iterator[tuple[
         except BadRow as problem:
             reading.bad(row, problem)
             continue
-        reading.unread.update(unread)
+        if unread:
+            reading.unread.update(unread)
         yield row, read
 
 

@@ -127,7 +127,8 @@ def hub_dataset(
     source: str, config: str | None, revision: str | None, hub_split: str, split: str, ignore: frozenset[str]
 ) -> Table:
     """A split of a hub dataset; `split` is whose setting names it."""
-    return Table(f"{source} [{hub_split}]", partial(_load_hub, source, config, revision, hub_split, split), ignore)
+    name = f"{source} [{', '.join(filter(None, (config, revision, hub_split)))}]"
+    return Table(name, partial(_load_hub, source, config, revision, hub_split, split), ignore)
 
 
 def saved_dataset(path: Path, name: str, ignore: frozenset[str]) -> Table:
@@ -139,9 +140,12 @@ def _load_csv(path: Path, name: str, separator: str, streaming: bool) -> "Datase
     import datasets
 
     with opened(path, name) as file:
-        header = next(csv.reader(io.TextIOWrapper(file, "utf-8-sig", "replace", newline=""), delimiter=separator), [])
+        lines = csv.reader(io.TextIOWrapper(file, "utf-8-sig", "replace", newline=""), delimiter=separator)
+        header, first = next(lines, []), next(lines, [])
     if not all(header) or len(set(header)) < len(header):
         raise UserError(f"{name}: its first line is no list of different column names: {separator.join(header)!r}.")
+    if len(first) > len(header):  # pandas would take the first of them for a row's name, in silence
+        raise UserError(f"{name}: its first row has {len(first)} cells, but there are {len(header)} column names.")
     features = datasets.Features({column: datasets.Value("string") for column in header})
     return _load_file(
         "csv", path, name, streaming, sep=separator, keep_default_na=False, encoding="utf-8-sig", features=features
