@@ -1,13 +1,66 @@
-"""What a row is: one small function a format, chosen by the row's keys or by `data.format`."""
+"""What a row is: one small function a format, chosen by the row's keys or by `data.format`.
 
+A format takes (pops) what it reads out of the row. What is left over is looked at afterwards: keys that carry words or
+decide what is learned make the row refused, the others are named as not read. So nothing is dropped in silence.
+`data.ignore` names keys that are left out on purpose, of a row and of its messages. Null counts as absent.
+
+A new format: a function here, its name in FORMATS and in `config.FormatName`, the keys that tell it in TOLD_BY, an
+example file in ds_configs/examples/, a test.
+"""
+
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import lru_cache
+from string import Formatter
 from typing import Any
 
-Message = dict[str, Any]  # as chat templates read it: role, content, and where given reasoning_content, tool_calls, ...
+from ds_dgemma.config import ColumnsSection, FormatName
+from ds_dgemma.data.messages import (
+    MEDIA,
+    TEXT_ONLY,
+    BadRow,
+    Message,
+    check_order,
+    check_text,
+    decides,
+    is_plain,
+    kind_of,
+    link_answers,
+    parsed,
+    read_message,
+    weight_of,
+)
+from ds_dgemma.errors import did_you_mean
 
+Row = dict[str, Any]  # what of a row no one has read yet
 
-class BadRow(Exception):
-    """What is wrong with one row; whoever reads rows adds where it is."""
+SYSTEM = ("system", "system_prompt")
+TOOLS = ("tools", "functions")
+BRACES = "Write {{ for a brace itself."
+IGNORE = "or name it in data.ignore to leave it out"
+# Keys that carry words, or decide what a prompt or an answer is: a format reads them, or the row is refused
+WORDS = frozenset(
+    word
+    for words in (
+        "messages conversations conversation dialogue dialog history system system_prompt system_message documents",
+        "instruction instructions input context prompt question query problem",
+        "completion answer response output solution text chosen rejected reasoning reasoning_content thinking thought",
+        "tools functions tool_calls function_call tool_responses tool_choice response_format",
+        "chat_template chat_template_kwargs enable_thinking",
+    )
+    for word in words.split()
+)
+TEMPLATE_ARGUMENTS = frozenset(
+    ("messages", "conversation", "tools", "tokenize", "add_generation_prompt", "continue_final_message")
+)
+
+SHAREGPT_ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bing", "bard"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    "system": "system",
+    "developer": "developer",
+}
 
 
 @dataclass(frozen=True)
@@ -25,3 +78,382 @@ class Text:
     """Running text, for continued training."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of a source are read: `data.format`, `data.columns` and `data.ignore`."""
+
+    format: FormatName = "auto"
+    columns: ColumnsSection | None = None
+    ignore: frozenset[str] = frozenset()
+
+
+Turns = list[tuple[Message, float | None]]
+
+
+def read_row(record: dict[str, Any], layout: Layout) -> tuple[Conversation | Text, list[str]]:
+    """Read a row; return it and the keys that were not read and are not empty.
+
+    Raises:
+        BadRow: what is wrong with it.
+    """
+    row = _without(record, layout.ignore) if layout.ignore else dict(record)
+    if not MEDIA.isdisjoint(row):
+        for key in MEDIA & row.keys():
+            if row[key]:
+                raise BadRow(f"has {key}. {TEXT_ONLY}")
+    if layout.columns is not None:
+        name = "data.columns"
+        read = _columns(row, layout.columns)
+    else:
+        name = layout.format
+        if name == "auto":
+            name = _told_format(tuple(key for key, value in row.items() if value is not None))
+        else:
+            _demand(row, name)
+        read = FORMATS[name](row)
+    return read, _left_over(row, read, name) if row else []
+
+
+def messages(row: Row) -> Conversation:
+    """OpenAI's: `messages` of {role, content}, with `tools`, `tool_calls`, thoughts and weights."""
+    turns = _turn_list(row.pop("messages"), "messages")
+    if all(map(is_plain, turns)):
+        return _conversation(row, [(turn, None) for turn in turns])
+    return _conversation(row, [read_message(turn, f"messages[{n}]") for n, turn in enumerate(turns)])
+
+
+def sharegpt(row: Row) -> Conversation:
+    """ShareGPT's: `conversations` of {from, value}; a function_call's value is JSON of {name, arguments}."""
+    turns = _turn_list(row.pop("conversations"), "conversations")
+    return _conversation(row, [_sharegpt_turn(turn, f"conversations[{n}]") for n, turn in enumerate(turns)])
+
+
+def alpaca(row: Row) -> Conversation:
+    """Alpaca's: the prompt is `instruction`, a newline and `input`, as LLaMA-Factory joins them; the answer `output`.
+
+    `history` is a list of earlier [user, assistant] pairs.
+    """
+    parts = [_string(row.pop(key, None) or "", key) for key in ("instruction", "input")]
+    prompt, output = "\n".join(filter(None, parts)), row.pop("output")
+    earlier = _history(row.pop("history", None), "history")
+    return _conversation(row, [*earlier, _said("user", prompt, "instruction"), _said("assistant", output, "output")])
+
+
+def prompt_completion(row: Row) -> Conversation:
+    """TRL's: `prompt` and `completion` (or `response`), texts or lists of messages. The prompt's answers have weight 0,
+    where they say nothing themselves.
+    """
+    if row.get("label") is False:
+        raise BadRow(f"label is false: the completion is one that is not wanted. Leave the row out, {IGNORE} (label).")
+    key = "completion" if row.get("completion") is not None else "response"
+    return _conversation(row, _pair(row.pop("prompt"), row.pop(key), "prompt", key))
+
+
+def text(row: Row) -> Text:
+    """Running text for continued training: `text`."""
+    words = _string(row.pop("text"), "text")
+    if not words.strip():
+        raise BadRow("text is empty: nothing to learn.")
+    check_text(words, "text")
+    if weight_of(row, "the row") not in (None, 1.0):
+        raise BadRow(f"has a weight, but running text counts whole. Take it for a mixture's weight, {IGNORE}.")
+    return Text(words)
+
+
+FORMATS: dict[str, Callable[[Row], Conversation | Text]] = {
+    "messages": messages,
+    "sharegpt": sharegpt,
+    "alpaca": alpaca,
+    "prompt_completion": prompt_completion,
+    "text": text,
+}
+# The keys a format is told by, each with its other names
+TOLD_BY: dict[str, tuple[tuple[str, ...], ...]] = {
+    "messages": (("messages",),),
+    "sharegpt": (("conversations",),),
+    "alpaca": (("instruction",), ("output",)),
+    "prompt_completion": (("prompt",), ("completion", "response")),
+    "text": (("text",),),
+}
+
+
+def _without(record: dict[str, Any], ignore: Collection[str]) -> Row:
+    """Leave out ignored keys, of the messages too; declarations of tools are no messages."""
+    row = {key: value for key, value in record.items() if key not in ignore}
+    for key, value in row.items():
+        if isinstance(value, list) and key not in TOOLS:
+            row[key] = [
+                {name: item[name] for name in item if name not in ignore} if isinstance(item, dict) else item
+                for item in value
+            ]
+    return row
+
+
+@lru_cache  # a source's rows have few sets of keys
+def _told_format(keys: tuple[str, ...]) -> str:
+    told = [name for name, needed in TOLD_BY.items() if all(not set(names).isdisjoint(keys) for names in needed)]
+    if len(told) == 1:
+        return told[0]
+    has = ", ".join(keys) or "none"
+    if told:
+        raise BadRow(
+            f"may be read as {' or as '.join(told)}; the columns are: {has}. Say which with data.format, and name the "
+            "columns that are left out in data.ignore."
+        )
+    raise BadRow(
+        f"no column messages, nor those of another format; the columns are: {has}. Other columns are mapped with "
+        "data.columns.prompt and data.columns.response."
+    )
+
+
+def _demand(row: Row, name: str) -> None:
+    for names in TOLD_BY[name]:
+        if all(row.get(key) is None for key in names):
+            if found := [key for key in names if key in row]:
+                raise BadRow(f"{found[0]} is null; data.format {name} needs it.")
+            raise BadRow(f"no column {' or '.join(names)}, which data.format {name} needs; {_list_columns(row)}")
+
+
+def _list_columns(row: Collection[str]) -> str:
+    return f"the columns are: {', '.join(row) or 'none'}."
+
+
+def _columns(row: Row, columns: ColumnsSection) -> Conversation:
+    """Columns by name, or templates of them. A column of messages is taken as messages."""
+    whole = dict(row)  # a column may be named twice
+    mapped = [spec for spec in (columns.prompt, columns.response, columns.system, columns.history) if spec is not None]
+    for name in {name for spec in mapped for name in _names(spec, whole)}:
+        row.pop(name, None)
+    turns = _pair(*(_filled(whole, spec) for spec in (columns.prompt, columns.response)), *map(_label, mapped[:2]))
+    if columns.history is not None:
+        turns = [*_history(_filled(whole, columns.history), _label(columns.history)), *turns]
+    if columns.system is not None and (words := _filled(whole, columns.system)):
+        turns = _with_system(turns, _string(words, _label(columns.system)))
+    return _conversation(row, turns, reads_system=False)
+
+
+def _label(spec: str) -> str:
+    return f"{'template' if '{' in spec else 'column'} {spec}"
+
+
+def _names(spec: str, row: Row) -> list[str]:
+    """The columns that a mapping names."""
+    if spec in row or "{" not in spec:
+        return [spec]
+    return [name for _, name, _, _ in _pieces(spec) if name is not None]
+
+
+def _pieces(spec: str) -> list[tuple[str, str | None, str | None, str | None]]:
+    try:
+        pieces = list(Formatter().parse(spec))
+    except ValueError as error:
+        raise BadRow(f"data.columns: {spec!r} is no template: {error}. {BRACES}") from error
+    if any(name == "" or form or conversion for _, name, form, conversion in pieces):
+        raise BadRow(f"data.columns: {spec!r} is no template: columns' names alone were expected in braces. {BRACES}")
+    return pieces
+
+
+def _filled(row: Row, spec: str) -> Any:
+    """A column's value, or a template with the row's values in it."""
+    if spec in row or "{" not in spec:
+        return _column(row, spec)
+    words = ""
+    for before, name, _, _ in _pieces(spec):
+        words += before
+        if name is None:
+            continue
+        value = _column(row, name)
+        if type(value) not in (str, int):
+            raise BadRow(f"column {name} is {kind_of(value)}, expected a string for the template {spec!r}.")
+        words += str(value)
+    return words
+
+
+def _column(row: Row, name: str) -> Any:
+    if name not in row:
+        raise BadRow(f"no column {name}; {_list_columns(row)}{did_you_mean(name, row)}")
+    return row[name]
+
+
+def _pair(prompt: Any, completion: Any, prompt_name: str, completion_name: str) -> Turns:
+    """A prompt and its completion, each a text or a list of messages."""
+    turns = []
+    for value, role, name in ((prompt, "user", prompt_name), (completion, "assistant", completion_name)):
+        if not _is_messages(value):
+            turns.append(_said(role, value, name))
+            continue
+        read = [read_message(turn, f"{name}[{n}]") for n, turn in enumerate(value)]
+        if role == "user":
+            read = [(turn, 0.0 if own is None and turn["role"] == "assistant" else own) for turn, own in read]
+        turns += read
+    return turns
+
+
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(item, dict) and "role" in item for item in value)
+
+
+def _said(role: str, content: Any, name: str) -> tuple[Message, None]:
+    return read_message({"role": role, "content": content}, name, content_name=name)[0], None
+
+
+def _history(pairs: Any, name: str) -> Turns:
+    turns: Turns = []
+    for n, pair in enumerate(_list(pairs, name) if pairs else []):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise BadRow(f"{name}[{n}] is {kind_of(pair)}, expected a pair [user, assistant].")
+        turns += [_said(role, said, f"{name}[{n}]") for role, said in zip(("user", "assistant"), pair, strict=True)]
+    return turns
+
+
+def _string(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise BadRow(f"{name} is {kind_of(value)}, expected a string.")
+    return value
+
+
+def _list(value: Any, name: str) -> list[Any]:
+    """A list, or JSON text of one, which is what a table's cell can hold."""
+    value = parsed(value, name, "[")
+    if not isinstance(value, list):
+        raise BadRow(f"{name} is {kind_of(value)}, expected a list.")
+    return value
+
+
+def _turn_list(value: Any, name: str) -> list[Any]:
+    value = parsed(value, name, "[")
+    if not isinstance(value, list):
+        raise BadRow(f"{name} is {kind_of(value)}, expected a list of {{role, content}}.")
+    if not value:
+        raise BadRow(f"{name} is empty: nothing to learn.")
+    return value
+
+
+def _sharegpt_turn(turn: Any, name: str) -> tuple[Message, float | None]:
+    if not isinstance(turn, dict) or "from" not in turn:
+        return read_message(turn, name)
+    turn = dict(turn)
+    author = turn.pop("from")
+    if "value" not in turn:
+        raise BadRow(f"{name} has no value; its keys are: from, {', '.join(turn)}.".replace(", .", "."))
+    value = turn.pop("value")
+    if author == "function_call":
+        calls = parsed(value, f"{name}.value", "{[")
+        if not isinstance(calls, list | dict):
+            raise BadRow(f"{name}.value is {kind_of(value)}, expected JSON of {{name, arguments}}.")
+        turn |= {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}
+        return read_message(turn, name)
+    if author not in SHAREGPT_ROLES:
+        known = ", ".join([*SHAREGPT_ROLES, "function_call"])
+        raise BadRow(f"{name} is from {author!r}, expected one of {known}.")
+    turn |= {"role": SHAREGPT_ROLES[author], "content": value}
+    return read_message(turn, name, content_name=f"{name}.value")
+
+
+def _conversation(row: Row, turns: Turns, reads_system: bool = True) -> Conversation:
+    """Join turns with what the row says of all of them: system, tools, variables of the template, a weight."""
+    roles = [turn["role"] for turn, _ in turns]
+    check_order(roles)
+    if "tool" in roles:
+        link_answers([turn for turn, _ in turns])
+    if not row:  # nothing but its turns: the most of them
+        return Conversation([turn for turn, _ in turns], [weight for _, weight in turns])
+    if reads_system:
+        for key in SYSTEM:
+            if words := row.pop(key, None):
+                turns = _with_system(turns, _string(words, key))
+    weight = weight_of(row, "the row")
+    if weight is not None:
+        turns = [(turn, weight if own is None and turn["role"] == "assistant" else own) for turn, own in turns]
+    said, weights = map(list, zip(*turns, strict=True))
+    return Conversation(said, weights, _tools(row), _template_kwargs(row))
+
+
+def _with_system(turns: Turns, words: str) -> Turns:
+    """Put the row's system text first, where it is not there already."""
+    first = turns[0][0]
+    if first["role"] not in ("system", "developer"):
+        return [_said("system", words, "system"), *turns]
+    if first["content"].strip() != words.strip():
+        raise BadRow(
+            f"the row's system text is another than that of its first message, which is from {first['role']}. Keep "
+            f"one of them, {IGNORE} (system)."
+        )
+    return turns
+
+
+def _tools(row: Row) -> list[dict[str, Any]] | None:
+    declared = [
+        [_tool(tool, f"{key}[{n}]") for n, tool in enumerate(_list(value, key))]
+        for key in TOOLS
+        if (value := row.pop(key, None))
+    ]
+    if len(declared) == 2 and declared[0] != declared[1]:
+        raise BadRow("tools and functions declare different things. Keep one of them.")
+    return (declared[0] or None) if declared else None
+
+
+def _tool(tool: Any, name: str) -> dict[str, Any]:
+    tool = parsed(tool, name, "{")
+    if not isinstance(tool, dict):
+        raise BadRow(f"{name} is {kind_of(tool)}, expected an object that declares a function.")
+    if "function" not in tool:
+        if "name" not in tool or tool.get("type", "function") != "function":
+            raise BadRow(f"{name} has no function; its keys are: {', '.join(tool) or 'none'}.")
+        tool = {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
+    function = parsed(tool["function"], f"{name}.function", "{")
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise BadRow(f"{name}.function has no name: an object with name, description and parameters was expected.")
+    for key in ("input_schema", "inputSchema"):
+        if function.get(key):
+            raise BadRow(f"{name}.function has {key}, which chat templates do not show. Call it parameters.")
+    if isinstance(function.get("parameters"), str):
+        function = function | {"parameters": parsed(function["parameters"], f"{name}.function.parameters", "{")}
+    if not isinstance(function.get("parameters", {}), dict | None):
+        raise BadRow(f"{name}.function.parameters is {kind_of(function['parameters'])}, expected an object.")
+    check_text(tool, name)
+    return {"type": "function"} | tool | {"function": function}
+
+
+def _template_kwargs(row: Row) -> dict[str, Any]:
+    given = parsed(row.pop("chat_template_kwargs", None) or {}, "chat_template_kwargs", "{")
+    if not isinstance(given, dict):
+        raise BadRow(f"chat_template_kwargs is {kind_of(given)}, expected an object.")
+    if taken := sorted(TEMPLATE_ARGUMENTS & given.keys()):
+        raise BadRow(f"chat_template_kwargs has {taken[0]}, which is no variable of one's own for a template.")
+    return given
+
+
+def _left_over(row: Row, read: Conversation | Text, name: str) -> list[str]:
+    """The keys that no one read; refuse those that carry words or decide what is learned."""
+    unread = [key for key, value in row.items() if value not in (None, "", [], {}) and key != "id"]
+    for key in unread:
+        if key in WORDS and not _stands_in(row[key], read):
+            raise BadRow(f"has {key}, which {name} does not read. {_way_out(key, name)}")
+        if not isinstance(row[key], str) and decides(key):
+            raise BadRow(
+                f"has {key}, which may say what is learned and is not known. Write weight (0 to 1) on each answer, "
+                f"{IGNORE}."
+            )
+    return unread
+
+
+def _stands_in(value: Any, read: Conversation | Text) -> bool:
+    """Whether the words are those of a message: then they are not lost."""
+    if not isinstance(value, str) or isinstance(read, Text):
+        return False
+    return any(value.strip() == message["content"].strip() for message in read.messages)
+
+
+def _way_out(key: str, name: str) -> str:
+    if name == "data.columns":
+        place = {"system": "system", "system_prompt": "system", "history": "history"}.get(key)
+        template = f"a template in data.columns, such as prompt: '{{question}} {{{key}}}'"
+        return f"Map it with {f'data.columns.{place}' if place else template}, {IGNORE}."
+    if key == "enable_thinking":
+        return f"Put it into chat_template_kwargs, {IGNORE}."
+    if key in ("chosen", "rejected"):
+        return f"Preferences are not learned: choose an answer, {IGNORE}."
+    return f"Put it into a message, map it with data.columns, {IGNORE}."

@@ -1,310 +1,232 @@
-"""Conversations from a JSONL file or a hub dataset, every row checked before training starts.
+"""Where rows come from: `data.train` or `data.validation`, an entry or a list of them.
 
-A row is `{"messages": [{"role": ..., "content": ...}, ...]}` with roles system, user, assistant and an
-assistant's turn last; or any record of which `data.columns` names the user's and the assistant's column. An `id` is
-not needed, but two rows of a file may not share one. A file stays on disk: what is held is its byte offsets (16 bytes
-a row), so millions of rows cost megabytes.
-Lines end at a newline byte only: U+2028 inside a string is text.
+An entry is a file (JSONL, JSON, CSV, TSV, Parquet; each also `.gz`), a folder of such files, a glob, or a hub dataset.
+Its rows are numbered from 0 through all its files. They are read in pieces of work that travel to other processes
+(`chunks`), one after another without a look at the whole (`stream`), or singly (`row`).
 """
 
+import glob
 import hashlib
-import json
-from array import array
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
-from ds_dgemma.config import ColumnsSection, DataSection
-from ds_dgemma.errors import UserError, did_you_mean
+from ds_dgemma.config import DataSection, Learn, SourceSection
+from ds_dgemma.data.formats import Conversation, Layout, Text, read_row
+from ds_dgemma.data.json_files import JsonArray, JsonLines, NumberedRows, opens_an_array
+from ds_dgemma.data.messages import BadRow
+from ds_dgemma.data.reading import Reading
+from ds_dgemma.data.tables import csv_file, hub_dataset, parquet_file, saved_dataset
+from ds_dgemma.errors import UserError, did_you_mean, told
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-ROLES = ("system", "user", "assistant")
-SHOWN_PROBLEMS = 10
-ARRAY_HINT = " A JSON array becomes JSONL with: jq -c '.[]'"
-FILE_SUFFIXES = (".jsonl", ".json")
-# message keys that chat templates render: leaving one out would silently train on another conversation
-UNSUPPORTED_KEYS = ("tool_calls", "reasoning", "reasoning_content", "thinking")
-# parts of a content, and columns beside the conversation: training on the text alone would teach to answer blindly
-MEDIA = tuple(kind + ending for kind in ("image", "video", "audio") for ending in ("", "s", "_url"))
-TEXT_ONLY = "Images, video and audio are not trained on yet: leave this row out, or put what it shows into the text."
-
-Message = dict[str, str]  # role, content
+Split = Literal["train", "validation"]
+KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+SUFFIXES = tuple(kind + packed for kind in KINDS for packed in ("", ".gz"))
+SAVED = ("state.json", "dataset_info.json")  # what `Dataset.save_to_disk` writes beside its Arrow files
+NO_DATA = (*SAVED, "dataset_infos.json", "dataset_dict.json")
 
 
-class _BadRow(Exception):
-    """What is wrong with one row; `_check_all` adds where it is."""
+class Chunk(Protocol):
+    """A piece of work of about 500 rows, which can be pickled."""
+
+    def rows(self, reading: Reading | None = None) -> NumberedRows:
+        """Yield the rows with their numbers in the source, and note them in `reading`."""
+        ...
 
 
-class JsonlRows:
-    """The objects of a JSONL file, read when asked for; blank lines are skipped."""
+class Part(Protocol):
+    """A file, or a hub dataset; rows are numbered from its own begin."""
 
-    def __init__(self, path: Path, spelled: str):
-        self.path = path
-        self.spelled = spelled
-        self._starts, self._lines = array("q"), array("q")
-        digest = hashlib.blake2b(digest_size=16)
-        start = 0
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    self._starts.append(start)
-                    self._lines.append(number)
-                digest.update(line)
-                start += len(line)
-        self.digest = digest.hexdigest()
+    @property
+    def name(self) -> str: ...
+    @property
+    def path(self) -> Path | None: ...
+    @property
+    def digest(self) -> str: ...
+    def __len__(self) -> int: ...
+    def count(self) -> int:
+        """Its length, found without keeping it on disk."""
+        ...
 
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        with self.path.open("rb") as file:
-            file.seek(self._starts[row])
-            return _parse(file.readline())
-
-    def where(self, row: int) -> str:
-        """Return file:line."""
-        return f"{self.spelled}:{self._lines[row]}"
+    def chunks(self, first_row: int) -> Iterator[Chunk]: ...
+    def stream(self, start: int) -> NumberedRows: ...
+    def row(self, row: int) -> dict[str, Any] | BadRow: ...
+    def where(self, row: int) -> str: ...
 
 
 @dataclass(frozen=True)
-class Conversations:
-    """Checked conversations, read when asked for."""
+class Source:
+    """One entry of `data.train` or `data.validation`, and what it says itself of its rows."""
 
     name: str  # as the config spells it
-    rows: "JsonlRows | Dataset"
-    columns: ColumnsSection | None
-    digest: str  # of the content: equal digests, equal conversations
-    image_tokens: Collection[str] = ()  # what stands for an image in the model's text
+    parts: tuple[Part, ...]
+    layout: Layout
+    learn: Learn
+    weight: float
+    skipped: tuple[str, ...] = ()  # files of a folder that are no data
+    streaming: bool = False
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self._starts[-1]
 
-    def __getitem__(self, row: int) -> list[Message]:
-        return self.read(self.rows[row])
+    @cached_property
+    def digest(self) -> str:
+        """Equal digests, equal rows; of a stream, which is not read before, by name, size and date of its files."""
+        parts = [_stamp(part) if self.streaming else part.digest for part in self.parts]
+        layout = (self.layout.format, self.layout.columns, sorted(self.layout.ignore))
+        return hashlib.blake2b(repr((parts, layout)).encode(), digest_size=16).hexdigest()
 
-    def read(self, record: dict[str, Any]) -> list[Message]:
-        """The conversation of a row."""
-        messages = _messages(record, self.columns)
-        for turn, message in enumerate(messages):
-            for token in self.image_tokens:
-                if token in message["content"]:
-                    raise _BadRow(f"messages[{turn}].content holds {token}, which stands for an image. {TEXT_ONLY}")
-        return messages
+    def chunks(self) -> Iterator[Chunk]:
+        """All rows, as pieces of work for other processes."""
+        for start, part in zip(self._starts, self.parts, strict=False):
+            yield from part.chunks(start)
+
+    def stream(self, start_row: int = 0) -> NumberedRows:
+        """All rows from `start_row` on, one after another. What lies before is skipped, cheaply where that can be."""
+        first = 0
+        for part in self.parts:
+            skipped = max(start_row - first, 0)
+            if skipped and part is not self.parts[-1] and skipped >= part.count():
+                first += part.count()
+                continue
+            row = skipped - 1
+            for row, record in part.stream(skipped):
+                yield first + row, record
+            first += row + 1
+
+    def row(self, row: int) -> dict[str, Any] | BadRow:
+        """Read one row again."""
+        part, own = self._place(row)
+        return part.row(own)
 
     def where(self, row: int) -> str:
         """Say where a row is, for a message to the user."""
-        return self.rows.where(row) if isinstance(self.rows, JsonlRows) else f"{self.name} row {row}"
+        part, own = self._place(row)
+        return part.where(own)
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return list(accumulate((part.count() if self.streaming else len(part) for part in self.parts), initial=0))
+
+    def _place(self, row: int) -> tuple[Part, int]:
+        if len(self.parts) == 1:
+            return self.parts[0], row  # a stream's length is not asked for
+        place = bisect_right(self._starts, row) - 1
+        return self.parts[place], row - self._starts[place]
 
 
-def load_conversations(
-    data: DataSection, split: Literal["train", "validation"], image_tokens: Collection[str] = ()
-) -> Conversations:
-    """Open `data.train` or `data.validation` and check every row; one `UserError` tells all that is wrong."""
-    source = getattr(data, split)
-    if source is None:
-        raise UserError(f"data.{split} is not set: give a JSONL file or a hub dataset id.")
-    if _is_file(source):
-        rows = _open_jsonl(source, split)
-        conversations = Conversations(source, rows, data.columns, _keyed(rows.digest, data.columns))
-    else:
-        hub_split = data.train_split if split == "train" else data.validation_split
-        dataset = _load_hub(source, data.hub_config, hub_split, split)
-        name = f"{source} [{hub_split}]"
-        conversations = conversations_of_dataset(dataset, name, data.columns)
-    conversations = replace(conversations, image_tokens=image_tokens)
-    _check_all(conversations, split)
-    return conversations
-
-
-def conversations_of_dataset(dataset: "Dataset", name: str, columns: ColumnsSection | None) -> Conversations:
-    """Keep the columns that are read: the others are never decoded.
+def open_sources(data: DataSection, split: Split) -> list[Source]:
+    """Open every entry of `data.train` or `data.validation`.
 
     Raises:
-        UserError: a column is missing, or one of images, video or audio is there.
+        UserError: a file is missing, cannot be read, or holds no row.
     """
-    if media := [column for column in dataset.column_names if column in MEDIA]:
-        raise UserError(f"{name} has a column {media[0]}. {TEXT_ONLY} If the text stands alone, save that as JSONL.")
-    used = ["messages"] if columns is None else [columns.prompt, columns.response]
-    for column in used:
-        if column not in dataset.column_names:
-            raise UserError(f"{name}: {_missing_column(column, dataset.column_names, columns)}")
-    digest = dataset._fingerprint  # what `datasets` keys its own caches with
-    return Conversations(name, dataset.select_columns(used), columns, _keyed(digest, columns))
+    entries = getattr(data, split)
+    if entries is None:
+        raise UserError(f"data.{split} is not set: give a file, a folder, a glob or a hub dataset id.")
+    sources = [_open(entry, data, split) for entry in ([entries] if isinstance(entries, str) else entries)]
+    if not sources:
+        raise UserError(f"data.{split} is an empty list: give a file, a folder, a glob or a hub dataset id.")
+    return sources
 
 
-def _keyed(digest: str, columns: ColumnsSection | None) -> str:
-    return f"{digest}/{columns.model_dump_json() if columns else 'messages'}"
+def read_rows(chunk: Chunk, layout: Layout, reading: Reading) -> Iterator[tuple[int, Conversation | Text]]:
+    """Yield a chunk's good rows; note in `reading` the bad ones, and the keys that are not read."""
+    for row, record in chunk.rows(reading):
+        if isinstance(record, BadRow):
+            continue  # noted already
+        try:
+            read, unread = read_row(record, layout)
+        except BadRow as problem:
+            reading.bad(row, problem)
+            continue
+        if unread:
+            reading.unread.update(unread)
+        yield row, read
 
 
-def _is_file(source: str) -> bool:
-    looks_like_path = source.startswith(("/", "./", "../", "~")) or source.endswith(FILE_SUFFIXES)
-    return looks_like_path or Path(source).exists()
+def _open(entry: str | SourceSection, data: DataSection, split: Split) -> Source:
+    own = SourceSection(path=entry) if isinstance(entry, str) else entry
+    layout = _layout(own, data, split)
+    parts, skipped = _parts(own, layout.ignore, data, split)
+    source = Source(own.path, tuple(parts), layout, own.learn or data.learn, own.weight, tuple(skipped), data.streaming)
+    if not data.streaming and not len(source):
+        raise UserError(f"data.{split}: {own.path} is empty: no line holds a conversation.")
+    return source
 
 
-def _open_jsonl(source: str, split: str) -> JsonlRows:
-    path = Path(source).expanduser()
+def _layout(own: SourceSection, data: DataSection, split: Split) -> Layout:
+    """What an entry says of its rows itself, else what `data` says."""
+    says_itself = own.format is not None or own.columns is not None
+    name, columns = (own.format or "auto", own.columns) if says_itself else (data.format, data.columns)
+    if columns is not None and name != "auto":
+        raise UserError(f"data.{split}: {own.path} has columns and format {name}. Leave one of them out.")
+    return Layout(name, columns, frozenset(data.ignore if own.ignore is None else own.ignore))
+
+
+def _parts(own: SourceSection, ignore: frozenset[str], data: DataSection, split: Split) -> tuple[list[Part], list[str]]:
+    """The files of an entry, or its hub dataset; and the files that are no data."""
+    path = Path(own.path).expanduser()
+    local = path.exists() or own.path.startswith(("/", "./", "../", "~")) or own.path.endswith(SUFFIXES)
+    pattern = not path.exists() and glob.has_magic(own.path)
+    if not (local or pattern):
+        hub_split = own.split or (data.train_split if split == "train" else data.validation_split)
+        return [hub_dataset(own.path, own.config or data.hub_config, own.revision, hub_split, split, ignore)], []
+    for key in ("config", "revision", "split"):
+        if value := getattr(own, key):
+            raise UserError(f"data.{split}: {own.path} has {key} {value}, which only a hub dataset has. Leave it out.")
+    if path.is_dir() and all((path / name).exists() for name in SAVED):
+        return [saved_dataset(path, own.path, ignore)], []
+    if path.is_dir() or pattern:
+        return _many(own.path, path, pattern, ignore, split)
     if not path.exists():
         near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         guess = did_you_mean(path.name, near)
-        raise UserError(f"data.{split}: no file {source} (looked in {path.parent.resolve()}).{guess}")
-    if path.is_dir():
-        raise UserError(f"data.{split}: {source} is a folder; give one JSONL file or a hub dataset id.")
+        raise UserError(f"data.{split}: no file {own.path} (looked in {path.parent.resolve()}).{guess}")
+    if not path.name.endswith(SUFFIXES):
+        raise UserError(f"data.{split}: {own.path} ends in none of {', '.join(KINDS)} (also with .gz): rename it.")
+    return [_file(path, own.path, ignore)], []
+
+
+def _many(
+    spelled: str, path: Path, pattern: bool, ignore: frozenset[str], split: Split
+) -> tuple[list[Part], list[str]]:
+    """The data files of a folder or a glob, sorted by name."""
+    names = glob.glob(str(path), recursive=True) if pattern else [str(name) for name in path.rglob("*")]
+    found = sorted(name for name in names if Path(name).is_file() and not Path(name).name.startswith("."))
+    files = [name for name in found if name.endswith(SUFFIXES) and Path(name).name not in NO_DATA]
+    if not files:
+        kinds = f"{', '.join(KINDS)} (also with .gz)"
+        raise UserError(f"data.{split}: {spelled} {'matches' if pattern else 'holds'} no file that ends in {kinds}.")
+    parts: list[Part] = [_file(Path(name), _spelled(name, spelled), ignore) for name in files]
+    return parts, [_spelled(name, spelled) for name in found if name not in files]
+
+
+def _spelled(name: str, spelled: str) -> str:
+    """A found file, with the `~` that the config has."""
+    return f"~{name[len(str(Path.home())) :]}" if spelled.startswith("~/") else name
+
+
+def _file(path: Path, name: str, ignore: frozenset[str]) -> Part:
+    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if kind == ".parquet":
+        return parquet_file(path, name, ignore)
+    if kind in (".csv", ".tsv"):
+        return csv_file(path, name, ignore)
+    if kind == ".json" and opens_an_array(path, name):
+        return JsonArray(path, name)
+    return JsonLines(path, name)
+
+
+def _stamp(part: Part) -> str:
+    if part.path is None:
+        return part.name
     try:
-        rows = JsonlRows(path, source)
+        status = part.path.stat()
     except OSError as error:
-        raise UserError(f"data.{split}: cannot read {source}: {error.strerror}.") from error
-    if not rows:
-        raise UserError(f"data.{split}: {source} is empty: no line holds a conversation.")
-    return rows
-
-
-def _load_hub(source: str, config: str | None, hub_split: str, split: str) -> "Dataset":
-    import datasets  # here, for it takes seconds that a local file need not pay
-    from datasets.exceptions import DatasetsError
-
-    try:
-        dataset = datasets.load_dataset(source, config, split=hub_split)
-    except (DatasetsError, OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"data.{split}: no local file {source}, and the hub dataset of that id "
-            f"(data.hub_config {config}, split {hub_split}) cannot be loaded: {reason}"
-        ) from error
-    assert isinstance(dataset, datasets.Dataset)  # a split was named and streaming is off
-    if not len(dataset):
-        raise UserError(f"data.{split}: {source} has no rows in split {hub_split}.")
-    return dataset
-
-
-def _check_all(conversations: Conversations, split: str) -> None:
-    """Read every row once; raise the first problems and their number."""
-    problems, count, named = [], 0, {}
-    for row in range(len(conversations)):
-        try:
-            record = conversations.rows[row]
-            conversations.read(record)
-            if (name := record.get("id")) is not None and named.setdefault(str(name), row) != row:
-                raise _BadRow(
-                    f"id {name!r} is that of {conversations.where(named[str(name)])} too. Leave one of them out; if "
-                    "both are meant, give them ids of their own, or none."
-                )
-        except _BadRow as problem:
-            count += 1
-            if count <= SHOWN_PROBLEMS:
-                problems.append(f"  {conversations.where(row)}: {problem}")
-    if not count:
-        return
-    rows = f"{count} bad {'row' if count == 1 else 'rows'} of {len(conversations)}"
-    shown = f" (the first {SHOWN_PROBLEMS})" if count > SHOWN_PROBLEMS else ""
-    raise UserError("\n".join([f"{rows} in data.{split} = {conversations.name}{shown}", *problems]))
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    if b"\0" in line:
-        raise _BadRow(f"a NUL byte at byte {line.index(0) + 1} of the line: the file is damaged or binary.")
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise _BadRow(f"not UTF-8: {error.reason} at byte {error.start + 1} of the line.") from error
-    except json.JSONDecodeError as error:
-        near = error.doc[max(0, error.pos - 20) : error.pos + 20].strip()
-        hint = ARRAY_HINT if error.doc.lstrip().startswith("[") else ""
-        raise _BadRow(f"broken JSON: {error.msg} at column {error.colno}: {near!r}.{hint}") from error
-    except (ValueError, RecursionError) as error:  # an endless number, a thousand nested lists
-        raise _BadRow(f"broken JSON: {error}") from error
-    if isinstance(record, list):
-        raise _BadRow(f"a list, expected one object a line.{ARRAY_HINT}")
-    if not isinstance(record, dict):
-        raise _BadRow(f"{_kind(record)}, expected an object with messages.")
-    return record
-
-
-def _messages(record: dict[str, Any], columns: ColumnsSection | None) -> list[Message]:
-    """Return a record's conversation, or raise `_BadRow` with what is wrong."""
-    for key in MEDIA:
-        if record.get(key):
-            raise _BadRow(f"has {key}. {TEXT_ONLY}")
-    if columns is not None:
-        for column in (columns.prompt, columns.response):
-            if column not in record:
-                raise _BadRow(_missing_column(column, record, columns))
-        turns = {"user": record[columns.prompt], "assistant": record[columns.response]}
-        names = {"user": f"column {columns.prompt}", "assistant": f"column {columns.response}"}
-        return [_message(role, content, names[role]) for role, content in turns.items()]
-    if "messages" not in record:
-        raise _BadRow(_missing_column("messages", record, None))
-    messages = record["messages"]
-    if not isinstance(messages, list):
-        raise _BadRow(f"messages is {_kind(messages)}, expected a list of {{role, content}}.")
-    if not messages:
-        raise _BadRow("messages is empty: nothing to learn.")
-    checked = [_checked_message(message, f"messages[{turn}]") for turn, message in enumerate(messages)]
-    _check_turns([message["role"] for message in checked])
-    return checked
-
-
-def _missing_column(column: str, existing: Collection[str], columns: ColumnsSection | None) -> str:
-    has = ", ".join(existing) or "none"
-    map_columns = " Other columns are mapped with data.columns.prompt and data.columns.response."
-    hint = map_columns if columns is None else did_you_mean(column, existing)
-    return f"no column {column}; the columns are: {has}.{hint}"
-
-
-def _checked_message(message: Any, name: str) -> Message:
-    if not isinstance(message, dict):
-        raise _BadRow(f"{name} is {_kind(message)}, expected an object with role and content.")
-    for key in ("role", "content"):
-        if key not in message:
-            raise _BadRow(f"{name} has no {key}; its keys are: {', '.join(message) or 'none'}.")
-    for key in UNSUPPORTED_KEYS:
-        if message.get(key):
-            raise _BadRow(f"{name} has {key}, which is not supported: only role and content are rendered.")
-    role = message["role"]
-    if role not in ROLES:
-        hint = " Use assistant." if role == "model" else ""
-        raise _BadRow(f"{name} has role {role!r}, expected one of {', '.join(ROLES)}.{hint}")
-    return _message(role, message["content"], f"{name}.content")
-
-
-def _message(role: str, content: Any, name: str) -> Message:
-    text = _text(content, name)
-    if role == "assistant" and not text.strip():
-        raise _BadRow(f"{name} is empty, though it is the assistant's: nothing to learn.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise _BadRow(f"{name} holds half a surrogate pair at character {error.start}: not text.") from error
-    return {"role": role, "content": text}
-
-
-def _text(content: Any, name: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise _BadRow(f"{name} is {_kind(content)}, expected a string.")
-    parts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else _kind(part)
-        if kind in MEDIA:
-            raise _BadRow(f"{name} has a part of type {kind}. {TEXT_ONLY}")
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise _BadRow(f"{name} has a part of type {kind}, only text was expected.")
-        parts.append(part["text"])
-    return "".join(parts)
-
-
-def _check_turns(roles: list[str]) -> None:
-    if "assistant" not in roles:
-        raise _BadRow("no assistant turn: nothing to learn.")
-    if roles[-1] != "assistant":
-        raise _BadRow(f"the last message is from {roles[-1]}: nothing to learn after it. End with the assistant.")
-    if "user" not in roles[: roles.index("assistant")]:
-        raise _BadRow("the assistant's turn has no user turn before it.")
-
-
-def _kind(value: Any) -> str:
-    kinds = {str: "a string", bool: "a boolean", int: "a number", float: "a number", type(None): "null"}
-    return kinds.get(type(value), "a list" if isinstance(value, list) else "an object")
+        raise UserError(f"cannot read {part.name}: {told(error)}.") from error
+    return f"{part.name}:{status.st_size}:{status.st_mtime_ns}"
