@@ -1,141 +1,176 @@
-"""A conversation as tokens: the prompt that `generate` will be given, and the response that is learned.
+"""A row as tokens: its conversation in one sequence with several learned spans.
 
-For an assistant's turn the prompt is the template's rendering of all messages before it with the generation
-prompt; the response is what the template writes from there to the end of that turn, later turns cut away.
-Generation tags in the template are not needed. Three rules keep training and generation the same text:
+An answer is an assistant's message, or a run of neighbouring ones that the template joins into one turn. How it is
+rendered is told in `rendering.py`. Three rules keep training and generation the same text:
 
-- *Where the response starts.* Usually the prompt is a prefix of the rendered conversation. Some generation
-  prompts say more than a rendered turn does (an empty thought channel in templates of Gemma 4's larger
-  models): then the response starts where the turn's own content does, and the prompt stays what `generate`
-  sees. Anything else is refused.
-- *Tokens.* The prompt is tokenized alone, as in generation; the response is the rest of prompt + response
-  tokenized together, or, where a token would straddle the border, the response tokenized alone.
-- *Where it ends.* White space after the last special token (`<turn|>\\n`) separates turns and is never
+- *Every turn in one sweep.* Documents are made from the last answer backwards. An earlier answer becomes a span of a
+  later one's document where its prompt and response begin that document, at token borders; where the template writes
+  it differently once later turns are there, it gets a document of its own.
+- *Tokens.* A prompt's tokens are those that it has alone, as in generation; the response is the rest of prompt +
+  response tokenized together, or, where a token would straddle the border, the response tokenized alone.
+- *Where an answer ends.* White space after its last special token (`<turn|>\\n`) separates turns and is never
   generated, so it is not learned. A template that ends its turns with plain text keeps all of it.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from ds_dgemma.data.sources import Conversations, Message
-from ds_dgemma.errors import UserError
-
-MAX_TURNS = 1024  # assistant turns of one conversation: sample ids leave room for them
-CONTENT_MARK = "\ue000"  # a private-use character, stands where a turn's content goes
+from ds_dgemma.config import Learn
+from ds_dgemma.data.batch import Span
+from ds_dgemma.data.control_tokens import ControlTokenPolicy, control_tokens_of
+from ds_dgemma.data.drafts import Draft, Drafter
+from ds_dgemma.data.encoding import Encoder, TokenizedText
+from ds_dgemma.data.formats import BadRow, Conversation, Message, Text
+from ds_dgemma.data.rendering import ChatTemplate, as_templates_read
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One assistant's turn and all that came before it, as token ids."""
+class Document:
+    """A sequence with learned spans; a row has one, or more where the template rewrites earlier turns."""
 
-    sample_id: int  # the row, or with every turn learned: row * MAX_TURNS + number of the assistant's turn
-    prompt_ids: list[int]
-    response_ids: list[int]  # no EOS of ours yet
-
-
-def row_of(sample_id: int, assistant_turns: Literal["last", "all"]) -> int:
-    """Return the row that a sample id was made from."""
-    return sample_id // MAX_TURNS if assistant_turns == "all" else sample_id
+    row: int
+    ids: list[int]  # ends with the last learned span
+    spans: tuple[Span, ...]  # in order; the last has a weight. One of weight 0 is an answer that is not to be learned
+    scored_from: int  # tokens before it are AR targets in another document of the row
+    starts_anywhere: bool  # running text
 
 
-def tokenize_turns(
-    conversations: Conversations,
-    rows: range,
+class _Tokens(NamedTuple):
+    """A draft as tokens."""
+
+    ids: list[int]
+    start: int  # of its last answer
+    text: TokenizedText  # to find earlier borders in
+
+
+def tokenize_rows(
+    rows: list[tuple[int, Conversation | Text]],
     tokenizer: PreTrainedTokenizerFast,
-    assistant_turns: Literal["last", "all"],
-) -> list[Turn]:
-    """Tokenize the learned turns of some rows in one call of the tokenizer, which has threads of its own.
+    learn: Learn,
+    control_tokens: ControlTokenPolicy,
+    chat_template_kwargs: dict[str, Any],
+    image_tokens: Collection[str] = (),
+) -> list[Document | tuple[int, BadRow]]:
+    """Render and tokenize rows: the documents of a row, the one with its last answer first, or what is wrong with it.
 
     Raises:
-        UserError: a row that the template cannot render, or that has text without a token.
+        UserError: the tokenizer has no chat template.
     """
-    sample_ids, prompts, responses = [], [], []
-    for row in rows:
+    drafter = Drafter(tokenizer, learn, control_tokens, chat_template_kwargs, image_tokens)
+    documents: list[list[Document]] = [[] for _ in rows]
+    bad: dict[int, BadRow] = {}
+    drafts: list[tuple[int, Draft]] = []
+    for place, (_, data) in enumerate(rows):
         try:
-            messages = conversations[row]
-            ends = [end for end, message in enumerate(messages, 1) if message["role"] == "assistant"]
-            if len(ends) > MAX_TURNS:
-                raise UserError(f"{len(ends)} assistant turns, expected at most {MAX_TURNS}.")
-            for turn, end in enumerate(ends) if assistant_turns == "all" else [(0, ends[-1])]:
-                prompt, response = split_last_turn(messages[:end], tokenizer)
-                sample_ids.append(row * MAX_TURNS + turn if assistant_turns == "all" else row)
-                prompts.append(prompt)
-                responses.append(response)
-        except UserError as error:
-            raise UserError(f"{conversations.where(row)}: {error}") from error
-    turns = [Turn(*turn) for turn in zip(sample_ids, *_tokenize(prompts, responses, tokenizer), strict=True)]
-    unknown = tokenizer.unk_token_id
-    for turn in turns:
-        if unknown is not None and (unknown in turn.prompt_ids or unknown in turn.response_ids):
-            row = row_of(turn.sample_id, assistant_turns)
-            raise UserError(
-                f"{conversations.where(row)}: the tokenizer has no token for a part of this conversation, which would "
-                f"become {tokenizer.unk_token}. Change the text, the chat template or the tokenizer."
+            drafts += [(place, draft) for draft in drafter.drafts(data)]
+        except BadRow as problem:
+            bad[place] = problem
+    writer = _Writer(tokenizer)
+    while drafts:  # once, and again for answers whose borders are no token borders
+        alone = []
+        for (place, draft), tokens in zip(drafts, writer.encode([draft for _, draft in drafts]), strict=True):
+            try:
+                document, left = writer.document(rows[place][0], draft, tokens, documents[place])
+                documents[place].append(document)
+                alone += [(place, each) for each in left]
+            except BadRow as problem:
+                bad.setdefault(place, problem)
+        drafts = alone
+    return [
+        told
+        for place, of_row in enumerate(documents)
+        for told in ([(rows[place][0], bad[place])] if place in bad else of_row)
+    ]
+
+
+def prompt_text(
+    messages: list[Message],
+    tokenizer: PreTrainedTokenizerFast,
+    tools: list[dict[str, Any]] | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> str:
+    """What `generate` is given to answer `messages`.
+
+    Raises:
+        BadRow: the template does not render them.
+    """
+    render = ChatTemplate(tokenizer, chat_template_kwargs or {}).for_row(tools, {})
+    return render(as_templates_read(messages), True)
+
+
+class _Writer:
+    """Drafts to documents."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        self._encoder = Encoder(tokenizer, control_tokens_of(tokenizer))
+        bos: Any = tokenizer.bos_token_id
+        self._bos: list[int] = [] if bos is None else [bos]
+        self._unknown, self._unknown_id = str(tokenizer.unk_token or ""), tokenizer.unk_token_id
+
+    def encode(self, drafts: list[Draft]) -> list[_Tokens]:
+        """Tokenize by the module's second rule."""
+        texts = self._encoder.encode([(draft.last.text, draft.hidden) for draft in drafts])
+        borders = [
+            self._encoder.border(text, len(draft.last.prompt)) for draft, text in zip(drafts, texts, strict=True)
+        ]
+        made = [_Tokens(text.ids, border.tokens or 0, text) for text, border in zip(texts, borders, strict=True)]
+        unsure = [place for place, border in enumerate(borders) if not border.sure]
+        pieces = [
+            (piece, drafts[place].hidden)
+            for place in unsure
+            for piece in (drafts[place].last.prompt, drafts[place].last.response)
+        ]
+        apart = iter(self._encoder.encode(pieces) if pieces else ())
+        for place, prompt, response in zip(unsure, apart, apart, strict=True):
+            start = len(prompt.ids)
+            if texts[place].ids[:start] == prompt.ids:
+                made[place] = _Tokens(texts[place].ids, start, texts[place])
+            else:
+                made[place] = _Tokens(prompt.ids + response.ids, start, prompt)
+        return made
+
+    def document(self, row: int, draft: Draft, tokens: _Tokens, others: list[Document]) -> tuple[Document, list[Draft]]:
+        """The document of a draft, and the drafts of earlier answers that have no token borders in it.
+
+        Raises:
+            BadRow: a part of the text has no token, or an answer of weight 0 no borders.
+        """
+        if self._unknown_id in tokens.ids and self._unknown not in draft.last.text:
+            raise BadRow(
+                "the tokenizer has no token for a part of this row, which would become "
+                f"{self._unknown}. Change the text, the chat template or the tokenizer."
             )
-    return turns
+        last, chat = draft.last, draft.chat
+        if chat is None:
+            ids = self._bos + tokens.ids
+            return Document(row, ids, (Span(len(self._bos), len(ids), last.weight, last.number),), 1, True), []
+        spans, alone = [Span(tokens.start, len(tokens.ids), last.weight, last.number)], []
+        for answer in draft.earlier:
+            start = self._encoder.border(tokens.text, len(answer.prompt)).tokens
+            end = tokens.text.tokens_before(len(answer.prompt) + len(answer.response))
+            if start is None or end is None:
+                alone.append(chat.draft(answer))
+            else:
+                spans.append(Span(start, end, answer.weight, answer.number))
+        for part in draft.unlearned:
+            start, end = tokens.text.tokens_before(part.start), tokens.text.tokens_before(part.end)
+            if start is None or end is None:
+                raise BadRow(
+                    "an answer has weight 0, but a token holds both a part of it and of the text beside it, so it "
+                    "cannot be left out of the loss: take it out of the row, or change the template."
+                )
+            spans.append(Span(start, end, 0.0, part.number))
+        spans.sort()
+        shared = max((_shared(tokens.ids, other.ids) for other in others), default=1)
+        first = next(span.start for span in spans if span.weight)
+        return Document(row, tokens.ids, tuple(spans), max(min(shared, first), 1), False), alone
 
 
-def split_last_turn(messages: list[Message], tokenizer: PreTrainedTokenizerFast) -> tuple[str, str]:
-    """Render a conversation that ends with the assistant as (prompt, response): the first rule above."""
-    prompt = _render(messages[:-1], tokenizer, add_generation_prompt=True)
-    whole = _render(messages, tokenizer, add_generation_prompt=False)
-    if prompt and whole.startswith(prompt):
-        return prompt, _some(whole[len(prompt) :])
-    marked = [*messages[:-1], {"role": "assistant", "content": CONTENT_MARK}]
-    before_content = _render(marked, tokenizer, add_generation_prompt=False).rpartition(CONTENT_MARK)[0]
-    if before_content and prompt.startswith(before_content) and whole.startswith(before_content):
-        return prompt, _some(whole[len(before_content) :])
-    raise UserError(
-        "the chat template renders this conversation differently once the answer is there, so where the "
-        f"answer starts is unknown.\n  for generation: ...{prompt[-80:]!r}\n"
-        f"  with the answer: ...{whole[-80:]!r}\n"
-        "  A template that rewrites or joins earlier turns cannot be trained on: change it, or the data."
+def _shared(ids: list[int], others: list[int]) -> int:
+    """How many leading tokens are the same."""
+    return next(
+        (place for place, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), min(len(ids), len(others))
     )
-
-
-def _some(response: str) -> str:
-    if not response.strip():
-        raise UserError("the chat template writes nothing for the answer, so there is nothing to learn.")
-    return response
-
-
-def _render(messages: list[Message], tokenizer: PreTrainedTokenizerFast, add_generation_prompt: bool) -> str:
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template, which says how "
-            "a conversation is written. Put a chat_template.jinja beside its tokenizer.json."
-        )
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except (TemplateError, TypeError) as error:
-        raise UserError(f"the chat template refuses this conversation: {error}") from error
-    assert isinstance(text, str)  # one conversation, not tokenized
-    return text
-
-
-def _tokenize(
-    prompts: list[str], responses: list[str], tokenizer: PreTrainedTokenizerFast
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Tokenize by the module's second and third rule."""
-    texts = prompts + [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    prompt_ids, whole_ids = ids[: len(prompts)], ids[len(prompts) :]
-    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    response_ids = []
-    for prompt, whole, response in zip(prompt_ids, whole_ids, responses, strict=True):
-        if whole[: len(prompt)] == prompt:
-            learned = whole[len(prompt) :]
-        else:
-            learned = tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]
-        response_ids.append(_without_separator(learned, tokenizer, special))
-    return prompt_ids, response_ids
-
-
-def _without_separator(ids: list[int], tokenizer: PreTrainedTokenizerFast, special: set[int]) -> list[int]:
-    after_special = max((place + 1 for place, token in enumerate(ids) if token in special), default=len(ids))
-    rest = tokenizer.decode(ids[after_special:])
-    assert isinstance(rest, str)  # one sequence
-    return ids if rest.strip() else ids[:after_special]

@@ -1,0 +1,110 @@
+"""Texts as tokens, and how many tokens stand before a character.
+
+Where a token border lies at a character, no merge crossed it, and what stands before is tokenized as it is alone. Some
+tokenizers split text by what comes next, so the tokens from the last special token to the border are compared with
+those of that piece alone.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from tokenizers import Encoding
+from transformers import PreTrainedTokenizerFast
+
+from ds_dgemma.data.control_tokens import MARKS, ControlTokens
+
+REACH = 32  # tokens back from a border to the special token before it
+
+
+class TokenizedText:
+    """The tokens of a text that was encoded in one or several pieces."""
+
+    def __init__(self, text: str, pieces: Sequence[tuple[int, list[int], Encoding | None]]):
+        self.text = text
+        self._pieces = pieces  # first character, tokens, and the encoding unless it is a hidden control token
+        self.ids = pieces[0][1] if len(pieces) == 1 else [token for _, ids, _ in pieces for token in ids]
+
+    def tokens_before(self, char: int) -> int | None:
+        """How many tokens lie before a character; None where a token straddles its begin."""
+        if char == len(self.text):
+            return len(self.ids)
+        place = bisect_right(self._pieces, char, key=lambda piece: piece[0]) - 1 if len(self._pieces) > 1 else 0
+        begin, _, encoding = self._pieces[place]
+        before = sum(len(ids) for _, ids, _ in self._pieces[:place])
+        if char == begin:
+            return before
+        token = encoding.char_to_token(char - begin) if encoding else None
+        if encoding is None or token is None:
+            return None
+        first, _ = encoding.token_to_chars(token) or (None, None)
+        return before + token if first == char - begin else None
+
+    def from_special(self, end: int, special: set[int]) -> tuple[int, int] | None:
+        """The last special token before token `end` and the character it begins at; None where none is near."""
+        if len(self._pieces) > 1 or self._pieces[0][2] is None:
+            return None
+        for token in range(end - 1, max(end - REACH, 0) - 1, -1):
+            if self.ids[token] in special:
+                chars = self._pieces[0][2].token_to_chars(token)
+                return (token, chars[0]) if chars else None
+        return None
+
+
+class Border(NamedTuple):
+    """Where a prompt ends."""
+
+    tokens: int | None  # before it; None where a token straddles it
+    sure: bool  # they are those that the prompt has alone
+
+
+class Encoder:
+    """The tokenizer without any template, padding or cut."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, control: ControlTokens):
+        self._tokenizer = tokenizer
+        self._backend: Any = tokenizer.backend_tokenizer
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self._backend.encode_special_tokens = False
+        self._control = control
+        self._alone: dict[str, list[int]] = {}
+
+    def encode(self, texts: Sequence[tuple[str, bool]]) -> list[TokenizedText]:
+        """Encode texts, each with whether it has hidden control tokens, in one call of the tokenizer, which has
+        threads of its own.
+        """
+        cut = [_pieces(text) if hidden else [(0, text, False)] for text, hidden in texts]
+        plain = [piece for pieces in cut for _, piece, hidden in pieces if not hidden]
+        encodings = iter(self._backend.encode_batch(plain, add_special_tokens=False))
+        return [self._joined(text, pieces, encodings) for (text, _), pieces in zip(texts, cut, strict=True)]
+
+    def border(self, text: TokenizedText, char: int) -> Border:
+        """The token border where a prompt ends, at a character."""
+        end = text.tokens_before(char)
+        near = None if end is None else text.from_special(end, self._control.ids)
+        if end is None or near is None:
+            return Border(end, False)
+        token, begin = near
+        tail = text.text[begin:char]
+        if tail not in self._alone:
+            self._alone[tail] = self._backend.encode(tail, add_special_tokens=False).ids
+        return Border(end, True) if text.ids[token:end] == self._alone[tail] else Border(None, False)
+
+    def _joined(self, text: str, pieces, encodings) -> TokenizedText:
+        joined = []
+        for begin, piece, hidden in pieces:
+            encoding = None if hidden else next(encodings)
+            joined.append((begin, self._control.characters(piece) if encoding is None else encoding.ids, encoding))
+        return TokenizedText(text, joined)
+
+
+def _pieces(text: str) -> list[tuple[int, str, bool]]:
+    """Cut a text at its hidden control tokens: first character, piece, whether it is one."""
+    pieces, behind = [], 0
+    for match in MARKS.finditer(text):
+        if behind < match.start():
+            pieces.append((behind, text[behind : match.start()], False))
+        pieces.append((match.start(), match.group(), True))
+        behind = match.end()
+    return [*pieces, (behind, text[behind:], False)] if behind < len(text) or not pieces else pieces
