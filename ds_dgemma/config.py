@@ -174,8 +174,8 @@ class DataSection(Section):
 
     train: Sources = Field(
         min_length=1,
-        description="a file (JSONL, JSON, CSV, Parquet; also .gz), folder, glob or hub dataset id as text; or a list of "
-        "these, each as text or {path: ..., weight: 2, ...}"
+        description="a file (JSONL, JSON, CSV, Parquet; also .gz), folder, glob or hub dataset id as text; or a list "
+        "of these, each as text or {path: ..., weight: 2, ...}",
     )
     validation: Sources | None = Field(default=None, min_length=1, description="held-out data, as data.train")
     hub_config: str | None = Field(default=None, description="configuration name of a hub dataset")
@@ -218,6 +218,10 @@ class DataSection(Section):
     workers: Annotated[int, Field(ge=0, le=1024)] = Field(
         default=1, description="loader processes per rank; 0 loads inline"
     )
+
+    def named(self, split: Literal["train", "validation"]) -> str:
+        """The sources of a split, for a message."""
+        return ", ".join(source.path for source in getattr(self, split) or ())
 
     @model_validator(mode="after")
     def _possible(self) -> "DataSection":

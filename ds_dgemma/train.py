@@ -19,7 +19,6 @@ from ds_dgemma.checkpoint.save import NotWritten, save
 from ds_dgemma.checkpoint.weights import local_directory
 from ds_dgemma.config import RunConfig
 from ds_dgemma.config_file import load_config
-from ds_dgemma.data.stream import Stream
 from ds_dgemma.engine.deepspeed_engine import count_steps_done, start_engine
 from ds_dgemma.engine.environment import check_environment
 from ds_dgemma.engine.launcher_watch import watch_launcher
@@ -46,7 +45,7 @@ from ds_dgemma.tracking.metrics import START
 from ds_dgemma.tracking.sinks import ConsoleSink, JsonlSink, Sink, Tracker, WandbSink
 from ds_dgemma.tracking.spikes import SpikeDetector, past_losses
 from ds_dgemma.training.bad_steps import BadSteps
-from ds_dgemma.training.prepare import Prepared, prepare
+from ds_dgemma.training.prepare import Prepared, facts_of, open_batches, prepare
 from ds_dgemma.training.restore import continue_adapter, restore
 from ds_dgemma.training.update import update
 from ds_dgemma.training.utilisation import Utilisation
@@ -74,17 +73,7 @@ def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tra
         count_steps_done(engine, prepared.start)
     elif prepared.model.adapters and prepared.model.adapters.continued:
         continue_adapter(engine, ranks, prepared.model.adapters.continued)
-    stream = Stream(
-        examples=prepared.examples,
-        collate=prepared.collate,
-        seed=config.seed,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world,
-        workers=config.data.workers,
-        start_step=prepared.start,
-    )
+    stream = open_batches(config, ranks, prepared)
     checkpoints, last = config.run.dir / CHECKPOINTS, config.train.max_steps
     batches = iter(stream)
     bad_steps = BadSteps(
@@ -115,6 +104,7 @@ def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tra
         if asked or step == last or due(step, config.checkpoint.every):
             facts = {
                 **prepared.facts,
+                **facts_of(stream),
                 **prepared.scores.facts(step),
                 "adam_step": adam_step(engine),
                 "bad_steps_in_a_row": bad_steps.in_a_row,

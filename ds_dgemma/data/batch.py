@@ -1,8 +1,9 @@
 """Example and Batch: the two containers between data, objective and model.
 
-Shapes: D documents, S clean tokens of all documents, one behind another, A targets of the AR loss, C scored
-canvases, L canvas tokens, M canvases that get a first guess. Nothing is padded. A batch holds its noise already: the objective that reads it draws nothing.
-What decides the shape of a computation is there as host integers too, so no device is asked.
+Shapes: D documents, S clean tokens of all documents, one behind another, A targets of the AR loss, C scored canvases,
+L canvas tokens, M canvases that get a first guess. Nothing is padded. A batch holds its noise already: the objective
+that reads it draws nothing. What decides the shape of a computation is there as host integers too, so no device is
+asked.
 """
 
 from collections.abc import Iterator, Sequence

@@ -46,8 +46,8 @@ class Cut:
             f"= {prompt_length + canvases * self.canvas_length} tokens, over data.max_length {self.max_length}"
         )
 
-    def text_tokens(self, prefix: int) -> int:
-        """Tokens of running text in a document of whole canvases, behind a prefix."""
+    def text_tokens(self, prefix):
+        """Tokens of running text in a document of whole canvases, behind a prefix; an integer or an array of them."""
         return (self.max_length - prefix) // self.canvas_length * self.canvas_length
 
     def example(

@@ -16,6 +16,7 @@ from ds_dgemma.data.formats import BadRow
 
 ControlTokenPolicy = Literal["error", "text", "allow"]
 
+ROLE = "role"  # a word of the template's, which may well be a token of its own
 FIRST_MARK = 0xF0000  # private use: this and the number of the token
 MARKS = re.compile("[\U000f0000-\U0010ffff]")
 TEXT_ONLY = "Images, video and audio are not trained on yet: leave this row out, or put what it shows into the text."
@@ -63,7 +64,7 @@ class ControlTokens:
         if isinstance(value, str):
             return self._replaced(value, self._marks)
         if isinstance(value, dict):
-            return {self.hidden(key): self.hidden(item) for key, item in value.items()}
+            return {self.hidden(key): item if key == ROLE else self.hidden(item) for key, item in value.items()}
         return [self.hidden(item) for item in value] if isinstance(value, list) else value
 
     def mark_of(self, name: str) -> str:
@@ -147,6 +148,8 @@ def _collect(value: Any, strings: list[str]) -> None:
         strings.append(value)
     elif isinstance(value, dict):
         for key, item in value.items():
+            if key == ROLE:
+                continue
             strings.append(key)
             if isinstance(item, str):
                 strings.append(item)
@@ -162,6 +165,8 @@ def _named(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield name, value
     elif isinstance(value, dict):
         for key, item in value.items():
+            if key == ROLE:
+                continue
             yield f"a key of {name}" if name else "a key", key
             yield from _named(item, f"{name}.{key}" if name else key)
     elif isinstance(value, list):

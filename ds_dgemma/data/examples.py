@@ -121,7 +121,9 @@ def examples_of(source: Source, number: int, held: Documents, cut: Cut) -> Sourc
     canvases_D = cut.canvases_kept(begin_D, answer_D)
     spans_D = span_D - documents["first_span"] + 1
     size_D = cut.text_tokens(begin_D)
-    pieces_D = np.where(documents["is_text"], -(-(end_D - begin_D) // np.maximum(size_D, 1)) * (size_D > 0), canvases_D > 0)
+    pieces_D = np.where(
+        documents["is_text"], -(-(end_D - begin_D) // np.maximum(size_D, 1)) * (size_D > 0), canvases_D > 0
+    )
 
     document_N = np.repeat(np.arange(len(documents)), pieces_D)
     piece_N = np.arange(len(document_N)) - np.repeat(np.cumsum(pieces_D) - pieces_D, pieces_D)

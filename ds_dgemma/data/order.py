@@ -22,7 +22,7 @@ import numpy as np
 class Item(NamedTuple):
     """An example of an endless order."""
 
-    index: int  # among all examples
+    place: int  # among all examples
     epoch: int  # how often its source has been through
 
 

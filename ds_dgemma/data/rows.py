@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerFast
 
 from ds_dgemma.config import DataSection
 from ds_dgemma.data.chat import Document, tokenize_rows
-from ds_dgemma.data.formats import BadRow
 from ds_dgemma.data.reading import Reading
 from ds_dgemma.data.sources import Chunk, Source, read_rows
 

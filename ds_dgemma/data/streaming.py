@@ -72,11 +72,11 @@ class _Drawn(NamedTuple):
     """An example of a block."""
 
     examples: SourceExamples
-    index: int
+    place: int
     epoch: int
 
     def make(self) -> tuple[Example, int]:
-        return self.examples[self.index], self.epoch
+        return self.examples[self.place], self.epoch
 
 
 @dataclass
@@ -113,7 +113,7 @@ class StreamedExamples:
             alone = len(self.readers) == 1
             key = (first.epoch, *([first.row] if first.row else [])) if alone else ("block", cursor.block)
             shuffled = [drawn[i] for i in permutation(len(drawn), "order", self.seed, *key)]
-            lengths = [int(one.examples.length_N[one.index]) for one in shuffled]
+            lengths = [int(one.examples.length_N[one.place]) for one in shuffled]
             epoch, number = (first.epoch, first.row // self.block) if alone else (0, cursor.block)
             rows = self.arrangement.rows(lengths, epoch, number)
             for used in range(cursor.used, len(rows)):
@@ -159,7 +159,7 @@ class StreamedExamples:
             where = reader.source.where(row)
             log.warning("%s: %d rows dropped, the first %s: %s", reader.source.name, reading.bad_rows, where, problem)
         examples = examples_of(reader.source, number, held, self.cut)
-        return [_Drawn(examples, index, epoch) for index in range(len(examples))]
+        return [_Drawn(examples, place, epoch) for place in range(len(examples))]
 
 
 class _Maker:

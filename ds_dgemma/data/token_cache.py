@@ -3,8 +3,9 @@
 Lengths must be known before training (which examples stay, in which order), so all rows are tokenized first, by as many
 processes as there are cores. The result is a folder named by a digest of the source, the tokenizer and the options,
 under `HF_HOME`: `tokens.bin` (int32, document after document), `documents.npy` and `spans.npy` (where each lies), and
-`told.json` (what was left out or looked odd). It is written beside and renamed, so it is there whole or not at all; ranks that
-come at once wait for the first by a file lock, and where a file system has no locks they merely do the work twice.
+`told.json` (what was left out or looked odd). It is written beside and renamed, so it is there whole or not at all;
+ranks that come at once wait for the first by a file lock, and where a file system has no locks they merely do the work
+twice.
 """
 
 import fcntl

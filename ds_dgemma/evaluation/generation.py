@@ -36,8 +36,11 @@ from transformers import DiffusionGemmaForBlockDiffusion, PreTrainedTokenizerFas
 from ds_dgemma.checkpoint.adapter import AdapterReader
 from ds_dgemma.checkpoint.weights import local_directory
 from ds_dgemma.config import DataSection
-from ds_dgemma.data.chat import split_last_turn, tokenize_turns
-from ds_dgemma.data.sources import Conversations, load_conversations
+from ds_dgemma.data.chat import Document, prompt_text, tokenize_rows
+from ds_dgemma.data.formats import Conversation
+from ds_dgemma.data.messages import BadRow
+from ds_dgemma.data.reading import Reading, settle
+from ds_dgemma.data.sources import open_sources, read_rows
 from ds_dgemma.data.tokenizer import image_tokens, load_tokenizer
 from ds_dgemma.errors import UserError, did_you_mean, first_line
 from ds_dgemma.evaluation.scorers import SCORERS, Score, summarise
@@ -154,14 +157,13 @@ def evaluate(source: Source, data: str, scorer: str, batch_size: int, limit: int
         raise UserError(f"--scorer {scorer}: known are {', '.join(SCORERS)}.{did_you_mean(scorer, SCORERS)}")
     if batch_size < 1 or (limit is not None and limit < 1):
         raise UserError(f"--batch-size {batch_size}, --limit {limit}: both must be at least 1.")
-    conversations = load_conversations(DataSection(train=data), "train")
-    rows = range(min(limit or len(conversations), len(conversations)))
-    for row in rows:  # a record of another task is refused before minutes are spent on answers
-        _score(scorer, conversations, row, answer="")
+    asked = _read_conversations(data, limit)
+    for where, conversation in asked:  # a record of another task is refused before minutes are spent on answers
+        _score(scorer, where, conversation, answer="")
     generator = load_generator(source)
-    turns = tokenize_turns(conversations, rows, generator.tokenizer, "last")
-    answers = answer_prompts(generator, [turn.prompt_ids for turn in turns], batch_size, seed)
-    scores = [_score(scorer, conversations, row, answer) for row, answer in zip(rows, answers, strict=True)]
+    prompts = _prompts(asked, generator.tokenizer)
+    answers = answer_prompts(generator, prompts, batch_size, seed)
+    scores = [_score(scorer, *one, answer) for one, answer in zip(asked, answers, strict=True)]
     named = {"model": source.model, "revision": source.revision, "adapter": source.adapter and str(source.adapter)}
     evaluated = {key: value for key, value in named.items() if value is not None}
     return {**evaluated, "data": data, "scorer": scorer, "seed": seed, **summarise(scores)}
@@ -184,7 +186,10 @@ def _prompt_ids(source: Source, prompt: str) -> list[int]:
     for token in image_tokens(tokenizer, (spec.image_token_id, spec.boi_token_id, spec.eoi_token_id)):
         if token in prompt:
             raise UserError(f"--prompt holds {token}, which stands for an image. Only text is answered: leave it out.")
-    text, _ = split_last_turn([{"role": "user", "content": prompt}, {"role": "assistant", "content": "?"}], tokenizer)
+    try:
+        text = prompt_text([{"role": "user", "content": prompt}], tokenizer)
+    except BadRow as problem:
+        raise UserError(f"--prompt: {problem}") from problem
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if tokenizer.unk_token_id in ids:
         raise UserError(
@@ -212,9 +217,35 @@ def _text_before_stop(generated: list[int], generator: Generator) -> str:
     return text
 
 
-def _score(scorer: str, conversations: Conversations, row: int, answer: str) -> Score:
-    *prompt, reference = conversations[row]
+def _read_conversations(data: str, limit: int | None) -> list[tuple[str, Conversation]]:
+    """The first conversations of a source, each with its place."""
+    (source,) = open_sources(DataSection.model_validate({"train": data}), "train")
+    found, reading = [], Reading()
+    for chunk in source.chunks():
+        found += [(source.where(row), read) for row, read in read_rows(chunk, source.layout, reading)]
+        if limit is not None and len(found) >= limit:
+            break
+    settle([(source, reading)], "train")
+    for where, read in found:
+        if not isinstance(read, Conversation):
+            raise UserError(f"{where}: a text has no answer to compare with. Give conversations.")
+    return found[:limit]
+
+
+def _prompts(asked: list[tuple[str, Conversation]], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    """What is put before the last answers, as training has it."""
+    prompts = []
+    for made in tokenize_rows([(n, read) for n, (_, read) in enumerate(asked)], tokenizer, "last", "error", {}):
+        if not isinstance(made, Document):
+            row, problem = made
+            raise UserError(f"{asked[row][0]}: {problem}")
+        prompts.append(made.ids[: made.spans[-1].start])
+    return prompts
+
+
+def _score(scorer: str, where: str, conversation: Conversation, answer: str) -> Score:
+    *prompt, reference = conversation.messages
     try:
         return SCORERS[scorer](prompt, reference["content"], answer)
     except UserError as error:
-        raise UserError(f"{conversations.where(row)}: {error}") from error
+        raise UserError(f"{where}: {error}") from error

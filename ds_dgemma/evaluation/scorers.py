@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ds_dgemma.data.sources import Message
+from ds_dgemma.data.formats import Message
 from ds_dgemma.data.sudoku import BLANK, units
 from ds_dgemma.errors import UserError
 

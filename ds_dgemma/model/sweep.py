@@ -18,8 +18,8 @@ are no inputs of the autograd function here: while they are partitioned, autogra
                                token, for a forward product of queries and keys that grows with the length
     none                       everything that autograd keeps
 
-Shapes: N tokens of a call, S clean ones of all documents, C canvases, L canvas tokens, M canvases that get a first guess,
-H hidden, E experts.
+Shapes: N tokens of a call, S clean ones of all documents, C canvases, L canvas tokens, M canvases that get a first
+guess, H hidden, E experts.
 """
 
 from collections.abc import Sequence

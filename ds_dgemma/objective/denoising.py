@@ -4,9 +4,10 @@ loss included.
     loss = diffusion_weight * sum over canvas tokens of w * nll + ar_weight * sum over clean tokens of w * nll
 
 A canvas token's nll is what `objective/losses.py` makes of it by its canvas's noise level; w is the batch's weight of
-the token, 1 as a rule. The other weights carry the global means: `world * accumulation / sum of w over the global batch`
-(times `encoder_loss_weight`), because DeepSpeed averages gradients over ranks and accumulation steps. So every token
-counts the same, wherever it was computed. With a `RouterBalance` the routers' load-balance loss (`model/routing.py`) is added.
+the token, 1 as a rule. The other weights carry the global means: `world * accumulation / sum of w` over the global
+batch (times `encoder_loss_weight`), because DeepSpeed averages gradients over ranks and accumulation steps. So every
+token counts the same, wherever it was computed. With a `RouterBalance` the routers' load-balance loss
+(`model/routing.py`) is added.
 
 This is the module that DeepSpeed wraps; it knows the model and nothing of ranks. Shapes: as in `data/batch.py`, H
 hidden. Source: DiffusionGemma's recipe, gemma/diffusion `hackable_diffusion_adapter/hd/sft_model.py`.

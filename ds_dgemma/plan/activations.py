@@ -16,8 +16,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.attention import Canvas
+from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack, SweepLayer
 from ds_dgemma.model.sweep import Call, Calls, Checkpointing, LayerPass, Places, make_calls
 from ds_dgemma.plan.setup import Shape
@@ -78,6 +78,7 @@ def trace(stack: DiffusionGemmaStack, shape: Shape, dtype: torch.dtype) -> Stack
 
 def _calls(stack: DiffusionGemmaStack, shape: Shape, hidden_size: int, dtype: torch.dtype) -> Calls:
     """The calls of a micro-batch of one example with one first guess."""
+
     def meta(*size: int) -> Tensor:
         return torch.zeros(size, dtype=torch.int64, device="meta")
 

@@ -6,7 +6,10 @@ from typing import Any
 
 from ds_dgemma.checkpoint.run_state import Checkpoint
 from ds_dgemma.config import RunConfig
+from ds_dgemma.data.batch import Batch
+from ds_dgemma.data.order import Item
 from ds_dgemma.data.stream import Stream
+from ds_dgemma.data.streaming import StreamedBatches
 from ds_dgemma.engine.ranks import RankLayout, gather
 from ds_dgemma.errors import BadNumbers, told
 from ds_dgemma.run_directory import CONFIG
@@ -22,6 +25,8 @@ from ds_dgemma.training.update import Update
 
 SHOWN_EXAMPLES = 8
 
+UNKNOWN = Item(-1, -1)  # an example of a stream
+
 
 class BadSteps:
     """Looks at every step. The count in a row goes into checkpoints: a resumed run ends where it would have ended."""
@@ -30,7 +35,7 @@ class BadSteps:
         self,
         config: RunConfig,
         ranks: RankLayout,
-        stream: Stream,
+        stream: Stream | StreamedBatches,
         facts: Mapping[str, Any],
         resumed: Checkpoint | None,
         tracker: Tracker,
@@ -90,7 +95,8 @@ class BadSteps:
         """This rank's micro-batches."""
         shares = self._stream.shares(done.metrics.step - 1)
         seen = []
-        for number, (share, batch) in enumerate(zip(shares, done.micro_batches, strict=True)):
+        for number, batch in enumerate(done.micro_batches):
+            share = shares[number] if shares else [UNKNOWN] * len(batch.documents)
             loss, diffusion_nll, ar_nll, router = done.losses[number].tolist()
             examples = [_seen_example(batch, document, *item) for document, item in enumerate(share)]
             seen.append(

@@ -12,8 +12,10 @@ from ds_dgemma.checkpoint.run_state import StateReader, check_same_model
 from ds_dgemma.checkpoint.weights import local_directory, model_digest
 from ds_dgemma.config import RunConfig
 from ds_dgemma.data.batch import Batch, Example
-from ds_dgemma.data.read import read_split
-from ds_dgemma.data.stream import ExampleSet
+from ds_dgemma.data.examples import ExampleSet
+from ds_dgemma.data.read import open_stream, order_of, read_split
+from ds_dgemma.data.stream import Share, Stream
+from ds_dgemma.data.streaming import Cursor, StreamedBatches, StreamedExamples
 from ds_dgemma.data.tokenizer import load_tokenizer
 from ds_dgemma.engine.ds_config import build_cpu_adam, deepspeed_config
 from ds_dgemma.engine.hostfile import check_expert_groups
@@ -25,6 +27,8 @@ from ds_dgemma.objective.collate import collate
 from ds_dgemma.objective.corruption import Corruption
 from ds_dgemma.run_directory import Start, check_same_data
 
+CURSOR = "data_cursor"
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -34,7 +38,7 @@ class Prepared:
     model: OutlinedModel
     attention: dict[str, str]  # the kernel of each layer type
     collate: Callable[[list[tuple[Example, int]]], Batch]
-    examples: ExampleSet
+    examples: ExampleSet | StreamedExamples
     held_out: list[Example]  # empty when nothing is validated
     scores: Scores  # of the held-out examples
     resumed: StateReader | None
@@ -74,17 +78,22 @@ def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
     if model.adapters and (warning := model.adapters.base_warning(config.model.path)):
         warnings.append(warning)
 
-    _, examples = read_split(config.data, "train", spec, tokenizer)
-    reports, held_out, measured_on = [f"train: {examples.report}"], [], None
+    told, held_out, measured_on = [], [], None
+    if config.data.streaming:
+        examples = open_stream(config, spec, tokenizer, ranks.is_main)
+        told.append(f"train: {len(examples.readers)} sources are read while training")
+    else:
+        examples = read_split(config, "train", spec, tokenizer, ranks.is_main)
+        told += tell("train", examples)
     if config.validation.every:
-        _, validation = read_split(config.data, "validation", spec, tokenizer)
-        reports.append(f"validation: {validation.report}")
+        validation = read_split(config, "validation", spec, tokenizer, ranks.is_main)
+        told += tell("validation", validation)
         held_out = [validation[i] for i in range(min(len(validation), config.validation.examples))]
         measured_on = f"{validation.digest} {len(held_out)}"
-    corruption = Corruption(config.objective, config.seed, text.vocab_size, text.pad_token_id or 0)
+    corruption = Corruption(config.objective, config.seed, text.vocab_size)
     build_cpu_adam(settings)
     if ranks.is_main:
-        print("\n".join(reports), flush=True)
+        print("\n".join(told), flush=True)
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
         if resumed:
@@ -93,10 +102,36 @@ def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
         "model": config.model.path,
         "model_digest": weights,
         "data_digest": examples.digest,
-        "examples": len(examples),
+        "examples": len(examples) if isinstance(examples, ExampleSet) else 0,
     }
     if resumed:
-        check_same_data(config.data.train, resumed.checkpoint, examples.digest, len(examples))
+        check_same_data(config.data.named("train"), resumed.checkpoint, facts["data_digest"], facts["examples"])
     scores = Scores.continued(measured_on, resumed.checkpoint if resumed else None)
     make_batch = partial(collate, corruption)
     return Prepared(settings, model, attention, make_batch, examples, held_out, scores, resumed, facts)
+
+
+def tell(split: str, examples: ExampleSet) -> list[str]:
+    """What became of the rows of a split, a line for each source and for what a user should know of it."""
+    named = [f"{split}: {source.source.name}: {source.report}" for source in examples.sources]
+    if len(named) == 1:
+        named = [f"{split}: {examples.sources[0].report}"]
+    return [*named, *(f"{split}: {line}" for line in examples.told)]
+
+
+def open_batches(config: RunConfig, ranks: RankLayout, prepared: Prepared) -> Stream | StreamedBatches:
+    """This rank's batches, from the step on that the run goes on with."""
+    share = Share(config.train.global_batch_size, config.train.micro_batch_size, ranks.rank, ranks.world)
+    examples, collate, workers = prepared.examples, prepared.collate, config.data.workers
+    if isinstance(examples, ExampleSet):
+        order = order_of(config, examples)
+        return Stream(
+            examples=examples, order=order, collate=collate, share=share, workers=workers, start_step=prepared.start
+        )
+    cursor = Cursor.read(prepared.resumed.checkpoint.state[CURSOR]) if prepared.resumed else examples.begin
+    return StreamedBatches(examples=examples, collate=collate, share=share, cursor=cursor, workers=workers)
+
+
+def facts_of(batches: Stream | StreamedBatches) -> dict[str, Any]:
+    """What a checkpoint keeps of the batches: where a stream stands."""
+    return {CURSOR: batches.cursor.facts()} if isinstance(batches, StreamedBatches) else {}

@@ -19,8 +19,8 @@ from ds_dgemma.checkpoint.weights import local_directory, model_digest
 from ds_dgemma.config import RunConfig
 from ds_dgemma.config_file import read_yaml
 from ds_dgemma.data.batch import Batch
-from ds_dgemma.data.read import read_split
 from ds_dgemma.data.examples import ExampleSet
+from ds_dgemma.data.read import read_split
 from ds_dgemma.data.tokenizer import load_tokenizer
 from ds_dgemma.engine.open_model import fill_model, outline_run
 from ds_dgemma.engine.ranks import RankLayout, connect, disconnect
@@ -125,12 +125,14 @@ def replay(file: Path, checkpoint: Path | None = None, from_model: bool = False)
         raise UserError(f"model.path: {config.model.path} has changed since {file} was written. Restore it.")
     if trained is not None:
         check_same_model(config.model.path, step.model_digest, trained.checkpoint)
+    if config.data.streaming:
+        raise UserError("replay needs the step's examples again, and those of data.streaming are not kept.")
     spec = read_spec(str(directory))
     text = text_spec(spec)
     tokenizer = load_tokenizer(directory, text.vocab_size)
     examples = read_split(config, "train", spec, tokenizer)
     if examples.digest != step.data_digest:
-        raise UserError(f"data.train: {config.data.train} has changed since {file} was written. Restore it.")
+        raise UserError(f"data.train: {config.data.named('train')} has changed since {file} was written. Restore it.")
     corruption = Corruption(config.objective, step.seed, text.vocab_size)
     batches = [_batch(seen, examples, corruption, file) for seen in step.micro_batches]
     model = outline_run(config, spec, directory, ranks, trained is not None)

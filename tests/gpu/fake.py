@@ -227,6 +227,7 @@ def calls_of(stack: DiffusionGemmaStack) -> Calls:
     """Four documents of 1,525 clean tokens, over a window and no multiple of anything; one canvas each, two of them guessed,
     one without a clean token before it.
     """
+
     def ids(count: int) -> torch.Tensor:
         return torch.empty(count, dtype=torch.int64, device="cuda")
 

@@ -180,9 +180,9 @@ def test_clean_text_sees_no_canvas_and_nothing_later_nor_another_document(object
     first = batch.documents[0]
     ids = torch.full_like(batch.clean_ids_S, 9)
     ids[first : first + 8] = batch.clean_ids_S[first : first + 8]
-    everything_else = replace(
-        batch, clean_ids_S=ids, canvas_ids_CL=torch.full_like(batch.canvas_ids_CL, 9)
-    ).with_coins(~batch.self_condition_C)
+    everything_else = replace(batch, clean_ids_S=ids, canvas_ids_CL=torch.full_like(batch.canvas_ids_CL, 9)).with_coins(
+        ~batch.self_condition_C
+    )
     seen, _ = hidden(objective, everything_else)
     torch.testing.assert_close(seen[first : first + 8], expected[first : first + 8], rtol=1e-12, atol=1e-12)
     assert (seen[first + 8] - expected[first + 8]).abs().max() > 1e-3
