@@ -345,7 +345,7 @@ def _sharegpt_turn(turn: Any, name: str) -> tuple[Message, float | None]:
             raise BadRow(f"{name}.value is {kind_of(value)}, expected JSON of {{name, arguments}}.")
         turn |= {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}
         return read_message(turn, name)
-    if author not in SHAREGPT_ROLES:
+    if not isinstance(author, str) or author not in SHAREGPT_ROLES:
         known = ", ".join([*SHAREGPT_ROLES, "function_call"])
         raise BadRow(f"{name} is from {author!r}, expected one of {known}.")
     turn |= {"role": SHAREGPT_ROLES[author], "content": value}

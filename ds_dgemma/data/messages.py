@@ -51,10 +51,12 @@ class BadRow(Exception):
 
 def is_plain(raw: Any) -> bool:
     """Whether a message is nothing but a role and words, as most are: then it is read already."""
-    if type(raw) is not dict or len(raw) != 2 or raw.get("role") not in SPEAKERS:
+    if type(raw) is not dict or len(raw) != 2:
         return False
-    content = raw.get("content")
-    return type(content) is str and content.strip() != "" and _is_text(content)
+    role, content = raw.get("role"), raw.get("content")
+    if type(role) is not str or type(content) is not str:
+        return False
+    return role in SPEAKERS and content.strip() != "" and _is_text(content)
 
 
 def _is_text(content: str) -> bool:
@@ -150,7 +152,7 @@ def _text(content: Any, name: str) -> str:
         raise BadRow(f"{name} is a list of messages, expected a string.")
     parts = []
     for part in content:
-        kind = part.get("type") if isinstance(part, dict) else kind_of(part)
+        kind = str(part.get("type")) if isinstance(part, dict) else kind_of(part)
         if kind in MEDIA:
             raise BadRow(f"{name} has a part of type {kind}. {TEXT_ONLY}")
         if kind != "text" or not isinstance(part.get("text"), str):
