@@ -7,6 +7,7 @@ refused by name.
 
 import json
 import re
+from functools import lru_cache
 from typing import Any
 
 Message = dict[str, Any]
@@ -138,6 +139,7 @@ def _refuse_unknown(raw: dict[str, Any], known: frozenset[str], name: str) -> No
             )
 
 
+@lru_cache
 def decides(key: str) -> bool:
     """Whether a key's name sounds as if it says what is learned."""
     return not DECIDING.isdisjoint(part.lower() for part in re.split(r"(?<=[a-z])(?=[A-Z])|[_\W]+", key))
