@@ -18,6 +18,7 @@ from ds_dgemma.config import ColumnsSection, FormatName
 from ds_dgemma.data.messages import (
     MEDIA,
     TEXT_ONLY,
+    WEIGHTS,
     BadRow,
     Message,
     check_order,
@@ -50,6 +51,7 @@ WORDS = frozenset(
     )
     for word in words.split()
 )
+OF_ALL_TURNS = frozenset((*SYSTEM, *TOOLS, *WEIGHTS, "chat_template_kwargs"))
 TEMPLATE_ARGUMENTS = frozenset(
     ("messages", "conversation", "tools", "tokenize", "add_generation_prompt", "continue_final_message")
 )
@@ -345,7 +347,7 @@ def _sharegpt_turn(turn: Any, name: str) -> tuple[Message, float | None]:
             raise BadRow(f"{name}.value is {kind_of(value)}, expected JSON of {{name, arguments}}.")
         turn |= {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}
         return read_message(turn, name)
-    if author not in SHAREGPT_ROLES:
+    if not isinstance(author, str) or author not in SHAREGPT_ROLES:
         known = ", ".join([*SHAREGPT_ROLES, "function_call"])
         raise BadRow(f"{name} is from {author!r}, expected one of {known}.")
     turn |= {"role": SHAREGPT_ROLES[author], "content": value}
@@ -358,7 +360,7 @@ def _conversation(row: Row, turns: Turns, reads_system: bool = True) -> Conversa
     check_order(roles)
     if "tool" in roles:
         link_answers([turn for turn, _ in turns])
-    if not row:  # nothing but its turns: the most of them
+    if OF_ALL_TURNS.isdisjoint(row):  # as of most rows
         return Conversation([turn for turn, _ in turns], [weight for _, weight in turns])
     if reads_system:
         for key in SYSTEM:

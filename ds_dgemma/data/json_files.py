@@ -239,7 +239,10 @@ def digest_of(path: Path, name: str) -> str:
 def _read(path: Path, start: int, end: int) -> bytes:
     with opened(path, str(path)) as file:
         file.seek(start)
-        return file.read(end - start)
+        data = file.read(end - start)
+    if len(data) < end - start:
+        raise UserError(f"{path} became shorter while it was read. Leave it as it is, and start again.")
+    return data
 
 
 def _scan(file: BufferedReader | gzip.GzipFile) -> Index:

@@ -7,6 +7,7 @@ refused by name.
 
 import json
 import re
+from functools import lru_cache
 from typing import Any
 
 Message = dict[str, Any]
@@ -51,10 +52,12 @@ class BadRow(Exception):
 
 def is_plain(raw: Any) -> bool:
     """Whether a message is nothing but a role and words, as most are: then it is read already."""
-    if type(raw) is not dict or len(raw) != 2 or raw.get("role") not in SPEAKERS:
+    if type(raw) is not dict or len(raw) != 2:
         return False
-    content = raw.get("content")
-    return type(content) is str and content.strip() != "" and _is_text(content)
+    role, content = raw.get("role"), raw.get("content")
+    if type(role) is not str or type(content) is not str:
+        return False
+    return role in SPEAKERS and content.strip() != "" and _is_text(content)
 
 
 def _is_text(content: str) -> bool:
@@ -136,6 +139,7 @@ def _refuse_unknown(raw: dict[str, Any], known: frozenset[str], name: str) -> No
             )
 
 
+@lru_cache
 def decides(key: str) -> bool:
     """Whether a key's name sounds as if it says what is learned."""
     return not DECIDING.isdisjoint(part.lower() for part in re.split(r"(?<=[a-z])(?=[A-Z])|[_\W]+", key))
@@ -150,7 +154,7 @@ def _text(content: Any, name: str) -> str:
         raise BadRow(f"{name} is a list of messages, expected a string.")
     parts = []
     for part in content:
-        kind = part.get("type") if isinstance(part, dict) else kind_of(part)
+        kind = str(part.get("type")) if isinstance(part, dict) else kind_of(part)
         if kind in MEDIA:
             raise BadRow(f"{name} has a part of type {kind}. {TEXT_ONLY}")
         if kind != "text" or not isinstance(part.get("text"), str):

@@ -50,7 +50,7 @@ class Reading:
     def bad(self, row: int, problem: BadRow | str) -> None:
         """Note a row that cannot be trained on."""
         self.bad_rows += 1
-        self.problems = [*self.problems, (row, str(problem))][:SHOWN]
+        self.problems = [*self.problems, (row, _printable(str(problem)))][:SHOWN]
 
     def add(self, other: "Reading") -> None:
         """Add what was seen of the rows behind."""
@@ -94,9 +94,14 @@ def settle(
 
 def not_read(source: "Source", reading: Reading) -> str | None:
     """Name the keys, and the files of a folder, that were not read."""
-    keys = [f"{key} ({_rows(count)})" for key, count in reading.unread.most_common()]
+    keys = [f"{_printable(key)} ({_rows(count)})" for key, count in reading.unread.most_common()]
     left = [*keys, *source.skipped]
     return f"{source.name}: not read: {', '.join(left)}" if left else None
+
+
+def _printable(text: str) -> str:
+    """A row's own keys may hold what no terminal takes: halves of surrogate pairs."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _rows(count: int) -> str:

@@ -1,12 +1,15 @@
 """What stands in a row is in its conversation, or the row is refused by the name of the key."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ds_dgemma.config import ColumnsSection
-from ds_dgemma.data.formats import BadRow, Conversation, Layout, Text, read_row
+from ds_dgemma.data.formats import FORMATS, BadRow, Conversation, Layout, Text, read_row
 
+EXAMPLES = Path(__file__).parents[2] / "ds_configs/examples"
 Row = dict[str, Any]
 
 TOOL = {"type": "function", "function": {"name": "get_tide", "parameters": {"type": "object", "properties": {}}}}
@@ -381,3 +384,22 @@ def test_words_that_stand_in_a_message_already_are_not_lost():
         Conversation([USER, ANSWER], [None, None]),
         ["prompt"],
     )
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_has_an_example_that_is_told_by_its_keys(name):
+    rows = [json.loads(line) for line in (EXAMPLES / f"{name}.jsonl").open()]
+    assert [read(row) for row in rows] == [read(row, format=name) for row in rows]
+    assert len(rows) > 1
+
+
+def test_the_examples_of_tools_and_thoughts_show_them_in_twenty_rows_each():
+    tools, thoughts = (
+        [read(json.loads(line)) for line in (EXAMPLES / f"{name}.jsonl").open()]
+        for name in ("tool_calling", "thinking")
+    )
+    assert [len(tools), len(thoughts)] == [20, 20]
+    assert all(row.tools for row in tools)
+    assert sum(any("tool_calls" in message for message in row.messages) for row in tools) == 18
+    assert all(row.template_kwargs == {"enable_thinking": True} for row in thoughts)
+    assert all(any("reasoning_content" in message for message in row.messages) for row in thoughts)
