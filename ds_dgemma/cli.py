@@ -59,6 +59,16 @@ def plan(args: argparse.Namespace) -> int:
     return EXIT_DOES_NOT_FIT if planned.problems else 0
 
 
+def inspect(args: argparse.Namespace) -> None:
+    """Show what the model will see of a run's data: roles, canvases, noise; what is cut, dropped or not read."""
+    from rich.console import Console
+
+    from ds_dgemma.config_file import load_config
+    from ds_dgemma.inspection.inspect import inspect
+
+    inspect(load_config(args.config, args.set), args.split, args.rows, args.html, args.json, Console())
+
+
 def export(args: argparse.Namespace) -> None:
     """Write a run's checkpoint as a transformers directory, or a LoRA run's as an adapter."""
     from ds_dgemma.checkpoint.export import export_run
@@ -156,6 +166,14 @@ def parser() -> argparse.ArgumentParser:
     sudoku.add_argument("--symbols", choices=["digits", "letters"], default="digits")
     sudoku.add_argument("--seed", type=_seed, default=0)
     sudoku.add_argument("--out", type=Path, required=True, metavar="F.jsonl")
+
+    inspect_ = _add(commands, "inspect", inspect)
+    inspect_.add_argument("--config", type=Path, required=True, metavar="YAML", help="the run's config")
+    inspect_.add_argument("--set", action="append", default=[], metavar="a.b=value", help="override a setting")
+    inspect_.add_argument("--split", choices=["train", "validation"], default="train")
+    inspect_.add_argument("--rows", type=_count, metavar="N", help="sequences that are shown (3; in --json all)")
+    inspect_.add_argument("--html", type=Path, metavar="F", help="write a page that needs nothing beside it")
+    inspect_.add_argument("--json", type=Path, metavar="F", help="write an object a sequence, one a line")
 
     _add_plan(commands)
 

@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "plan": {"engine", "model"},
     "training": {"checkpoint", "data", "engine", "model", "objective", "run_directory", "tracking"},
     "launch": {"engine"},
+    "inspection": {"checkpoint", "data", "model", "objective"},
     "evaluation": {"checkpoint", "data", "engine", "model", "objective"},
 }
 LONGEST_FILE = 400  # lines of Python
