@@ -1,5 +1,7 @@
 """A split of a run's data: its rows checked, tokenized and cut into examples, or about to be, while it trains."""
 
+from pathlib import Path
+
 from transformers import DiffusionGemmaConfig, PreTrainedTokenizerFast
 
 from ds_dgemma.config import RunConfig
@@ -9,7 +11,7 @@ from ds_dgemma.data.order import Arrangement, Order
 from ds_dgemma.data.rows import RowReader
 from ds_dgemma.data.sources import Split, open_sources
 from ds_dgemma.data.streaming import StreamedExamples
-from ds_dgemma.data.token_cache import tokenized_rows
+from ds_dgemma.data.token_cache import DEFAULT_FOLDER, tokenized_rows
 from ds_dgemma.data.tokenizer import image_tokens
 from ds_dgemma.errors import UserError
 
@@ -36,6 +38,7 @@ def read_split(
     spec: DiffusionGemmaConfig,
     tokenizer: PreTrainedTokenizerFast,
     shows: bool = False,
+    cache: Path = DEFAULT_FOLDER,
 ) -> ExampleSet:
     """The examples of a split, all rows read; `shows`: with a progress bar.
 
@@ -43,7 +46,7 @@ def read_split(
         UserError: all that is wrong with the data.
     """
     readers, cut = open_readers(config, split, spec, tokenizer)
-    stored = [tokenized_rows(reader, split, shows) for reader in readers]
+    stored = [tokenized_rows(reader, split, shows, cache) for reader in readers]
     examples = tuple(
         examples_of(reader.source, number, rows, cut)
         for number, (reader, rows) in enumerate(zip(readers, stored, strict=True))

@@ -1,25 +1,24 @@
-"""The order of training, however it is shared out, and the processes that make it."""
+"""The order of training, however it is shared out, whether its rows are read before or meanwhile; and the processes that
+make it.
+"""
 
-import copy
-import fcntl
-import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
 import psutil
 import pytest
 
-from ds_dgemma.config import DataSection
-from ds_dgemma.data.sources import load_conversations
-from ds_dgemma.data.stream import Stream, locate, prepare_examples
+from ds_dgemma.data.read import order_of
+from ds_dgemma.data.stream import Share, Stream
+from ds_dgemma.data.streaming import Cursor, StreamedBatches
 from ds_dgemma.errors import UserError
+from tests.data.reading import chats, read, read_stream, settings, write_rows
 
 N = 10
 
@@ -33,148 +32,128 @@ def refuse(examples):
     raise UserError("row 3: too odd\n  second line")
 
 
-def write_chats(folder, count):
-    path = folder / "chats.jsonl"
-    with path.open("w") as file:
-        for row in range(count):
-            turns = [("user", f"question {row}"), ("assistant", "x" * (row + 1))]
-            messages = [{"role": role, "content": content} for role, content in turns]
-            file.write(json.dumps({"messages": messages}) + "\n")
-    return path
-
-
-def prepared(folder, tokenizer, count=N, **data):
-    section = DataSection(train=str(write_chats(folder, count)), **data)
-    conversations = load_conversations(section, "train")
-    return prepare_examples(conversations, tokenizer, section, 8, tokenizer.eos_token_id, folder / "cache")
+@pytest.fixture
+def path(tmp_path):
+    return write_rows(tmp_path / "chats.jsonl", chats(N))
 
 
 @pytest.fixture
-def examples(tmp_path, tokenizer):
-    return prepared(tmp_path, tokenizer)
+def batches_of(tmp_path, tokenizer):
+    """Make a rank's batches."""
+
+    def batches_of(config, share, start=0, workers=0, cursor=None):
+        if config.data.streaming:
+            examples = read_stream(config, tokenizer)
+            cursor = Cursor.read(cursor) if cursor else examples.begin
+            return StreamedBatches(examples=examples, collate=ids, share=share, cursor=cursor, workers=workers)
+        examples = read(config, tokenizer, tmp_path / "cache")
+        order = order_of(config, examples)
+        return Stream(
+            examples=examples, order=order, collate=ids, share=share, workers=workers, start_step=start
+        )
+
+    return batches_of
 
 
-def global_batches(examples, steps, world=1, micro=2, start=0, workers=0):
+@pytest.fixture
+def global_batches(batches_of):
     """Put the ranks' micro-batches of each step together as the optimizer sees them."""
-    ranks = [
-        Stream(
-            examples=examples,
-            collate=ids,  # pyright: ignore[reportArgumentType]
-            seed=5,
-            global_batch_size=8,
-            micro_batch_size=micro,
-            rank=rank,
-            world_size=world,
-            start_step=start,
-            workers=workers,
-        )
-        for rank in range(world)
-    ]
-    steps_of_ranks = zip(*(islice(iter(stream), steps) for stream in ranks), strict=True)
-    return [
-        [sample for micro_batches in zip(*ranks, strict=True) for batch in micro_batches for sample in batch]
-        for ranks in steps_of_ranks
-    ]
+
+    def global_batches(config, steps, world=1, micro=2, **more):
+        shares = [Share(config.train.global_batch_size, micro, rank, world) for rank in range(world)]
+        ranks = [iter(batches_of(config, share, **more)) for share in shares]
+        steps_of_ranks = zip(*(islice(batches, steps) for batches in ranks), strict=True)
+        return [
+            [sample for micro_batches in zip(*of_ranks, strict=True) for batch in micro_batches for sample in batch]
+            for of_ranks in steps_of_ranks
+        ]
+
+    return global_batches
 
 
+@pytest.mark.parametrize("data", [{}, {"packing": True, "max_length": 60}, {"streaming": True}], ids=str)
 @pytest.mark.parametrize(("world", "micro"), [(1, 8), (2, 4), (4, 1), (2, 2), (8, 1)])
-def test_a_global_batch_is_the_same_however_it_is_split(examples, world, micro):
-    assert global_batches(examples, 4, world, micro) == global_batches(examples, 4)
+def test_a_global_batch_is_the_same_however_it_is_split(global_batches, path, world, micro, data):
+    config = settings(path, **data)
+    assert global_batches(config, 4, world, micro) == global_batches(config, 4)
 
 
-def test_starting_at_a_step_equals_never_stopping(examples):
-    assert global_batches(examples, 3, start=4) == global_batches(examples, 7)[4:]
+@pytest.mark.parametrize("data", [{}, {"packing": True, "max_length": 80}, {"group_by_length": True}], ids=str)
+def test_starting_at_a_step_equals_never_stopping_and_streaming_equals_reading_before(global_batches, path, data):
+    before, meanwhile = settings(path, **data), settings(path, **data, streaming=True)
+    expected = global_batches(before, 7)
+    assert global_batches(before, 3, start=4) == expected[4:]
+    assert global_batches(meanwhile, 7) == expected
+    assert len({sample for batch in expected for sample, *_ in batch}) == N
 
 
-def test_workers_make_the_same_batches_as_none(examples):
-    assert global_batches(examples, 3, start=1, workers=2) == global_batches(examples, 3, start=1)
+def test_workers_make_the_same_batches_as_none(global_batches, path):
+    config, meanwhile = settings(path), settings(path, streaming=True)
+    assert global_batches(config, 3, start=1, workers=2) == global_batches(config, 3, start=1)
+    assert global_batches(meanwhile, 3, workers=2) == global_batches(config, 3)
 
 
-def test_every_epoch_visits_every_sample_once_in_its_own_order():
-    epochs = [[locate(5, epoch * N + place, N) for place in range(N)] for epoch in range(3)]
-    assert [sorted(order) for order in epochs] == [[(i, epoch) for i in range(N)] for epoch in range(3)]
-    orders = [[index for index, _ in order] for order in epochs]
-    assert orders[0] != orders[1] != orders[2]
-    assert [locate(6, place, N)[0] for place in range(N)] != orders[0]
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_stream_goes_on_from_its_cursor_in_a_mixture_and_in_the_middle_of_a_block(
+    batches_of, tmp_path, path, packing
+):
+    """Blocks of 6 rows of which two thirds are the first source's, so both begin again within a few steps."""
+    other = write_rows(tmp_path / "other.jsonl", chats(3))
+    mixture = [{"path": str(path), "weight": 2}, str(other)]
+    config = settings(mixture, batch=4, streaming=True, shuffle_buffer=6, packing=packing, max_length=70)
+    batches = batches_of(config, Share(4, 2))
+    steps, cursors = [], []
+    for step in islice(batches, 12):
+        steps.append(step)
+        cursors.append(batches.cursor.facts())
+    seen = [sample[:2] for step in steps[:6] for batch in step for sample in batch]
+    assert len(set(seen)) == len(seen)  # nothing twice in an epoch of its source
+    assert {sample >> 40 for sample, _ in seen} == {0, 1}
+    assert any(cursor["used"] > 0 for cursor in cursors)
+    for step in (2, 3, 8):
+        resumed = batches_of(config, Share(4, 2), cursor=cursors[step])
+        assert list(islice(resumed, 3)) == steps[step + 1 : step + 4]
 
 
-def test_the_order_of_a_seed_never_changes():
-    assert [locate(0, place, 8) for place in range(6, 10)] == [(0, 0), (2, 0), (4, 1), (7, 1)]
+def test_a_stream_begins_again_in_another_order_and_every_epoch_has_every_row(batches_of, path):
+    batches = batches_of(settings(path, batch=2, streaming=True, shuffle_buffer=4), Share(2, 2))
+    seen = [sample[:2] for step in islice(batches, 10) for batch in step for sample in batch]
+    assert [sorted(seen[:10]), sorted(seen[10:])] == [[(row, epoch) for row in range(N)] for epoch in range(2)]
+    assert [row for row, _ in seen[:10]] != [row for row, _ in seen[10:]]
+    assert {row for row, _ in seen[:4]} == {0, 1, 2, 3}  # a block at a time
 
 
-@pytest.mark.parametrize(
-    ("over_length", "counts"),
-    [("drop", (6, 4, 0)), ("truncate", (10, 0, 4))],
-)
-def test_what_the_length_policy_did_is_counted(tmp_path, tokenizer, over_length, counts):
-    examples = prepared(tmp_path, tokenizer, max_length=41, over_length=over_length)
-    report = examples.report
-    assert (report.kept, report.dropped, report.truncated) == counts
-    assert len(examples) == report.kept
-    assert max(len(examples[index].tokens_S) for index in range(len(examples))) <= 41
-    assert f"kept {counts[0]} of 10 examples" in str(report)
+def test_a_bad_row_of_a_stream_is_named_or_left_out(batches_of, tmp_path):
+    rows = chats(4)
+    rows[2]["messages"][1]["content"] = ""
+    path = write_rows(tmp_path / "bad.jsonl", rows)
+    with pytest.raises(UserError, match=r"bad\.jsonl:3: messages\[1\].* empty"):
+        next(iter(batches_of(settings(path, streaming=True), Share(2, 2))))
+    batches = batches_of(settings(path, streaming=True, invalid="drop"), Share(2, 2))
+    assert {sample for step in islice(batches, 6) for batch in step for sample, *_ in batch} == {0, 1, 3}
+    none = settings(path, streaming=True, invalid="drop", max_length=9)
+    with pytest.raises(UserError, match=r"no example .* can be trained on"):
+        next(iter(batches_of(none, Share(2, 2))))
 
 
-def test_too_long_examples_name_their_rows_or_leave_nothing(tmp_path, tokenizer):
-    with pytest.raises(UserError, match=r"4 examples (?s:.*)chats\.jsonl:7: prompt"):
-        prepared(tmp_path, tokenizer, max_length=41, over_length="error")
-    with pytest.raises(UserError, match=r"no example fits data\.max_length 9; the shortest takes 34 tokens"):
-        prepared(tmp_path, tokenizer, max_length=9)
+def test_what_workers_get_is_small(tmp_path, path, tokenizer):
+    examples = read(settings(path), tokenizer, tmp_path / "cache")
+    assert examples[3].tokens_S.tolist()
+    assert len(pickle.dumps(examples)) < 20_000  # tokens and tables stay on disk
 
 
-def test_tokens_are_kept_until_data_or_template_change(tmp_path, tokenizer):
-    def folders():
-        return {path for path in (tmp_path / "cache").iterdir() if path.is_dir()}
-
-    prepared(tmp_path, tokenizer)
-    first = folders()
-    prepared(tmp_path, tokenizer, max_length=64)
-    assert folders() == first
-    prepared(tmp_path, tokenizer, count=N + 1)
-    tokenizer.chat_template += " "
-    changed = prepared(tmp_path, tokenizer, count=N + 1)
-    assert len(folders()) == 3
-    assert len(changed) == N + 1
-
-
-@pytest.mark.parametrize("locks", [True, False])
-def test_ranks_that_tokenize_at_once_agree_and_leave_no_debris(tmp_path, tokenizer, monkeypatch, locks):
-    section = DataSection(train=str(write_chats(tmp_path, N)))
-    conversations = load_conversations(section, "train")
-    cache = tmp_path / "cache"
-    together = threading.Barrier(4, timeout=60)
-
-    def no_locks(file, operation):
-        together.wait()
-        raise OSError("no locks here")
-
-    if not locks:
-        monkeypatch.setattr(fcntl, "flock", no_locks)
-
-    def rank(own_tokenizer):
-        return prepare_examples(conversations, own_tokenizer, section, 8, own_tokenizer.eos_token_id, cache)
-
-    with ThreadPoolExecutor(4) as pool:
-        sets = list(pool.map(rank, [copy.deepcopy(tokenizer) for _ in range(4)]))
-    assert len({examples[N - 1].tokens_S.tobytes() for examples in sets}) == 1
-    assert len([path for path in cache.iterdir() if path.is_dir()]) == 1
-
-
-def test_a_batch_that_ranks_cannot_share_is_refused(examples):
+def test_a_batch_that_ranks_cannot_share_is_refused():
     with pytest.raises(UserError, match=r"2 x 3 = 6\. Use 6 or 12"):
-        Stream(
-            examples=examples,
-            collate=ids,  # pyright: ignore[reportArgumentType]
-            seed=0,
-            global_batch_size=8,
-            micro_batch_size=2,
-            world_size=3,
-        )
+        Share(global_batch_size=8, micro_batch_size=2, world_size=3)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_users_mistake_in_a_worker_keeps_its_text(examples, workers):
-    stream = Stream(examples=examples, collate=refuse, seed=0, global_batch_size=2, micro_batch_size=2, workers=workers)
+def test_a_users_mistake_in_a_worker_keeps_its_text(tmp_path, path, tokenizer, workers):
+    config = settings(path)
+    examples = read(config, tokenizer, tmp_path / "cache")
+    stream = Stream(
+        examples=examples, order=order_of(config, examples), collate=refuse, share=Share(2, 2), workers=workers
+    )
     with pytest.raises(UserError) as error:
         next(iter(stream))
     assert str(error.value) == "row 3: too odd\n  second line"
