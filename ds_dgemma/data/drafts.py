@@ -158,7 +158,7 @@ class Chat:
 
     def _without_separator(self, response: str) -> str:
         ended = response.rstrip()
-        return ended if ended.endswith(self.control.names) else response
+        return ended if self.control.ends(ended) else response
 
     def _place(self, answer: Answer, prompt: str) -> tuple[int, int]:
         """Where an answer stands in a later one's prompt, with its thoughts or without."""

@@ -53,10 +53,17 @@ class ChatTemplate:
             )
         self._tokenizer = tokenizer
         self._variables = {"documents": None, **tokenizer.special_tokens_map, **variables}
+        self._plain: Render | None = None
         self._compiled: dict[bool, tuple[Template, dict[str, Any]]] = {}
 
     def for_row(self, tools: list[dict[str, Any]] | None, variables: dict[str, Any]) -> Render:
         """The function that renders messages of a row, with its tools and its own variables."""
+        if tools is None and not variables:
+            self._plain = self._plain or self._bound(None, {})
+            return self._plain
+        return self._bound(tools, variables)
+
+    def _bound(self, tools: list[dict[str, Any]] | None, variables: dict[str, Any]) -> Render:
         if taken := [name for name in OWN_VARIABLES if name in variables]:
             raise BadRow(f"chat_template_kwargs has {taken[0]}, which the row's conversation sets: leave it out.")
         template, common = self._for_tools(tools)

@@ -1,7 +1,7 @@
 """Our learned spans against the assistant mask of the released template's training twin, as TRL keeps both.
 
-The released template writes; the twin writes the same with generation tags, of which transformers makes a mask. Where we
-differ on purpose, a test says so.
+The released template writes; the twin writes the same with generation tags, of which transformers makes a mask. Where
+we differ on purpose, a test says so.
 """
 
 import importlib.util
