@@ -1,6 +1,6 @@
 """The answers of a conversation: what the model is to say, what it is given before, and what each counts for."""
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from ds_dgemma.config import Learn
 from ds_dgemma.data.formats import BadRow, Message
@@ -8,8 +8,7 @@ from ds_dgemma.data.left_out import Words, words_of_calls
 from ds_dgemma.data.rendering import Render
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """An assistant's message, a run of them that the template joins into one turn, or a part of one."""
 
     before: list[Message]
@@ -91,7 +90,7 @@ def _joined(answer: Answer, more: Answer) -> Answer:
             f"the chat template joins messages[{answer.last}] and messages[{more.last}] into one turn, but their "
             f"weights are {_said(answer.weight)} and {_said(more.weight)}: give both the same."
         )
-    return replace(answer, upto=more.upto, last=more.last, words=answer.words + more.words)
+    return answer._replace(upto=more.upto, last=more.last, words=answer.words + more.words)
 
 
 def _said(weight: float | None) -> str:

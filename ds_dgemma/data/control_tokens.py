@@ -55,6 +55,10 @@ class ControlTokens:
                 behind = start + len(name)
                 yield start, name
 
+    def ends(self, text: str) -> bool:
+        """Whether a text ends with a control token."""
+        return any(text[-length:] in self._marks for length in self._lengths)
+
     def removed(self, text: str) -> str:
         """A text without its control tokens."""
         return self._replaced(text, {})

@@ -105,7 +105,7 @@ class Drafter:
         return Draft(Learned("", kept["text"], 1.0, 0, 0), hidden=kept is not brought)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Chat:
     """A conversation whose answers are known."""
 
@@ -142,7 +142,7 @@ class Chat:
 
     def _learned(self, place: int, number: int) -> Learned:
         answer = self.answers[place]
-        if not any(self.control.removed(text).strip() for _, text in answer.words):
+        if not any(text.strip() and self.control.removed(text).strip() for _, text in answer.words):
             raise BadRow(f"messages[{answer.last}] is the assistant's and says nothing: nothing to learn.")
         rendered = split(answer.before, answer.upto, self.render, self.control)
         check_answer(answer.words, rendered.response)
@@ -158,7 +158,7 @@ class Chat:
 
     def _without_separator(self, response: str) -> str:
         ended = response.rstrip()
-        return ended if ended.endswith(self.control.names) else response
+        return ended if self.control.ends(ended) else response
 
     def _place(self, answer: Answer, prompt: str) -> tuple[int, int]:
         """Where an answer stands in a later one's prompt, with its thoughts or without."""

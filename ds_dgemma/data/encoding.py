@@ -20,6 +20,8 @@ REACH = 32  # tokens back from a border to the special token before it
 class TokenizedText:
     """The tokens of a text that was encoded in one or several pieces."""
 
+    __slots__ = ("_pieces", "ids", "text")
+
     def __init__(self, text: str, pieces: Sequence[tuple[int, list[int], Encoding | None]]):
         self.text = text
         self._pieces = pieces  # first character, tokens, and the encoding unless it is a hidden control token
@@ -29,9 +31,11 @@ class TokenizedText:
         """How many tokens lie before a character; None where a token straddles its begin."""
         if char == len(self.text):
             return len(self.ids)
-        place = bisect_right(self._pieces, char, key=lambda piece: piece[0]) - 1 if len(self._pieces) > 1 else 0
-        begin, _, encoding = self._pieces[place]
-        before = sum(len(ids) for _, ids, _ in self._pieces[:place])
+        begin, before, encoding = 0, 0, self._pieces[0][2]
+        if len(self._pieces) > 1:
+            place = bisect_right(self._pieces, char, key=lambda piece: piece[0]) - 1
+            begin, _, encoding = self._pieces[place]
+            before = sum(len(ids) for _, ids, _ in self._pieces[:place])
         if char == begin:
             return before
         token = encoding.char_to_token(char - begin) if encoding else None
@@ -74,6 +78,12 @@ class Encoder:
         """Encode texts, each with whether it has hidden control tokens, in one call of the tokenizer, which has
         threads of its own.
         """
+        if not any(hidden for _, hidden in texts):
+            encodings = self._backend.encode_batch([text for text, _ in texts], add_special_tokens=False)
+            return [
+                TokenizedText(text, ((0, encoding.ids, encoding),))
+                for (text, _), encoding in zip(texts, encodings, strict=True)
+            ]
         cut = [_pieces(text) if hidden else [(0, text, False)] for text, hidden in texts]
         plain = [piece for pieces in cut for _, piece, hidden in pieces if not hidden]
         encodings = iter(self._backend.encode_batch(plain, add_special_tokens=False))

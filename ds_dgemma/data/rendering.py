@@ -16,6 +16,7 @@ Anything else is refused.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from jinja2 import Template
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils as templates  # its private names are used in this file only
 
@@ -46,34 +47,48 @@ class ChatTemplate:
                 f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template, which says how "
                 "a conversation is written. Put a chat_template.jinja beside its tokenizer.json."
             )
+        if taken := [name for name in OWN_VARIABLES if name in variables]:
+            raise UserError(
+                f"data.chat_template_kwargs has {taken[0]}, which each row's conversation sets: leave it out."
+            )
         self._tokenizer = tokenizer
-        self._variables = {**tokenizer.special_tokens_map, **variables}
-        self._compiled: dict[bool, Any] = {}
+        self._variables = {"documents": None, **tokenizer.special_tokens_map, **variables}
+        self._plain: Render | None = None
+        self._compiled: dict[bool, tuple[Template, dict[str, Any]]] = {}
 
     def for_row(self, tools: list[dict[str, Any]] | None, variables: dict[str, Any]) -> Render:
         """The function that renders messages of a row, with its tools and its own variables."""
-        template = self._for_tools(tools)
-        context = {"documents": None, **self._variables, **variables, "tools": tools}
-        if taken := [name for name in OWN_VARIABLES if name in variables or name in self._variables]:
+        if tools is None and not variables:
+            self._plain = self._plain or self._bound(None, {})
+            return self._plain
+        return self._bound(tools, variables)
+
+    def _bound(self, tools: list[dict[str, Any]] | None, variables: dict[str, Any]) -> Render:
+        if taken := [name for name in OWN_VARIABLES if name in variables]:
             raise BadRow(f"chat_template_kwargs has {taken[0]}, which the row's conversation sets: leave it out.")
+        template, common = self._for_tools(tools)
+        variables = {**common, **variables, "tools": tools}
+        environment, blocks = template.environment, template.blocks
 
         def render(messages: list[Message], add_generation_prompt: bool) -> str:
-            try:
-                return template.render(
-                    {**context, "messages": messages, "add_generation_prompt": add_generation_prompt}
-                )
+            own = {**variables, "messages": messages, "add_generation_prompt": add_generation_prompt}
+            try:  # `template.render` merges its globals anew in each call, which costs more than the rendering
+                context = environment.context_class(environment, own, template.name, blocks)
+                return "".join(template.root_render_func(context))
             except Exception as error:  # the template is a program of somebody else's
                 raise BadRow(f"the chat template refuses this conversation: {error}") from error
 
         return render
 
-    def _for_tools(self, tools: list[dict[str, Any]] | None) -> Any:
+    def _for_tools(self, tools: list[dict[str, Any]] | None) -> tuple[Template, dict[str, Any]]:
+        """The template for rows with or without tools, and the variables of all rows."""
         if bool(tools) not in self._compiled:
             try:
                 text = self._tokenizer.get_chat_template(None, tools or None)
-                self._compiled[bool(tools)] = templates._compile_jinja_template(text)
+                template: Template = templates._compile_jinja_template(text)
             except Exception as error:
                 raise UserError(f"the chat template cannot be read: {error}") from error
+            self._compiled[bool(tools)] = template, {**template.globals, **self._variables}
         return self._compiled[bool(tools)]
 
 

@@ -1,12 +1,11 @@
-"""Where the response starts and ends, for templates of several manners and without generation tags."""
+"""Where answers start and end, what is learned of them and which rows are refused, by templates of several manners."""
 
 import json
 
 import pytest
 
-from ds_dgemma.config import DataSection
-from ds_dgemma.data.chat import MAX_TURNS, tokenize_turns
-from ds_dgemma.data.sources import load_conversations
+from ds_dgemma.data.chat import Document, prompt_text, tokenize_rows
+from ds_dgemma.data.formats import BadRow, Conversation, Text
 from ds_dgemma.errors import UserError
 from tests.data.conftest import GEMMA
 
@@ -17,6 +16,9 @@ CHAT = [
     {"role": "user", "content": "two"},
     {"role": "assistant", "content": "second"},
 ]
+HEAD = "<bos><|turn>system\nbe brief<turn|>\n<|turn>user\none<turn|>\n<|turn>model\n"
+SECOND = HEAD + "first<turn|>\n<|turn>user\ntwo<turn|>\n<|turn>model\n"
+
 EMPTY_THOUGHT = GEMMA.replace("'<|turn>model\\n' }}{% endif", "'<|turn>model\\n<|channel>T\\n<channel|>' }}{% endif")
 PLAIN = (
     "{% for message in messages %}{{ message.role + ':' + message.content + '\\n' }}{% endfor %}"
@@ -26,20 +28,65 @@ THOUGHT_IN_TURN = GEMMA.replace(
     "message.content | trim", "('<channel|>' if message.role == 'assistant' else '') + message.content | trim"
 )
 REWRITES = "{{ messages | length }}" + GEMMA
+# as the released template: thoughts of the last turn only, neighbours joined, a turn opened again behind a tool
+TOOLS = (
+    "{{ bos_token }}{% if tools %}{{ '<|turn>system\\n' + tools[0].function.name + '<turn|>\\n' }}{% endif %}"
+    "{% set ns = namespace(user=-1) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set ns.user = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% set joined = loop.nextitem and m.role == loop.nextitem.role == 'assistant' %}"
+    "{% set joins = not loop.first and m.role == loop.previtem.role == 'assistant' %}"
+    "{% if m.role == 'tool' %}{{ '<tool>' + m.content + '</tool>' }}{% else %}"
+    "{% if not joins %}{{ '<|turn>' + ('model' if m.role == 'assistant' else m.role) + '\\n' }}{% endif %}"
+    "{% if m.reasoning_content and loop.index0 > ns.user %}"
+    "{{ '<|channel>' + m.reasoning_content + '<channel|>' }}{% endif %}"
+    "{% for c in m.tool_calls or [] %}{{ '<call>' + c.function.name + (c.function.arguments | tojson) }}{% endfor %}"
+    "{% for r in m.tool_responses or [] %}{{ '<tool>' + (r | tojson) + '</tool>' }}{% endfor %}"
+    "{{ m.content | trim }}"
+    "{% if not joined and (m.content or not (m.tool_calls or m.tool_responses)) %}{{ '<turn|>\\n' }}{% endif %}"
+    "{% endif %}{% endfor %}"
+    "{% set last = messages[-1] %}{% if add_generation_prompt and last.role != 'tool' and not last.tool_responses %}"
+    "{{ '<|turn>model\\n' }}{% endif %}"
+)
+CALL = [{"type": "function", "function": {"name": "tide", "arguments": {"at": "pier"}}}]
+TIDE = [{"type": "function", "function": {"name": "tide", "parameters": {}}}]
 
 
-@pytest.fixture
-def turns_of(tmp_path, tokenizer):
-    """Return a function: the learned turns of one conversation."""
+def user(text):
+    return {"role": "user", "content": text}
 
-    def turns_of(messages, template=GEMMA, assistant_turns="last"):
-        path = tmp_path / "chats.jsonl"
-        path.write_text(json.dumps({"messages": messages}) + "\n")
-        tokenizer.chat_template = template
-        conversations = load_conversations(DataSection(train=str(path)), "train")
-        return tokenize_turns(conversations, range(1), tokenizer, assistant_turns)
 
-    return turns_of
+def model(text="", **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+def read(tokenizer, messages, template=GEMMA, weights=None, tools=None, kwargs=None, **settings):
+    """The documents of one conversation, or what is wrong with it."""
+    tokenizer.chat_template = template
+    row = Conversation(messages, weights or [None] * len(messages), tools, kwargs or {})
+    settings = {"learn": "all", "control_tokens": "error", "chat_template_kwargs": {}} | settings
+    return tokenize_rows([(7, row)], tokenizer, **settings)
+
+
+def shown(tokenizer, documents):
+    """Of each document: of each span the text before it, its own, its weight and number."""
+    for document in documents:
+        assert isinstance(document, Document), document
+        assert document.row == 7
+        assert document.spans[-1].end == len(document.ids)
+    return [
+        [
+            (tokenizer.decode(each.ids[: span.start]), tokenizer.decode(each.ids[span.start : span.end]), *span[2:])
+            for span in each.spans
+        ]
+        for each in documents
+    ]
+
+
+def refusal(tokenizer, messages, **settings) -> str:
+    ((row, problem),) = read(tokenizer, messages, **settings)
+    assert row == 7
+    assert isinstance(problem, BadRow)
+    return str(problem)
 
 
 @pytest.mark.parametrize(
@@ -51,44 +98,221 @@ def turns_of(tmp_path, tokenizer):
         (PLAIN, "second\n"),  # no special token ends the turn: its text is kept
     ],
 )
-def test_the_prompt_is_what_generate_sees_and_the_response_the_rest_of_the_turn(
-    turns_of, tokenizer, template, response
-):
-    (turn,) = turns_of(CHAT, template)
+def test_the_prompt_is_what_generate_sees_and_the_response_the_rest_of_the_turn(tokenizer, template, response):
+    (document,) = read(tokenizer, CHAT, template, learn="last")
     for_generate = tokenizer.apply_chat_template(CHAT[:-1], add_generation_prompt=True, return_dict=False)
-    assert turn.prompt_ids == for_generate
-    assert tokenizer.decode(turn.response_ids) == response
+    (span,) = document.spans
+    assert document.ids[: span.start] == for_generate
+    assert tokenizer.decode(document.ids[span.start :]) == response
+    assert prompt_text(CHAT[:-1], tokenizer) == tokenizer.decode(for_generate)
 
 
-def test_all_turns_are_learned_each_without_those_after_it(turns_of, tokenizer):
-    first, second = turns_of(CHAT, assistant_turns="all")
-    assert [tokenizer.decode(turn.response_ids) for turn in (first, second)] == [
-        "first<turn|>",
-        "second<turn|>",
+def test_all_answers_stand_in_one_document(tokenizer):
+    (document,) = documents = read(tokenizer, CHAT)
+    assert shown(tokenizer, documents) == [[(HEAD, "first<turn|>", 1.0, 0), (SECOND, "second<turn|>", 1.0, 1)]]
+    assert (document.scored_from, document.starts_anywhere) == (1, False)
+
+
+def test_an_answer_that_later_turns_rewrite_has_a_document_of_its_own_scored_where_they_part(tokenizer):
+    messages = [user("a"), model("b"), user("c"), model("d", reasoning_content="T"), user("e"), model("f")]
+    documents = read(tokenizer, messages, TOOLS)
+    last = "<bos><|turn>user\na<turn|>\n<|turn>model\nb<turn|>\n<|turn>user\nc<turn|>\n<|turn>model\n"
+    assert shown(tokenizer, documents) == [
+        [
+            ("<bos><|turn>user\na<turn|>\n<|turn>model\n", "b<turn|>", 1.0, 0),
+            (last + "d<turn|>\n<|turn>user\ne<turn|>\n<|turn>model\n", "f<turn|>", 1.0, 2),
+        ],
+        [(last, "<|channel>T<channel|>d<turn|>", 1.0, 1)],
     ]
-    assert "two" not in tokenizer.decode(first.prompt_ids)
-    assert [first.sample_id, second.sample_id] == [0, 1]
-    with pytest.raises(UserError, match="at most 1024"):
-        turns_of(CHAT[1:3] * (MAX_TURNS + 1), assistant_turns="all")
-
-
-def test_a_token_that_would_straddle_the_border_is_not_made(turns_of, tokenizer):
-    tokenizer.add_tokens([":x"])
-    (turn,) = turns_of([CHAT[1], {"role": "assistant", "content": "xy"}], PLAIN)
-    assert tokenizer.convert_ids_to_tokens(turn.prompt_ids)[-1] == ":"
-    assert tokenizer.convert_ids_to_tokens(turn.response_ids) == ["x", "y", "\n"]
+    assert [document.scored_from for document in documents] == [1, documents[1].spans[0].start]
+    plain = read(tokenizer, CHAT, EMPTY_THOUGHT)  # they part in the prompt
+    assert tokenizer.decode(plain[1].ids[: plain[1].scored_from]) == HEAD
 
 
 @pytest.mark.parametrize(
-    ("template", "found"),
+    ("learn", "weights", "learned"),
     [
-        (None, "no chat template"),
-        (REWRITES, "renders this conversation differently"),
-        ("{{ raise_exception('roles must alternate') }}", "refuses this conversation: roles must alternate"),
-        ("{{ messages[0].content + 1 }}", "refuses this conversation"),
-        ("{{ messages[0].content }}", "writes nothing for the answer"),
+        ("last", [None, None], [("second<turn|>", 1.0, 0)]),
+        ("last", [0.0, 0.5], [("first<turn|>", 0.0, 0), ("second<turn|>", 0.5, 0)]),
+        ("last", [0.5, None], [("second<turn|>", 1.0, 0)]),
+        ("all", [0.25, None], [("first<turn|>", 0.25, 0), ("second<turn|>", 1.0, 1)]),
+        ("all", [None, 0.0], [("first<turn|>", 1.0, 0)]),
+        ("weights", [0.0, 1.0], [("first<turn|>", 0.0, 0), ("second<turn|>", 1.0, 0)]),
+        ("last", [1.0, 0.0], "its last answer has weight 0"),
+        ("all", [0.0, 0.0], "nothing is learned of this row"),
+        ("weights", [None, None], "no assistant message of this row says what it counts for"),
     ],
 )
-def test_a_template_that_cannot_serve_is_refused_with_the_row(turns_of, template, found):
-    with pytest.raises(UserError, match=rf"chats\.jsonl:1: .*{found}"):
-        turns_of(CHAT, template)
+def test_a_rows_own_weights_are_obeyed(tokenizer, learn, weights, learned):
+    settings = {"weights": [None, None, weights[0], None, weights[1]], "learn": learn}
+    if isinstance(learned, str):
+        assert learned in refusal(tokenizer, CHAT, **settings)
+    else:
+        ((*spans,),) = shown(tokenizer, read(tokenizer, CHAT, **settings))
+        assert [span[1:] for span in spans] == learned
+
+
+def test_an_answer_of_weight_0_is_found_where_the_template_writes_it_differently_later(tokenizer):
+    messages = [user("a"), model("b", reasoning_content="T"), user("c"), model("d")]
+    (spans,) = shown(tokenizer, read(tokenizer, messages, TOOLS, weights=[None, 0.0, None, None]))
+    assert [span[1:] for span in spans] == [("b<turn|>", 0.0, 0), ("d<turn|>", 1.0, 0)]
+
+
+def test_neighbouring_answers_that_the_template_joins_are_one(tokenizer):
+    messages = [user("a"), model("b"), model("c"), user("d"), model("e")]
+    (joined,) = shown(tokenizer, read(tokenizer, messages, TOOLS))
+    assert [text for _, text, *_ in joined] == ["bc<turn|>", "e<turn|>"]
+    for template in (GEMMA, PLAIN):
+        (apart,) = shown(tokenizer, read(tokenizer, messages, template))
+        assert [text.strip("\n").removesuffix("<turn|>") for _, text, *_ in apart] == ["b", "c", "e"]
+    found = refusal(tokenizer, messages, template=TOOLS, weights=[None, 1.0, 0.5, None, None])
+    assert "joins messages[1] and messages[2] into one turn, but their weights are 1 and 0.5" in found
+
+
+def test_behind_a_tools_response_the_opener_is_neither_learned_nor_put_before_the_model(tokenizer):
+    messages = [
+        user("a"),
+        model(tool_calls=CALL),
+        {"role": "tool", "content": '{"h":  3}'},
+        model("b"),
+        user("c"),
+        model("d"),
+    ]
+    call = "<bos><|turn>system\ntide<turn|>\n<|turn>user\na<turn|>\n<|turn>model\n"
+    learned_call = '<call>tide{"at": "pier"}'
+    response = call + learned_call + '<tool>{"h":  3}</tool>'
+    assert shown(tokenizer, read(tokenizer, messages, TOOLS, tools=TIDE)) == [
+        [
+            (call, learned_call, 1.0, 0),
+            (response + "<|turn>model\nb<turn|>\n<|turn>user\nc<turn|>\n<|turn>model\n", "d<turn|>", 1.0, 2),
+        ],
+        [(response, "b<turn|>", 1.0, 1)],
+    ]
+
+
+def test_responses_inside_a_message_are_context(tokenizer):
+    own = model("b", tool_calls=CALL, tool_responses=[{"name": "tide", "response": {"h": "3 m"}}])
+    call, learned_call = "<bos><|turn>user\na<turn|>\n<|turn>model\n", '<call>tide{"at": "pier"}'
+    response = '<tool>{"name": "tide", "response": {"h": "3 m"}}</tool>'
+    assert shown(tokenizer, read(tokenizer, [user("a"), own], TOOLS)) == [
+        [(call, learned_call, 1.0, 0), (call + learned_call + response, "b<turn|>", 1.0, 1)]
+    ]
+    del own["tool_calls"]
+    assert shown(tokenizer, read(tokenizer, [user("a"), own], TOOLS)) == [[(call + response, "b<turn|>", 1.0, 0)]]
+
+
+def test_a_token_that_would_straddle_the_border_is_not_made(tokenizer):
+    tokenizer.add_tokens([":x"])
+    messages = [user("a"), model("xy"), user("b"), model("xz")]
+    spans = [
+        [tokenizer.convert_ids_to_tokens(each.ids[span.start - 1 : span.end]) for span in each.spans]
+        for each in read(tokenizer, messages, PLAIN)
+    ]
+    assert spans == [[[":", "x", "z", "\n"]], [[":", "x", "y", "\n"]]]
+
+
+def test_variables_of_the_template_come_from_the_config_and_the_row(tokenizer):
+    template = GEMMA.replace("{{ bos_token }}", "{{ bos_token + style + mood }}")
+    (((before, *_),),) = shown(
+        tokenizer,
+        read(tokenizer, CHAT[1:3], template, kwargs={"mood": "B"}, chat_template_kwargs={"style": "s", "mood": "A"}),
+    )
+    assert before == "<bos>sB<|turn>user\none<turn|>\n<|turn>model\n"
+    assert "chat_template_kwargs has messages" in refusal(tokenizer, CHAT, kwargs={"messages": []})
+
+
+def test_control_tokens_are_refused_or_spelled_or_allowed(tokenizer):
+    messages = [user("Say <|turn>."), model("With <eos>")]
+    assert "messages[0].content holds <|turn>, a control token" in refusal(tokenizer, messages)
+    assert "messages[1].content holds <unk>" in refusal(tokenizer, [user("a"), model("<unk>")])
+    assert "tools[0].function.name holds <eos>" in refusal(
+        tokenizer, CHAT, tools=[{"type": "function", "function": {"name": "<eos>"}}]
+    )
+    assert "reasoning_content" in refusal(tokenizer, [user("a"), model("<|channel>T<channel|>b")])
+    learned = {}
+    for policy in ("text", "allow"):
+        (document,) = read(tokenizer, messages, control_tokens=policy)
+        learned[policy] = tokenizer.convert_ids_to_tokens(document.ids[document.spans[0].start :])
+        assert document.ids.count(tokenizer.convert_tokens_to_ids("<|turn>")) == (2 if policy == "text" else 3)
+    assert learned == {
+        "text": [*"With ", "<", "e", "o", "s", ">", "<turn|>"],
+        "allow": [*"With ", "<eos>", "<turn|>"],
+    }
+
+
+def test_as_text_no_template_can_cut_a_control_token(tokenizer):
+    cuts = GEMMA.replace("message.content | trim", "message.content.split('<|channel>')[0] | trim")
+    messages = [user("a"), model("b<|channel>c")]
+    ((span,),) = shown(tokenizer, read(tokenizer, messages, cuts, control_tokens="text"))
+    assert span[1] == "b<|channel>c<turn|>"
+    assert "leaves out a part of messages[1].content" in refusal(
+        tokenizer, messages, template=cuts, control_tokens="allow"
+    )
+
+
+@pytest.mark.parametrize("policy", ["error", "text", "allow"])
+def test_what_stands_for_an_image_is_always_refused(tokenizer, policy):
+    found = refusal(tokenizer, [user("see <im>"), model("b")], control_tokens=policy, image_tokens=("<im>",))
+    assert found.startswith("messages[0].content holds <im>, which stands for an image.")
+
+
+@pytest.mark.parametrize(
+    ("messages", "settings", "found"),
+    [
+        (CHAT, {"template": REWRITES}, "renders this conversation differently"),
+        (CHAT, {"template": "{{ raise_exception('roles must alternate') }}"}, "conversation: roles must alternate"),
+        (CHAT, {"template": "{{ messages[0].content + 1 }}"}, "refuses this conversation"),
+        (CHAT, {"template": "{{ messages[0].content }}"}, "writes nothing for the answer"),
+        ([user("a"), model("  ")], {}, "messages[1] is the assistant's and says nothing"),
+        ([user("a"), model("<eos>")], {"control_tokens": "allow"}, "says nothing"),
+        ([user("a"), model("b", reasoning_content="T")], {}, "leaves out a part of messages[1].reasoning_content: 'T'"),
+        ([user("a"), model("b", tool_calls=CALL)], {}, "part of messages[1].tool_calls[0].function.name: 'tide'"),
+        (
+            [user("a"), model("<think>T</think>b")],
+            {"template": GEMMA.replace("message.content |", "message.content.split('</think>')[-1] |")},
+            "leaves out a part of messages[1].content: '<think>T</think>b'. A thought goes into",
+        ),
+        (
+            CHAT,
+            {"template": GEMMA.replace("in messages %}", "in messages if message.role != 'system' %}")},
+            "part of messages[0].content: 'be brief'. It has no place for role system",
+        ),
+        (CHAT, {"tools": TIDE}, "leaves out a part of tools[0]: 'tide'"),
+        (
+            [user("a"), model("x", tool_calls=CALL), user("b"), model("c")],
+            {"learn": "last"},
+            "leaves out a part of messages[1].tool_calls[0].function.name",
+        ),
+        ([user("é"), model("b")], {}, "no token for a part of this row, which would become <unk>"),
+        ([user("a")], {}, "no assistant turn"),
+    ],
+)
+def test_what_carries_words_is_rendered_or_refused(tokenizer, messages, settings, found):
+    assert found in refusal(tokenizer, messages, **settings)
+
+
+def test_words_count_as_rendered_trimmed_or_escaped(tokenizer):
+    escapes = GEMMA.replace("message.content | trim", "message.content | trim | tojson")
+    ((span,),) = shown(tokenizer, read(tokenizer, [user(' say "a" '), model('"b"\n')], escapes))
+    assert span[1] == json.dumps('"b"') + "<turn|>"
+
+
+def test_running_text_begins_with_bos_and_needs_no_template(tokenizer):
+    tokenizer.chat_template = None
+    rows = [(0, Text("ab")), (1, Text(" ")), (2, Text("a<eos>"))]
+    document, empty, control = tokenize_rows(rows, tokenizer, "last", "error", {})
+    assert (tokenizer.decode(document.ids), document.spans, document.starts_anywhere) == (
+        "<bos>ab",
+        ((1, 3, 1.0, 0),),
+        True,
+    )
+    assert (empty[0], str(empty[1])) == (1, "text is empty: nothing to learn.")
+    assert (control[0], "text holds <eos>" in str(control[1])) == (2, True)
+    with pytest.raises(UserError, match="no chat template"):
+        tokenize_rows([(0, Conversation(CHAT, [None] * 5))], tokenizer, "last", "error", {})
+
+
+def test_rows_come_back_in_order_whatever_their_fate(tokenizer):
+    rows = [(9, Text("a")), (4, Conversation([user("a")], [None])), (5, Conversation(CHAT, [None] * 5)), (3, Text("b"))]
+    told = tokenize_rows(rows, tokenizer, "all", "error", {})
+    assert [each[0] if isinstance(each, tuple) else each.row for each in told] == [9, 4, 5, 3]
