@@ -48,9 +48,7 @@ def batches_of(tmp_path, tokenizer):
             return StreamedBatches(examples=examples, collate=ids, share=share, cursor=cursor, workers=workers)
         examples = read(config, tokenizer, tmp_path / "cache")
         order = order_of(config, examples)
-        return Stream(
-            examples=examples, order=order, collate=ids, share=share, workers=workers, start_step=start
-        )
+        return Stream(examples=examples, order=order, collate=ids, share=share, workers=workers, start_step=start)
 
     return batches_of
 
