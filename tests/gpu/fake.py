@@ -224,8 +224,8 @@ def to_fake(stack: DiffusionGemmaStack) -> None:
 
 
 def calls_of(stack: DiffusionGemmaStack) -> Calls:
-    """Four documents of 1,525 clean tokens, over a window and no multiple of anything; one canvas each, two of them guessed,
-    one without a clean token before it.
+    """Four documents of 1,525 clean tokens, over a window and no multiple of anything; one canvas each, two of them
+    guessed, one without a clean token before it.
     """
 
     def ids(count: int) -> torch.Tensor:
