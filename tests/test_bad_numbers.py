@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ds_dgemma.cli import main
-from ds_dgemma.data.stream import locate
+from ds_dgemma.data.order import permutation
 from ds_dgemma.errors import EXIT_BAD_NUMBERS, EXIT_USER_ERROR
 from tests.test_resume import final_state, numbers
 from tests.training import start_module, start_ranks, train
@@ -24,7 +24,8 @@ BAD_STEP, BAD_RANK, BAD_MICRO_BATCH = 3, 1, 0
 
 
 def examples_of(step: int) -> list[int]:
-    return [locate(0, (step - 1) * BATCH + i, EXAMPLES)[0] for i in range(BATCH)]
+    positions = range((step - 1) * BATCH, step * BATCH)
+    return [int(permutation(EXAMPLES, "order", 0, p // EXAMPLES)[p % EXAMPLES]) for p in positions]
 
 
 BAD = examples_of(BAD_STEP)[(BAD_MICRO_BATCH * 2 + BAD_RANK) * MICRO]

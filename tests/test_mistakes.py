@@ -55,7 +55,7 @@ def furthest(run: Run, case: ParityCase) -> float:
 
 def change_masks(run: Run, change: Callable[[TokenLayout, int, dict[str, Tensor]], dict[str, Tensor]]) -> None:
     """Let `change` (layout, window, right masks) make dense masks, under which everything attends, in one sweep."""
-    batch, window = run.batch, run.objective.model.window
+    window = run.objective.model.window
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, _: None, *, tokens: Tokens, **more: Any) -> Any:
         layout = clean_and_canvases(tokens.documents, tokens.canvases, LENGTH)

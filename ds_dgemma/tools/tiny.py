@@ -8,7 +8,8 @@ does, `<|turn>role\\ncontent<turn|>\\n`.
 - `sudoku4`: a character is a token (digits, letters A to I, `.`), a role is one, and the template leaves out
   the newlines: a 4x4 puzzle is 22 prompt tokens, its answer 16 digits and `<turn|>` in a canvas of 20.
 - `text`: byte-level BPE trained on a file, so no text is unknown and decoding gives back every byte. A
-  newline is always a token of its own: no merge reaches across the border between prompt and answer.
+  newline is always a token of its own: no merge reaches across the border between prompt and answer. Its template
+  (`text_template.jinja`) has tools and thoughts.
 """
 
 import json
@@ -52,11 +53,22 @@ SHAPES = {
 PAD, EOS, BOS, TURN, END_OF_TURN, UNKNOWN = "<pad>", "<eos>", "<bos>", "<|turn>", "<turn|>", "<unk>"
 IMAGE_TOKENS = ["<|image>", "<image|>", "<|image|>"]  # begin, end, placeholder
 CONTROL_TOKENS = [PAD, EOS, BOS, TURN, END_OF_TURN]
+TEXT_CONTROL_TOKENS = [
+    *CONTROL_TOKENS,
+    *("<|think|>", "<|channel>", "<channel|>", "<|tool>", "<tool|>"),
+    *("<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>"),
+]
 ROLES = ["user", "model", "system"]
 SUDOKU_CHARACTERS = [".", *"123456789", *"ABCDEFGHI", "\n"]
 
+SUDOKU_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|turn>' + ('model' if message.role == 'assistant' else message.role) + message.content + '<turn|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|turn>model' }}{% endif %}"
+)
+TEXT_TEMPLATE = Path(__file__).with_name("text_template.jinja")
 TEXT_VOCABULARY = 4096
-SMALLEST_TEXT_VOCABULARY = len(CONTROL_TOKENS) + 256 + len(IMAGE_TOKENS)  # every byte is a token
+SMALLEST_TEXT_VOCABULARY = len(TEXT_CONTROL_TOKENS) + 256 + len(IMAGE_TOKENS)  # every byte is a token
 
 
 def make_tiny(
@@ -171,7 +183,7 @@ def _sudoku_tokenizer(text: Path | None, vocab_size: int | None) -> PreTrainedTo
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     _mark_special(tokenizer, [*CONTROL_TOKENS, *ROLES, UNKNOWN, *IMAGE_TOKENS])
-    return _with_template(tokenizer, newline="", unk_token=UNKNOWN)
+    return _with_template(tokenizer, SUDOKU_TEMPLATE, unk_token=UNKNOWN)
 
 
 def text_tokenizer(text: Path | None, vocab_size: int | None) -> PreTrainedTokenizerFast:
@@ -188,7 +200,7 @@ def text_tokenizer(text: Path | None, vocab_size: int | None) -> PreTrainedToken
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size - len(IMAGE_TOKENS),
-        special_tokens=CONTROL_TOKENS,
+        special_tokens=TEXT_CONTROL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -197,8 +209,8 @@ def text_tokenizer(text: Path | None, vocab_size: int | None) -> PreTrainedToken
     if first is None:
         raise UserError(f"--text {text}: holds no text to train the tokenizer on.")
     tokenizer.train_from_iterator(chain([first], strings), trainer)
-    _mark_special(tokenizer, [*CONTROL_TOKENS, *IMAGE_TOKENS])
-    return _with_template(tokenizer, newline="\\n")
+    _mark_special(tokenizer, [*TEXT_CONTROL_TOKENS, *IMAGE_TOKENS])
+    return _with_template(tokenizer, TEXT_TEMPLATE.read_text())
 
 
 def _mark_special(tokenizer: Tokenizer, tokens: list[str]) -> None:
@@ -206,15 +218,7 @@ def _mark_special(tokenizer: Tokenizer, tokens: list[str]) -> None:
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
 
 
-def _with_template(tokenizer: Tokenizer, newline: str, **special: str) -> PreTrainedTokenizerFast:
-    template = (
-        "{{ bos_token }}{% for message in messages %}"
-        "{{ 'TURN' + ('model' if message.role == 'assistant' else message.role) + 'NEWLINE' }}"
-        "{{ message.content + 'END' + 'NEWLINE' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'TURNmodelNEWLINE' }}{% endif %}"
-    )
-    for name, written in (("TURN", TURN), ("END", END_OF_TURN), ("NEWLINE", newline)):
-        template = template.replace(name, written)
+def _with_template(tokenizer: Tokenizer, template: str, **special: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         chat_template=template,

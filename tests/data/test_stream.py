@@ -1,4 +1,4 @@
-"""The order of training, however it is shared out, its rows read before or meanwhile; and the processes that make it."""
+"""The order of training, however it is shared out, its rows read before or meanwhile; the processes that make it."""
 
 import os
 import pickle

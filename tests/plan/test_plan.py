@@ -24,7 +24,7 @@ from ds_dgemma.plan.inventory import build_stack_for
 from ds_dgemma.plan.plan import RELEASED_SHAPES, Limits, Plan, make_plan, read_shapes
 from ds_dgemma.plan.report import verdict
 from ds_dgemma.plan.setup import Shape
-from ds_dgemma.training.utilisation import rows_of
+from ds_dgemma.training.utilisation import documents_of
 from tests.benchmarks.step import make_batch
 from tests.gpu import shapes
 from tests.reference.adapters import write_random_adapter
@@ -265,7 +265,7 @@ def test_arithmetic_is_that_of_the_batch(tmp_path):
     batching = ["train.global_batch_size=8", f"train.micro_batch_size={rows}"]
     found = plan(tmp_path, *settings, *batching, "objective.self_conditioning_probability=0.5", gpus=1)
     batch = make_batch(clean - canvas, canvas, rows, found.inventory.text.vocab_size, canvas)  # half of the coins true
-    assert found.cost.useful_flops == 2 * batch_work(found.inventory.products, rows_of([batch]))
+    assert found.cost.useful_flops == 2 * batch_work(found.inventory.products, documents_of([batch]))
     # Full checkpointing computes the forward again of clean tokens and canvases, in all layers but the last.
     nothing_again = plan(tmp_path, *settings, *batching, "train.activation_checkpointing=none", gpus=1).cost
     products = found.inventory.products

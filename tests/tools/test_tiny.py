@@ -117,7 +117,7 @@ def test_what_cannot_be_made_is_refused_and_leaves_nothing(tmp_path: Path, check
         (("sudoku4", broken / "below"), {}, "cannot write"),
         (("sudoku4", new), {"vocab_size": 64}, "--vocab-size"),
         (("text", new), {}, "needs --text"),
-        (("text", new), {"text": broken, "vocab_size": 100}, "at least 264"),
+        (("text", new), {"text": broken, "vocab_size": 100}, "at least 273"),
         (("text", new), {"text": broken}, r"broken.jsonl:2: broken JSON"),
         (("text", new), {"text": tmp_path / "absent"}, "cannot be read"),
     ]
