@@ -132,6 +132,14 @@ class _Writer:
                 made[place] = _Tokens(prompt.ids + response.ids, start, prompt)
         return made
 
+    def _border(self, text: TokenizedText, prompt: str, hidden: bool) -> int | None:
+        """How many tokens a prompt has at the begin of a text; None where they are not those that it has alone."""
+        border = self._encoder.border(text, len(prompt))
+        if border.sure or border.tokens is None:
+            return border.tokens
+        (alone,) = self._encoder.encode([(prompt, hidden)])
+        return border.tokens if text.ids[: border.tokens] == alone.ids else None
+
     def document(self, row: int, draft: Draft, tokens: _Tokens, others: list[Document]) -> tuple[Document, list[Draft]]:
         """The document of a draft, and the drafts of earlier answers that have no token borders in it.
 
@@ -149,7 +157,7 @@ class _Writer:
             return Document(row, ids, (Span(len(self._bos), len(ids), last.weight, last.number),), 1, True), []
         spans, alone = [Span(tokens.start, len(tokens.ids), last.weight, last.number)], []
         for answer in draft.earlier:
-            start = self._encoder.border(tokens.text, len(answer.prompt)).tokens
+            start = self._border(tokens.text, answer.prompt, draft.hidden)
             end = tokens.text.tokens_before(len(answer.prompt) + len(answer.response))
             if start is None or end is None:
                 alone.append(chat.draft(answer))

@@ -91,6 +91,8 @@ class Encoder:
 
     def border(self, text: TokenizedText, char: int) -> Border:
         """The token border where a prompt ends, at a character."""
+        if char == 0:
+            return Border(0, True)
         end = text.tokens_before(char)
         near = None if end is None else text.from_special(end, self._control.ids)
         if end is None or near is None:

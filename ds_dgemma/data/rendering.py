@@ -115,12 +115,7 @@ def split(before: list[Message], upto: list[Message], render: Render, control: C
         if _opens(prompt[len(head) :], control):
             raise _open_thought(prompt[len(head) :])
         return _some(prompt, whole, len(head))
-    raise BadRow(
-        "the chat template renders this conversation differently once the answer is there, so where the "
-        f"answer starts is unknown.\n  for generation: ...{prompt[-80:]!r}\n"
-        f"  with the answer: ...{whole[-80:]!r}\n"
-        "  A template that rewrites or joins earlier turns cannot be trained on: change it, or the data."
-    )
+    raise _unknown_start(before, prompt, whole)
 
 
 def follows_tool(messages: list[Message]) -> bool:
@@ -150,6 +145,21 @@ def _before_content(before: list[Message], upto: list[Message], render: Render) 
 def _opens(text: str, control: ControlTokens) -> bool:
     """Whether text that only the generation prompt has leaves something open, such as a thought."""
     return any(name in text for name in control.added) and not text.rstrip().endswith(control.added)
+
+
+def _unknown_start(before: list[Message], prompt: str, whole: str) -> BadRow:
+    both = next((n for n, message in enumerate(before) if message.get("tool_calls") and message["content"]), None)
+    hint = (
+        "A template that rewrites or joins earlier turns cannot be trained on: change it, or the data."
+        if both is None
+        else f"messages[{both}] has both content and tool_calls, which this template may write behind the tools' "
+        "responses: put that content into its reasoning_content, or leave it out."
+    )
+    return BadRow(
+        "the chat template renders this conversation differently once the answer is there, so where the "
+        f"answer starts is unknown.\n  for generation: ...{prompt[-80:]!r}\n"
+        f"  with the answer: ...{whole[-80:]!r}\n  {hint}"
+    )
 
 
 def _open_thought(begun: str) -> BadRow:

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from ds_dgemma.data.chat import Document, prompt_text, tokenize_rows
 from ds_dgemma.data.formats import BadRow, Conversation, Text
@@ -316,3 +318,19 @@ def test_rows_come_back_in_order_whatever_their_fate(tokenizer):
     rows = [(9, Text("a")), (4, Conversation([user("a")], [None])), (5, Conversation(CHAT, [None] * 5)), (3, Text("b"))]
     told = tokenize_rows(rows, tokenizer, "all", "error", {})
     assert [each[0] if isinstance(each, tuple) else each.row for each in told] == [9, 4, 5, 3]
+
+
+def test_a_prompt_has_the_tokens_that_it_has_alone_where_the_tokenizer_looks_ahead():
+    spaces = Tokenizer(models.WordLevel({"a": 0, ":": 1, " ": 2, "  ": 3, "\n": 4, "<unk>": 5}, unk_token="<unk>"))
+    spaces.pre_tokenizer = pre_tokenizers.Split(
+        Regex(r" +(?! |a)|[\s\S]"), "isolated"
+    )  # spaces join unless text follows
+    spaces.decoder = decoders.Fuse()
+    looks_ahead = PreTrainedTokenizerFast(tokenizer_object=spaces)
+    template = (
+        "{% for m in messages %}{{ ':  ' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}:  {% endif %}"
+    )
+    messages = [user("a"), model("a"), user("a"), model("a")]
+    first, second = (document.ids for document in reversed(read(looks_ahead, messages, template)))
+    assert first == [1, 2, 2, 0, 4, 1, 3, 0, 4]
+    assert second == [1, 2, 2, 0, 4, 1, 2, 2, 0, 4, 1, 2, 2, 0, 4, 1, 3, 0, 4]
