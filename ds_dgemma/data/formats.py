@@ -11,10 +11,10 @@ example file in ds_configs/examples/, a test.
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import lru_cache
-from string import Formatter
 from typing import Any
 
 from ds_dgemma.config import ColumnsSection, FormatName
+from ds_dgemma.data.columns import Row, list_columns, map_columns
 from ds_dgemma.data.messages import (
     MEDIA,
     TEXT_ONLY,
@@ -31,14 +31,10 @@ from ds_dgemma.data.messages import (
     read_message,
     weight_of,
 )
-from ds_dgemma.errors import did_you_mean
-
-Row = dict[str, Any]  # what of a row no one has read yet
+from ds_dgemma.data.turns import IGNORE, Turns, history_of, list_of, pair_of, said, string, turn_list, with_system
 
 SYSTEM = ("system", "system_prompt")
 TOOLS = ("tools", "functions")
-BRACES = "Write {{ for a brace itself."
-IGNORE = "or name it in data.ignore to leave it out"
 # Keys that carry words, or decide what a prompt or an answer is: a format reads them, or the row is refused
 WORDS = frozenset(
     word
@@ -91,9 +87,6 @@ class Layout:
     ignore: frozenset[str] = frozenset()
 
 
-Turns = list[tuple[Message, float | None]]
-
-
 def read_row(record: dict[str, Any], layout: Layout) -> tuple[Conversation | Text, list[str]]:
     """Read a row; return it and the keys that were not read and are not empty.
 
@@ -107,7 +100,7 @@ def read_row(record: dict[str, Any], layout: Layout) -> tuple[Conversation | Tex
                 raise BadRow(f"has {key}. {TEXT_ONLY}")
     if layout.columns is not None:
         name = "data.columns"
-        read = _columns(row, layout.columns)
+        read = _conversation(row, map_columns(row, layout.columns), reads_system=False)
     else:
         name = layout.format
         if name == "auto":
@@ -120,7 +113,7 @@ def read_row(record: dict[str, Any], layout: Layout) -> tuple[Conversation | Tex
 
 def messages(row: Row) -> Conversation:
     """OpenAI's: `messages` of {role, content}, with `tools`, `tool_calls`, thoughts and weights."""
-    turns = _turn_list(row.pop("messages"), "messages")
+    turns = turn_list(row.pop("messages"), "messages")
     if all(map(is_plain, turns)):
         return _conversation(row, [(turn, None) for turn in turns])
     return _conversation(row, [read_message(turn, f"messages[{n}]") for n, turn in enumerate(turns)])
@@ -128,7 +121,7 @@ def messages(row: Row) -> Conversation:
 
 def sharegpt(row: Row) -> Conversation:
     """ShareGPT's: `conversations` of {from, value}; a function_call's value is JSON of {name, arguments}."""
-    turns = _turn_list(row.pop("conversations"), "conversations")
+    turns = turn_list(row.pop("conversations"), "conversations")
     return _conversation(row, [_sharegpt_turn(turn, f"conversations[{n}]") for n, turn in enumerate(turns)])
 
 
@@ -137,10 +130,10 @@ def alpaca(row: Row) -> Conversation:
 
     `history` is a list of earlier [user, assistant] pairs.
     """
-    parts = [_string(row.pop(key, None) or "", key) for key in ("instruction", "input")]
+    parts = [string(row.pop(key, None) or "", key) for key in ("instruction", "input")]
     prompt, output = "\n".join(filter(None, parts)), row.pop("output")
-    earlier = _history(row.pop("history", None), "history")
-    return _conversation(row, [*earlier, _said("user", prompt, "instruction"), _said("assistant", output, "output")])
+    earlier = history_of(row.pop("history", None), "history")
+    return _conversation(row, [*earlier, said("user", prompt, "instruction"), said("assistant", output, "output")])
 
 
 def prompt_completion(row: Row) -> Conversation:
@@ -150,12 +143,12 @@ def prompt_completion(row: Row) -> Conversation:
     if row.get("label") is False:
         raise BadRow(f"label is false: the completion is one that is not wanted. Leave the row out, {IGNORE} (label).")
     key = "completion" if row.get("completion") is not None else "response"
-    return _conversation(row, _pair(row.pop("prompt"), row.pop(key), "prompt", key))
+    return _conversation(row, pair_of(row.pop("prompt"), row.pop(key), "prompt", key))
 
 
 def text(row: Row) -> Text:
     """Running text for continued training: `text`."""
-    words = _string(row.pop("text"), "text")
+    words = string(row.pop("text"), "text")
     if not words.strip():
         raise BadRow("text is empty: nothing to learn.")
     check_text(words, "text")
@@ -215,122 +208,7 @@ def _demand(row: Row, name: str) -> None:
         if all(row.get(key) is None for key in names):
             if found := [key for key in names if key in row]:
                 raise BadRow(f"{found[0]} is null; data.format {name} needs it.")
-            raise BadRow(f"no column {' or '.join(names)}, which data.format {name} needs; {_list_columns(row)}")
-
-
-def _list_columns(row: Collection[str]) -> str:
-    return f"the columns are: {', '.join(row) or 'none'}."
-
-
-def _columns(row: Row, columns: ColumnsSection) -> Conversation:
-    """Columns by name, or templates of them. A column of messages is taken as messages."""
-    whole = dict(row)  # a column may be named twice
-    mapped = [spec for spec in (columns.prompt, columns.response, columns.system, columns.history) if spec is not None]
-    for name in {name for spec in mapped for name in _names(spec, whole)}:
-        row.pop(name, None)
-    turns = _pair(*(_filled(whole, spec) for spec in (columns.prompt, columns.response)), *map(_label, mapped[:2]))
-    if columns.history is not None:
-        turns = [*_history(_filled(whole, columns.history), _label(columns.history)), *turns]
-    if columns.system is not None and (words := _filled(whole, columns.system)):
-        turns = _with_system(turns, _string(words, _label(columns.system)))
-    return _conversation(row, turns, reads_system=False)
-
-
-def _label(spec: str) -> str:
-    return f"{'template' if '{' in spec else 'column'} {spec}"
-
-
-def _names(spec: str, row: Row) -> list[str]:
-    """The columns that a mapping names."""
-    if spec in row or "{" not in spec:
-        return [spec]
-    return [name for _, name, _, _ in _pieces(spec) if name is not None]
-
-
-def _pieces(spec: str) -> list[tuple[str, str | None, str | None, str | None]]:
-    try:
-        pieces = list(Formatter().parse(spec))
-    except ValueError as error:
-        raise BadRow(f"data.columns: {spec!r} is no template: {error}. {BRACES}") from error
-    if any(name == "" or form or conversion for _, name, form, conversion in pieces):
-        raise BadRow(f"data.columns: {spec!r} is no template: columns' names alone were expected in braces. {BRACES}")
-    return pieces
-
-
-def _filled(row: Row, spec: str) -> Any:
-    """A column's value, or a template with the row's values in it."""
-    if spec in row or "{" not in spec:
-        return _column(row, spec)
-    words = ""
-    for before, name, _, _ in _pieces(spec):
-        words += before
-        if name is None:
-            continue
-        value = _column(row, name)
-        if type(value) not in (str, int):
-            raise BadRow(f"column {name} is {kind_of(value)}, expected a string for the template {spec!r}.")
-        words += str(value)
-    return words
-
-
-def _column(row: Row, name: str) -> Any:
-    if name not in row:
-        raise BadRow(f"no column {name}; {_list_columns(row)}{did_you_mean(name, row)}")
-    return row[name]
-
-
-def _pair(prompt: Any, completion: Any, prompt_name: str, completion_name: str) -> Turns:
-    """A prompt and its completion, each a text or a list of messages."""
-    turns = []
-    for value, role, name in ((prompt, "user", prompt_name), (completion, "assistant", completion_name)):
-        if not _is_messages(value):
-            turns.append(_said(role, value, name))
-            continue
-        read = [read_message(turn, f"{name}[{n}]") for n, turn in enumerate(value)]
-        if role == "user":
-            read = [(turn, 0.0 if own is None and turn["role"] == "assistant" else own) for turn, own in read]
-        turns += read
-    return turns
-
-
-def _is_messages(value: Any) -> bool:
-    return isinstance(value, list) and any(isinstance(item, dict) and "role" in item for item in value)
-
-
-def _said(role: str, content: Any, name: str) -> tuple[Message, None]:
-    return read_message({"role": role, "content": content}, name, content_name=name)[0], None
-
-
-def _history(pairs: Any, name: str) -> Turns:
-    turns: Turns = []
-    for n, pair in enumerate(_list(pairs, name) if pairs else []):
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise BadRow(f"{name}[{n}] is {kind_of(pair)}, expected a pair [user, assistant].")
-        turns += [_said(role, said, f"{name}[{n}]") for role, said in zip(("user", "assistant"), pair, strict=True)]
-    return turns
-
-
-def _string(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise BadRow(f"{name} is {kind_of(value)}, expected a string.")
-    return value
-
-
-def _list(value: Any, name: str) -> list[Any]:
-    """A list, or JSON text of one, which is what a table's cell can hold."""
-    value = parsed(value, name, "[")
-    if not isinstance(value, list):
-        raise BadRow(f"{name} is {kind_of(value)}, expected a list.")
-    return value
-
-
-def _turn_list(value: Any, name: str) -> list[Any]:
-    value = parsed(value, name, "[")
-    if not isinstance(value, list):
-        raise BadRow(f"{name} is {kind_of(value)}, expected a list of {{role, content}}.")
-    if not value:
-        raise BadRow(f"{name} is empty: nothing to learn.")
-    return value
+            raise BadRow(f"no column {' or '.join(names)}, which data.format {name} needs; {list_columns(row)}")
 
 
 def _sharegpt_turn(turn: Any, name: str) -> tuple[Message, float | None]:
@@ -365,30 +243,17 @@ def _conversation(row: Row, turns: Turns, reads_system: bool = True) -> Conversa
     if reads_system:
         for key in SYSTEM:
             if words := row.pop(key, None):
-                turns = _with_system(turns, _string(words, key))
+                turns = with_system(turns, string(words, key))
     weight = weight_of(row, "the row")
     if weight is not None:
         turns = [(turn, weight if own is None and turn["role"] == "assistant" else own) for turn, own in turns]
-    said, weights = map(list, zip(*turns, strict=True))
-    return Conversation(said, weights, _tools(row), _template_kwargs(row))
-
-
-def _with_system(turns: Turns, words: str) -> Turns:
-    """Put the row's system text first, where it is not there already."""
-    first = turns[0][0]
-    if first["role"] not in ("system", "developer"):
-        return [_said("system", words, "system"), *turns]
-    if first["content"].strip() != words.strip():
-        raise BadRow(
-            f"the row's system text is another than that of its first message, which is from {first['role']}. Keep "
-            f"one of them, {IGNORE} (system)."
-        )
-    return turns
+    told, weights = map(list, zip(*turns, strict=True))
+    return Conversation(told, weights, _tools(row), _template_kwargs(row))
 
 
 def _tools(row: Row) -> list[dict[str, Any]] | None:
     declared = [
-        [_tool(tool, f"{key}[{n}]") for n, tool in enumerate(_list(value, key))]
+        [_tool(tool, f"{key}[{n}]") for n, tool in enumerate(list_of(value, key))]
         for key in TOOLS
         if (value := row.pop(key, None))
     ]
