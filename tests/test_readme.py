@@ -49,10 +49,10 @@ def test_the_way_from_data_to_an_evaluated_model(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     rows = [{"question": f"What is {n} plus {n}?", "answer": f"It is {2 * n}."} for n in range(40)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = tmp_path / "runs/sudoku-data"
-    make_tiny("sudoku4", data / "model")
-    write_sudoku(4, "train", 64, 0, data / "train.jsonl")
-    write_sudoku(4, "test", 5, 0, data / "test.jsonl")
+    puzzles = tmp_path / "runs/sudoku-data"
+    make_tiny("sudoku4", puzzles / "model")
+    write_sudoku(4, "train", 64, 0, puzzles / "train.jsonl")
+    write_sudoku(4, "test", 5, 0, puzzles / "test.jsonl")
 
     def run(*words: str) -> None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
@@ -64,12 +64,20 @@ def test_the_way_from_data_to_an_evaluated_model(tmp_path: Path) -> None:
         port = ["--master_port", str(free_port())]
         return [words[0], *port, *words[1:], *(word for setting in settings for word in ("--set", setting))]
 
-    made, *used = commands("README.md", "ds-dgemma")[:4]
+    inspected, made, *used = commands("README.md", "ds-dgemma")[:5]
     run(*made)
+    model = f"model.path={tmp_path}/runs/gsm8k-data/model"
+    run(*inspected, "--set", model, "--json", "seen.jsonl")
+    assert len((tmp_path / "seen.jsonl").read_text().splitlines()) == 20
+    for example in ("tool_calling", "thinking"):
+        data = f"data.train={ROOT}/ds_configs/examples/{example}.jsonl"
+        settings = [model, data, "train.precision=fp32", *SHORT]
+        steps = train(ROOT / f"ds_configs/runs/{example}.yaml", tmp_path / f"runs/{example}", settings, processes=1)
+        assert len(steps) == 2
     (trained,) = commands("README.md", "deepspeed")
     run(*short(trained, "data.train=train.jsonl"))
     # As launch/demo.sh does it, but without the launcher.
-    here = [f"model.path={data}/model", f"data.train={data}/train.jsonl", *SHORT]
+    here = [f"model.path={puzzles}/model", f"data.train={puzzles}/train.jsonl", *SHORT]
     train(ROOT / "ds_configs/runs/sudoku.yaml", tmp_path / "runs/sudoku", here, processes=2)
     for words in used:
         run(*words)

@@ -144,9 +144,11 @@ class Chat:
         answer = self.answers[place]
         if not any(text.strip() and self.control.removed(text).strip() for _, text in answer.words):
             raise BadRow(f"messages[{answer.last}] is the assistant's and says nothing: nothing to learn.")
+        message = answer.upto[-1]
+        if message.get("tool_responses"):  # a template that does not know them has no place for an answer behind them
+            check_context(answer.before, None, self.render(answer.before, True))
         rendered = split(answer.before, answer.upto, self.render, self.control)
         check_answer(answer.words, rendered.response)
-        message = answer.upto[-1]
         if message.get("tool_responses") and not stands(message.get("reasoning_content", ""), rendered.whole):
             raise BadRow(
                 f"the chat template leaves out messages[{answer.last}].reasoning_content, a thought before the tools' "
