@@ -44,7 +44,10 @@ Pattern = Annotated[str, AfterValidator(checked_pattern)]
 def _named(path: Path) -> Path:
     if path == Path():
         raise ValueError("an empty path is the current directory: give a name")
-    return path
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"~ has no meaning here: {error}") from None
 
 
 NamedPath = Annotated[Path, AfterValidator(_named)]

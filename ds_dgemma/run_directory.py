@@ -8,10 +8,12 @@ complete.json   {"step": N}: `train.max_steps` is reached and all is written; an
                 for DeepSpeed's launcher exits with 0 when it is killed
 """
 
+import errno
 import fcntl
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,7 +82,10 @@ def find_start(config: RunConfig) -> Start:
             f"run.dir: {directory} holds a run, and run.resume is never. Choose another run.dir, or resume."
         )
     if used and (problems := same_run_problems(_settings(directory / CONFIG), config)):
-        advice = "Choose another run.dir for another run, or set these back."
+        advice = (
+            "Set these back; or choose another run.dir with run.resume: the path of this run's checkpoint, which goes "
+            "on from there with the new settings."
+        )
         raise one_line_each(f"{directory}, which belongs to another config", problems, advice)
     if not used and (any((directory / CHECKPOINTS).glob("step-*")) or (directory / METRICS).exists()):
         raise UserError(
@@ -132,7 +137,8 @@ def check_same_data(source: str, resumed: Checkpoint, digest: str, examples: int
     if before != digest:
         raise UserError(
             f"data.train: {source} has changed since {resumed.path.name} was written: {resumed.state['examples']:,} "
-            f"examples then, {examples:,} now, or other text. Restore it, or choose a new run.dir."
+            f"examples then, {examples:,} now, or other text. Restore it; or export that checkpoint and start a new "
+            "run from the export, with the new data."
         )
 
 
@@ -150,7 +156,7 @@ def claim(directory: Path) -> IO[str]:
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(lock, directory)
                 settle(directory / CHECKPOINTS)
                 lock.truncate(0)
                 lock.write(f"process {os.getpid()} of {socket.gethostname()}, since {time.time_ns()}\n")
@@ -166,6 +172,20 @@ def claim(directory: Path) -> IO[str]:
                 time.sleep(0.5)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise UserError(f"run.dir: {directory} cannot be used: {told(error)}. Choose another directory.") from error
+
+
+def _lock(file: IO[str], directory: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+        print(
+            f"warning: run.dir: {directory} is on a disk without file locks ({told(error)}), so nothing keeps a second "
+            "job out of it. Start no two.",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def owner(directory: Path) -> str:

@@ -62,8 +62,8 @@ class SourceExamples:
 
     @property
     def digest(self) -> str:
-        """Of the content of the source, and of what is learned of it."""
-        return f"{self.source.digest} {self.source.learn}"
+        """Of the content of the source, what is learned of it, and how often it comes."""
+        return f"{self.source.digest} {self.source.learn} {self.source.weight:g}"
 
     @property
     def shortest(self) -> int:

@@ -94,7 +94,8 @@ class StreamedExamples:
     @property
     def digest(self) -> str:
         """Of the sources, as far as it is known without reading them."""
-        return " ".join(f"{reader.source.digest} {reader.source.learn}" for reader in self.readers)
+        of = (reader.source for reader in self.readers)
+        return " ".join(f"{source.digest} {source.learn} {source.weight:g}" for source in of)
 
     @property
     def begin(self) -> Cursor:

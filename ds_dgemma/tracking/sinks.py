@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from ds_dgemma.config import WandbSection
-from ds_dgemma.errors import UserError
+from ds_dgemma.errors import UserError, first_fault
 from ds_dgemma.tracking.metrics import START, Record, StepMetrics, read_lines, to_line
 
 WANDB_START_SECONDS = 60
@@ -252,9 +253,10 @@ class WandbSink:
                     init_timeout=WANDB_START_SECONDS, finish_timeout=WANDB_FINISH_SECONDS, console="off"
                 ),
             )
-        except wandb.Error as error:
+        except (wandb.Error, ValidationError) as error:  # of its own settings
+            reason = first_fault(error) if isinstance(error, ValidationError) else error
             raise UserError(
-                f"wandb did not start (tracking.wandb.mode = {config.mode}): {error}\n"
+                f"wandb did not start (tracking.wandb.mode = {config.mode}): {reason}\n"
                 "  Log in with `wandb login`, or set tracking.wandb.mode to offline (`wandb sync` uploads "
                 "later) or to disabled."
             ) from error
