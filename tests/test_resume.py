@@ -15,6 +15,7 @@ import pytest
 
 from ds_dgemma.checkpoint.manifest import read_state
 from ds_dgemma.checkpoint.run_state import step_directories
+from ds_dgemma.data.sudoku import write_sudoku
 from ds_dgemma.errors import EXIT_USER_ERROR
 from tests.training import read_metrics, start_ranks, train
 
@@ -30,8 +31,13 @@ def numbers(metrics: list[dict]) -> list[tuple]:
 
 
 def test_a_run_killed_at_its_second_checkpoint_continues_bit_for_bit(sudoku_run, tmp_path):
-    """In bf16, with masters and moments beside the weights; `test_stop.py` and `test_faults.py` do it in fp32."""
-    overrides = [*STEPS, *SPREAD, "train.precision=bf16"]
+    """In bf16, with masters and moments beside the weights; on a mixture that is streamed and packed, in the middle of
+    its blocks. `test_stop.py` and `test_faults.py` do it in fp32, on a file that was read before.
+    """
+    write_sudoku(4, "train", 10, 3, tmp_path / "other.jsonl")
+    mixture = f"data.train=[{{path: {sudoku_run.parent}/train.jsonl, weight: 2}}, {tmp_path}/other.jsonl]"
+    streamed = ["data.streaming=true", "data.shuffle_buffer=25", "data.packing=true", "data.max_length=100"]
+    overrides = [*STEPS, *SPREAD, "train.precision=bf16", mixture, *streamed, "data.workers=1"]
     undisturbed = train(sudoku_run, tmp_path / "undisturbed", overrides, processes=2)
 
     killed = tmp_path / "killed"
