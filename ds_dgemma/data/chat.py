@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
-from ds_dgemma.config import Learn
+from ds_dgemma.config_data import Learn
 from ds_dgemma.data.batch import Span
 from ds_dgemma.data.control_tokens import ControlTokenPolicy, control_tokens_of
 from ds_dgemma.data.drafts import Draft, Drafter

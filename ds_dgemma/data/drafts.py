@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
-from ds_dgemma.config import Learn
+from ds_dgemma.config_data import Learn
 from ds_dgemma.data.answers import Answer, answers_of, learned_weights
 from ds_dgemma.data.control_tokens import ControlTokenPolicy, ControlTokens, checked, control_tokens_of
 from ds_dgemma.data.formats import BadRow, Conversation, Message, Text

@@ -4,7 +4,7 @@ A format takes (pops) what it reads out of the row. What is left over is looked 
 decide what is learned make the row refused, the others are named as not read. So nothing is dropped in silence.
 `data.ignore` names keys that are left out on purpose, of a row and of its messages. Null counts as absent.
 
-A new format: a function here, its name in FORMATS and in `config.FormatName`, the keys that tell it in TOLD_BY, an
+A new format: a function here, its name in FORMATS and in `config_data.FormatName`, the keys that tell it in TOLD_BY, an
 example file in ds_configs/examples/, a test.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from ds_dgemma.config import ColumnsSection, FormatName
+from ds_dgemma.config_data import ColumnsSection, FormatName
 from ds_dgemma.data.columns import Row, list_columns, map_columns
 from ds_dgemma.data.messages import (
     MEDIA,

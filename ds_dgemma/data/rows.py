@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import transformers
 from transformers import PreTrainedTokenizerFast
 
-from ds_dgemma.config import DataSection
+from ds_dgemma.config_data import DataSection
 from ds_dgemma.data.chat import Document, tokenize_rows
 from ds_dgemma.data.reading import Reading
 from ds_dgemma.data.sources import Chunk, Source, read_rows

@@ -35,7 +35,7 @@ from transformers import DiffusionGemmaForBlockDiffusion, PreTrainedTokenizerFas
 
 from ds_dgemma.checkpoint.adapter import AdapterReader
 from ds_dgemma.checkpoint.weights import local_directory
-from ds_dgemma.config import DataSection
+from ds_dgemma.config_data import DataSection
 from ds_dgemma.data.chat import Document, prompt_text, tokenize_rows
 from ds_dgemma.data.formats import Conversation
 from ds_dgemma.data.messages import BadRow

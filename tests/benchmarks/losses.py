@@ -31,7 +31,8 @@ import torch
 from ds_dgemma.checkpoint.export import export_run
 from ds_dgemma.checkpoint.load import find_places, materialise, plain
 from ds_dgemma.checkpoint.weights import WeightReader
-from ds_dgemma.config import DataSection, LossName, ObjectiveSection
+from ds_dgemma.config import LossName, ObjectiveSection
+from ds_dgemma.config_file import load_config
 from ds_dgemma.data.read import read_split
 from ds_dgemma.data.sudoku import write_sudoku
 from ds_dgemma.data.tokenizer import load_tokenizer
@@ -93,8 +94,9 @@ def diffusion_loss(model: Path, data: Path, loss: LossName) -> float:
     objective = DenoisingObjective(stack, 16, loss).eval()
     text = text_spec(spec)
     tokenizer = load_tokenizer(model, text.vocab_size)
-    _, examples = read_split(DataSection(train=str(data)), "train", spec, tokenizer)
-    corruption = Corruption(ObjectiveSection(), 0, text.vocab_size, text.pad_token_id or 0)
+    config = load_config(ROOT / "ds_configs/runs/sudoku.yaml", [f"data.train={data}"])
+    examples = read_split(config, "train", spec, tokenizer)
+    corruption = Corruption(ObjectiveSection(), 0, text.vocab_size)
     nll, tokens = 0.0, 0
     for start in range(0, len(examples), BATCH):
         rows = range(start, min(start + BATCH, len(examples)))

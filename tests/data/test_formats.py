@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ds_dgemma.config import ColumnsSection
+from ds_dgemma.config_data import ColumnsSection
 from ds_dgemma.data.formats import FORMATS, BadRow, Conversation, Layout, Text, read_row
 
 EXAMPLES = Path(__file__).parents[2] / "ds_configs/examples"
@@ -191,32 +191,6 @@ def test_a_row_says_what_its_answers_count_for(row, weights):
     conversation = read(row)
     assert isinstance(conversation, Conversation)
     assert conversation.weights == weights
-
-
-@pytest.mark.parametrize(
-    ("columns", "row", "messages"),
-    [
-        ({"prompt": "question", "response": "answer"}, {"question": "q", "answer": "a"}, [USER, ANSWER]),
-        (
-            {"prompt": "{question}\n{context} {{n}}", "response": "answer", "system": "role", "history": "before"},
-            {"question": "q", "context": 7, "answer": "a", "role": "s", "before": [["q0", "a0"]]},
-            [
-                {"role": "system", "content": "s"},
-                {"role": "user", "content": "q0"},
-                {"role": "assistant", "content": "a0"},
-                {"role": "user", "content": "q\n7 {n}"},
-                ANSWER,
-            ],
-        ),
-        ({"prompt": "p", "response": "r"}, {"p": [USER], "r": [ANSWER]}, [USER, ANSWER]),
-        ({"prompt": "text", "response": "text"}, {"text": "q"}, [USER, {"role": "assistant", "content": "q"}]),
-    ],
-)
-def test_columns_are_named_or_filled_into_templates(columns, row, messages):
-    assert read_row(row, Layout(columns=ColumnsSection(**columns))) == (
-        Conversation(messages, [None] * len(messages)),
-        [],
-    )
 
 
 @pytest.mark.parametrize(

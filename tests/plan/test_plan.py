@@ -15,6 +15,7 @@ from ds_dgemma.checkpoint.export import export_run
 from ds_dgemma.cli import main
 from ds_dgemma.config_file import load_config
 from ds_dgemma.errors import UserError
+from ds_dgemma.model.attention import Canvas
 from ds_dgemma.model.flops import batch_work, forward_flops
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.sweep import Places, make_calls
@@ -216,8 +217,8 @@ def test_activations_are_those_that_a_layer_keeps_on_the_cpu(sudoku_run):
         torch.nn.init.normal_(parameter, std=0.02)
     layer, H = next(iter(stack.sweep_layers())), text_spec(spec).hidden_size
     inputs = torch.randn(1, shape.tokens, H, requires_grad=True)
-    places = Places(96, 20, ((76,),), torch.tensor([[76]]), (0,), torch.tensor([0]))
-    calls = make_calls(stack, places, None, inputs)
+    places = Places((96,), (Canvas(0, 76),), 20, torch.arange(96), torch.tensor([76]), (0,), torch.tensor([0]))
+    calls = make_calls(stack, places, False, inputs)
     of_calls = (calls.all.is_canvas_N1, *(tensor for pair in calls.all.rotary.values() for tensor in pair))
     given = {t.untyped_storage().data_ptr() for t in (inputs, *of_calls, *layer.parameters(), *layer.buffers())}
     kept: dict[int, torch.Tensor] = {}
