@@ -7,6 +7,7 @@ those of that piece alone.
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 from tokenizers import Encoding
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ds_dgemma.data.control_tokens import MARKS, ControlTokens
 
-REACH = 32  # tokens back from a border to the special token before it
+REACH = 64  # characters back from a border to the special token before it
 
 
 class TokenizedText:
@@ -26,6 +27,11 @@ class TokenizedText:
         self.text = text
         self._pieces = pieces  # first character, tokens, and the encoding unless it is a hidden control token
         self.ids = pieces[0][1] if len(pieces) == 1 else [token for _, ids, _ in pieces for token in ids]
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether it was encoded in several pieces."""
+        return len(self._pieces) > 1
 
     def tokens_before(self, char: int) -> int | None:
         """How many tokens lie before a character; None where a token straddles its begin."""
@@ -43,16 +49,6 @@ class TokenizedText:
             return None
         first, _ = encoding.token_to_chars(token) or (None, None)
         return before + token if first == char - begin else None
-
-    def from_special(self, end: int, special: set[int]) -> tuple[int, int] | None:
-        """The last special token before token `end` and the character it begins at; None where none is near."""
-        if len(self._pieces) > 1 or self._pieces[0][2] is None:
-            return None
-        for token in range(end - 1, max(end - REACH, 0) - 1, -1):
-            if self.ids[token] in special:
-                chars = self._pieces[0][2].token_to_chars(token)
-                return (token, chars[0]) if chars else None
-        return None
 
 
 class Border(NamedTuple):
@@ -93,15 +89,29 @@ class Encoder:
         """The token border where a prompt ends, at a character."""
         if char == 0:
             return Border(0, True)
-        end = text.tokens_before(char)
-        near = None if end is None else text.from_special(end, self._control.ids)
-        if end is None or near is None:
-            return Border(end, False)
-        token, begin = near
-        tail = text.text[begin:char]
+        end = self._behind_special(text, char)
+        return Border(text.tokens_before(char), False) if end is None else Border(end, True)
+
+    def _behind_special(self, text: TokenizedText, char: int) -> int | None:
+        """How many tokens lie before a character, told by the special token before it; None where there is none near,
+        or its piece has other tokens than alone. Special tokens are cut out of a text first, so they can be counted.
+        """
+        if text.is_cut:
+            return None
+        begin = max(char - REACH, 0)
+        *_, last = [None, *self._control.within(text.text[begin:char])]
+        if last is None:
+            return None
+        tail = text.text[begin + last[0] : char]
         if tail not in self._alone:
             self._alone[tail] = self._backend.encode(tail, add_special_tokens=False).ids
-        return Border(end, True) if text.ids[token:end] == self._alone[tail] else Border(None, False)
+        behind = sum(1 for _ in self._control.within(text.text[char:]))
+        special = (place for place in range(len(text.ids) - 1, -1, -1) if text.ids[place] in self._control.ids)
+        place = next(islice(special, behind, None), None)
+        if place is None:
+            return None
+        end = place + len(self._alone[tail])
+        return end if text.ids[place:end] == self._alone[tail] else None
 
     def _joined(self, text: str, pieces, encodings) -> TokenizedText:
         joined = []

@@ -4,7 +4,7 @@ noise.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
@@ -13,7 +13,7 @@ from ds_dgemma.data.batch import Example
 from ds_dgemma.data.examples import ExampleSet, row_of
 from ds_dgemma.objective.corruption import Corruption
 
-Role = Literal["context", "learned", "fill"]
+CONTEXT, LEARNED, FILL = "context", "learned", "fill"  # roles of a token
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Sequence:
     where: str
     example: Example
     text: list[str]  # of each token; together they are the decoded sequence
-    roles: list[Role]
+    roles: list[str]
     noisy: list[ScoredCanvas]
 
     def as_dict(self) -> dict[str, Any]:
@@ -95,14 +95,14 @@ def scored(example: Example, corruption: Corruption, tokenizer: PreTrainedTokeni
         )
 
 
-def roles(example: Example) -> list[Role]:
+def roles(example: Example) -> list[str]:
     """The role of every token of the clean sequence."""
-    found: list[Role] = ["context"] * len(example.tokens_S)
+    found = [CONTEXT] * len(example.tokens_S)
     for span in example.spans:
         if span.weight:
-            found[span.start : span.end] = ["learned"] * (span.end - span.start)
+            found[span.start : span.end] = [LEARNED] * (span.end - span.start)
     end = example.spans[-1].end
-    found[end:] = ["fill"] * (len(found) - end)
+    found[end:] = [FILL] * (len(found) - end)
     return found
 
 
