@@ -22,6 +22,7 @@ from transformers.utils import chat_template_utils as templates  # its private n
 
 from ds_dgemma.data.control_tokens import ControlTokens
 from ds_dgemma.data.formats import BadRow, Message
+from ds_dgemma.data.skeletons import Skeletons
 from ds_dgemma.errors import UserError
 
 CONTENT_MARK = "\ue000"  # a private-use character, stands where a turn's content goes
@@ -59,9 +60,21 @@ class ChatTemplate:
     def for_row(self, tools: list[dict[str, Any]] | None, variables: dict[str, Any]) -> Render:
         """The function that renders messages of a row, with its tools and its own variables."""
         if tools is None and not variables:
-            self._plain = self._plain or self._bound(None, {})
+            self._plain = self._plain or self._shortened(self._bound(None, {}))
             return self._plain
         return self._bound(tools, variables)
+
+    def _shortened(self, render: Render) -> Render:
+        """The same, without running the template where its pieces are known."""
+        template, variables = self._for_tools(None)
+        source = self._tokenizer.get_chat_template(None, None)
+        skeletons = Skeletons(template, source, {**variables, "tools": None})
+
+        def shortened(messages: list[Message], add_generation_prompt: bool) -> str:
+            known = skeletons.render(messages, add_generation_prompt)
+            return render(messages, add_generation_prompt) if known is None else known
+
+        return shortened
 
     def _bound(self, tools: list[dict[str, Any]] | None, variables: dict[str, Any]) -> Render:
         if taken := [name for name in OWN_VARIABLES if name in variables]:

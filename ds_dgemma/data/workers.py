@@ -11,6 +11,7 @@ Their rank needs them to the end of its step, so server, workers and multiproces
 signals blocked (they inherit it), and a worker ends by the one that its own rank sends.
 """
 
+import gc
 import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
@@ -106,6 +107,7 @@ def _unchanged(value: Any) -> Any:
 
 def _prepare_worker(worker: int) -> None:
     """Keep tokenizers to one thread, as torch does for itself, and watch the rank."""
+    gc.freeze()  # or each collection would walk through torch
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for watch in (_end_with_rank, _end_when_rank_asks):
         threading.Thread(target=watch, daemon=True).start()
