@@ -69,7 +69,7 @@ class Skeletons:
 
     def _watched(self) -> Template:
         """The template in an environment that notices what is done with marks."""
-        environment = self._template.environment.overlay()
+        environment: Any = self._template.environment.overlay()
         environment.filters = {name: _watch(name, use) for name, use in environment.filters.items()}
         call, getitem = environment.call, environment.getitem
 
@@ -125,7 +125,7 @@ def _operands(template: nodes.Template) -> tuple[set[str], set[str]]:
     return whole, within
 
 
-def _strings(*expressions: nodes.Expr) -> Iterator[str]:
+def _strings(*expressions: nodes.Node) -> Iterator[str]:
     """String constants in expressions, keys of mappings left out."""
     for expression in expressions:
         if isinstance(expression, nodes.Const):
