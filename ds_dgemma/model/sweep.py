@@ -22,8 +22,9 @@ Shapes: N tokens of a call, S clean ones of all documents, C canvases, L canvas 
 guess, H hidden, E experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -67,6 +68,30 @@ class Places:
     start_C: Tensor  # int64
     guessed: tuple[int, ...]  # canvases that get a first guess
     guessed_M: Tensor
+
+    @classmethod
+    def on(
+        cls,
+        device: torch.device | str,
+        documents: Sequence[int],
+        canvases: Sequence[Canvas],
+        length: int,
+        guessed: tuple[int, ...],
+    ) -> "Places":
+        """Places whose tensors are made of what the host knows."""
+
+        def tensor(values: Iterable[int]) -> Tensor:
+            return torch.tensor(list(values), dtype=torch.int64, device=device)
+
+        return cls(
+            documents=tuple(documents),
+            canvases=tuple(canvases),
+            length=length,
+            position_S=tensor(chain.from_iterable(map(range, documents))),
+            start_C=tensor(canvas.start for canvas in canvases),
+            guessed=guessed,
+            guessed_M=tensor(guessed),
+        )
 
 
 @dataclass(frozen=True)

@@ -78,19 +78,8 @@ def trace(stack: DiffusionGemmaStack, shape: Shape, dtype: torch.dtype) -> Stack
 
 def _calls(stack: DiffusionGemmaStack, shape: Shape, hidden_size: int, dtype: torch.dtype) -> Calls:
     """The calls of a micro-batch of one example with one first guess."""
-
-    def meta(*size: int) -> Tensor:
-        return torch.zeros(size, dtype=torch.int64, device="meta")
-
-    places = Places(
-        documents=(shape.clean,),
-        canvases=tuple(Canvas(0, start) for start in shape.starts),
-        length=shape.canvas_length,
-        position_S=meta(shape.clean),
-        start_C=meta(shape.canvases),
-        guessed=(shape.canvases - 1,),
-        guessed_M=meta(1),
-    )
+    canvases = [Canvas(0, start) for start in shape.starts]
+    places = Places.on("meta", (shape.clean,), canvases, shape.canvas_length, guessed=(shape.canvases - 1,))
     calls = make_calls(stack, places, False, torch.empty(1, hidden_size, dtype=dtype, device="meta"))
     # A dropout by parts draws from generators, which meta has not; torch's own keeps as much.
     named = {field.name: getattr(calls, field.name) for field in fields(calls)}

@@ -18,6 +18,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from ds_dgemma.model.attention import Canvas
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.kernel_choice import choose, disagreement, is_installed, problem_on, torchs_own
 from ds_dgemma.model.kernels import EFFICIENT, PACKAGES, Kernel, Problem, efficient_fits
@@ -85,12 +86,11 @@ def milliseconds(kernel: Kernel, problem: Problem, rows: int, tokens: int) -> fl
 def profiled(stack: DiffusionGemmaStack, layer: SweepLayer, clean: int, canvas: int, rows: int) -> list:
     """Events of one forward and backward over clean tokens and canvases, after one that is dropped."""
     where = next(stack.parameters()).device
-    start = torch.full((rows, 1), clean - canvas, device=where)
-    first = torch.zeros(1, dtype=torch.int64, device=where)
-    places = Places(clean, canvas, ((clean - canvas,),) * rows, start, (0,), first)
+    canvases = [Canvas(document, clean - canvas) for document in range(rows)]
+    places = Places.on(where, (clean,) * rows, canvases, canvas, guessed=(0,))
     hidden = stack.config.get_text_config().hidden_size
     inputs = torch.randn(1, rows * (clean + canvas), hidden, device=where, dtype=torch.bfloat16, requires_grad=True)
-    call = make_calls(stack, places, None, inputs).all
+    call = make_calls(stack, places, False, inputs).all
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if where.type == "cuda" else [])]
     layer.block(inputs, call).hidden_1NH.sum().backward()
     with profile(activities=activities) as events:

@@ -227,19 +227,8 @@ def calls_of(stack: DiffusionGemmaStack) -> Calls:
     """Four documents of 1,525 clean tokens, over a window and no multiple of anything; one canvas each, two of them
     guessed, one without a clean token before it.
     """
-
-    def ids(count: int) -> torch.Tensor:
-        return torch.empty(count, dtype=torch.int64, device="cuda")
-
-    places = Places(
-        documents=(1525,) * 4,
-        canvases=tuple(Canvas(document, start) for document, start in enumerate((1269, 1269, 0, 37))),
-        length=256,
-        position_S=ids(4 * 1525),
-        start_C=ids(4),
-        guessed=(0, 3),
-        guessed_M=ids(2),
-    )
+    canvases = [Canvas(document, start) for document, start in enumerate((1269, 1269, 0, 37))]
+    places = Places.on("cuda", (1525,) * 4, canvases, 256, guessed=(0, 3))
     return make_calls(stack, places, False, torch.empty(1, dtype=torch.bfloat16, device="cuda"))
 
 

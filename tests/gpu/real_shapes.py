@@ -32,7 +32,7 @@ from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
 from ds_dgemma.plan.cost import Machine
 from ds_dgemma.plan.plan import Limits, make_plan
 from ds_dgemma.tracking.metrics import peak_flops
-from ds_dgemma.training.utilisation import rows_of
+from ds_dgemma.training.utilisation import documents_of
 from tests.benchmarks.real_checkpoint import make_checkpoint
 from tests.benchmarks.step import make_batch
 from tests.gpu import ROOT, shapes
@@ -103,7 +103,7 @@ def measure(layers: int, rehearse: bool) -> str:
     assert torch.isfinite(loss), f"loss {loss}"
     seconds, backward_done = (statistics.median(times[WARM_UP:]) for times in (whole, without_optimizer))
     parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())
-    flops = batch_work(products_of(engine.module.model), rows_of([here]))
+    flops = batch_work(products_of(engine.module.model), documents_of([here]))
     figures = [
         f"layers {layers}, {parameters / 1e9:.2f} B parameters, {rows} x ({clean} + {canvas}) tokens",
         f"step {seconds:.3f} s (forward and backward {backward_done:.3f} s)",

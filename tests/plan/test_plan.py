@@ -217,7 +217,7 @@ def test_activations_are_those_that_a_layer_keeps_on_the_cpu(sudoku_run):
         torch.nn.init.normal_(parameter, std=0.02)
     layer, H = next(iter(stack.sweep_layers())), text_spec(spec).hidden_size
     inputs = torch.randn(1, shape.tokens, H, requires_grad=True)
-    places = Places((96,), (Canvas(0, 76),), 20, torch.arange(96), torch.tensor([76]), (0,), torch.tensor([0]))
+    places = Places.on("cpu", (96,), (Canvas(0, 76),), 20, guessed=(0,))
     calls = make_calls(stack, places, False, inputs)
     of_calls = (calls.all.is_canvas_N1, *(tensor for pair in calls.all.rotary.values() for tensor in pair))
     given = {t.untyped_storage().data_ptr() for t in (inputs, *of_calls, *layer.parameters(), *layer.buffers())}
