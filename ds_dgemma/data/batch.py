@@ -122,6 +122,10 @@ class Batch:
         }
         return replace(self, **moved)
 
+    def canvases_of(self, document: int) -> list[int]:
+        """The numbers of a document's canvases."""
+        return [number for number, (of, _) in enumerate(self.canvases) if of == document]
+
     def counting(self, documents: Sequence[bool]) -> "Batch":
         """The same batch, in which only some documents count for the losses."""
         counts_D = torch.tensor(documents, dtype=torch.float32)

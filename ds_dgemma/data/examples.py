@@ -9,11 +9,11 @@ import numpy as np
 
 from ds_dgemma.data.batch import Example, Span
 from ds_dgemma.data.canvas import Cut
+from ds_dgemma.data.reading import SHOWN
 from ds_dgemma.data.sources import Source
-from ds_dgemma.data.token_cache import Documents
+from ds_dgemma.data.token_cache import Documents, span_counts
 from ds_dgemma.errors import UserError
 
-SHOWN_PROBLEMS = 10
 ROW_BITS = 40  # of a sample id; above them stands the source's number
 
 
@@ -61,16 +61,10 @@ class SourceExamples:
     report: LengthReport
 
     @property
-    def digest(self) -> str:
-        """Of the content of the source, what is learned of it, and how often it comes."""
-        return f"{self.source.digest} {self.source.learn} {self.source.weight:g}"
-
-    @property
     def shortest(self) -> int:
         """Tokens that the shortest document takes."""
         table, spans = self.documents.documents, self.documents.spans
-        counts = np.diff(table["first_span"], append=len(spans))
-        last = table["first_span"] + counts - 1
+        last = table["first_span"] + span_counts(self.documents) - 1
         begin, answer = spans["start"][last], spans["end"][last] - spans["start"][last]
         one_canvas = self.cut.over_length == "truncate" or table["is_text"].any()
         canvases = 1 if one_canvas else self.cut.canvases_needed(answer)
@@ -114,7 +108,7 @@ def examples_of(source: Source, number: int, held: Documents, cut: Cut) -> Sourc
     room. A running text that is too long becomes several examples.
     """
     documents = held.documents
-    counts_D = np.diff(documents["first_span"], append=len(held.spans))
+    counts_D = span_counts(held)
     span_D = _last_spans(held, counts_D, cut)
     begin_D, end_D = (held.spans[name][span_D].astype(np.int64) for name in ("start", "end"))
     answer_D = end_D - begin_D + (held.tokens[documents["start"] + end_D - 1] != cut.eos_id)
@@ -170,7 +164,7 @@ def _over_length_error(
 ) -> UserError:
     count = "1 example is" if len(over) == 1 else f"{len(over)} examples are"
     lines = [f"{source.name}: {count} too long, and data.over_length is error"]
-    for document in over[:SHOWN_PROBLEMS]:
+    for document in over[:SHOWN]:
         where = source.where(int(documents[document]["row"]))
         lines.append(f"  {where}: {cut.too_long(int(begin_D[document]), int(answer_D[document]))}")
     return UserError("\n".join([*lines, "  Raise data.max_length, or set data.over_length to drop or truncate."]))
@@ -199,8 +193,8 @@ class ExampleSet:
 
     @property
     def digest(self) -> str:
-        """Of the content of all sources."""
-        return " ".join(examples.digest for examples in self.sources)
+        """Of all sources: their content, what is learned of it, and how often it comes."""
+        return " ".join(examples.source.use for examples in self.sources)
 
     def __len__(self) -> int:
         return self._firsts[-1]

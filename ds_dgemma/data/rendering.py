@@ -22,10 +22,9 @@ from transformers.utils import chat_template_utils as templates  # its private n
 
 from ds_dgemma.data.control_tokens import ControlTokens
 from ds_dgemma.data.formats import BadRow, Message
-from ds_dgemma.data.skeletons import Skeletons
+from ds_dgemma.data.skeletons import MARK, Skeletons
 from ds_dgemma.errors import UserError
 
-CONTENT_MARK = "\ue000"  # a private-use character, stands where a turn's content goes
 OWN_VARIABLES = ("messages", "tools", "add_generation_prompt")
 
 Render = Callable[[list[Message], bool], str]  # messages, whether the generation prompt follows
@@ -149,10 +148,10 @@ def _opened_again(before: list[Message], upto: list[Message], render: Render) ->
 
 def _before_content(before: list[Message], upto: list[Message], render: Render) -> str:
     if len(upto) == len(before):  # the content of a message whose calls and responses are in the prompt
-        marked = [*before[:-1], {**upto[-1], "content": CONTENT_MARK}]
+        marked = [*before[:-1], {**upto[-1], "content": MARK}]
     else:
-        marked = [*before, {"role": "assistant", "content": CONTENT_MARK}]
-    return render(marked, False).rpartition(CONTENT_MARK)[0]
+        marked = [*before, {"role": "assistant", "content": MARK}]
+    return render(marked, False).rpartition(MARK)[0]
 
 
 def _opens(text: str, control: ControlTokens) -> bool:

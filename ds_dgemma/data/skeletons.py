@@ -10,6 +10,7 @@ an end, which templates trim.
 
 import re
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
 from jinja2 import Template, nodes
@@ -58,7 +59,7 @@ class Skeletons:
             marked = [{**message, "content": f"{MARK * length}{n}{END}"} for n, message in enumerate(messages)]
             own = {**self._variables, "messages": marked, "add_generation_prompt": add_generation_prompt}
             try:
-                rendered = self._watched().render(own)
+                rendered = self._watched.render(own)
             except Exception:  # the template itself will say what is wrong
                 return None
             parts = re.split(f"{MARK}{{{length}}}(\\d+){END}", rendered)
@@ -67,6 +68,7 @@ class Skeletons:
             found.append([int(part) if place % 2 else part for place, part in enumerate(parts)])
         return found[0] if found[0] == found[1] else None
 
+    @cached_property
     def _watched(self) -> Template:
         """The template in an environment that notices what is done with marks."""
         environment: Any = self._template.environment.overlay()

@@ -80,6 +80,11 @@ class Source:
         layout = (self.layout.format, self.layout.columns, sorted(self.layout.ignore))
         return hashlib.blake2b(repr((parts, layout)).encode(), digest_size=16).hexdigest()
 
+    @property
+    def use(self) -> str:
+        """Equal for equal rows that are learned alike and come as often."""
+        return f"{self.digest} {self.learn} {self.weight:g}"
+
     def chunks(self) -> Iterator[Chunk]:
         """All rows, as pieces of work for other processes."""
         for start, part in zip(self._starts, self.parts, strict=False):
@@ -128,10 +133,7 @@ def open_sources(data: DataSection, split: Split) -> list[Source]:
     entries = getattr(data, split)
     if entries is None:
         raise UserError(f"data.{split} is not set: give a file, a folder, a glob or a hub dataset id.")
-    sources = [_open(entry, data, split) for entry in ([entries] if isinstance(entries, str) else entries)]
-    if not sources:
-        raise UserError(f"data.{split} is an empty list: give a file, a folder, a glob or a hub dataset id.")
-    return sources
+    return [_open(entry, data, split) for entry in entries]
 
 
 def read_rows(chunk: Chunk, layout: Layout, reading: Reading) -> Iterator[tuple[int, Conversation | Text]]:
@@ -149,8 +151,7 @@ def read_rows(chunk: Chunk, layout: Layout, reading: Reading) -> Iterator[tuple[
         yield row, read
 
 
-def _open(entry: str | SourceSection, data: DataSection, split: Split) -> Source:
-    own = SourceSection(path=entry) if isinstance(entry, str) else entry
+def _open(own: SourceSection, data: DataSection, split: Split) -> Source:
     layout = _layout(own, data, split)
     parts, skipped = _parts(own, layout.ignore, data, split)
     source = Source(own.path, tuple(parts), layout, own.learn or data.learn, own.weight, tuple(skipped), data.streaming)

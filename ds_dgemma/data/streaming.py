@@ -94,8 +94,7 @@ class StreamedExamples:
     @property
     def digest(self) -> str:
         """Of the sources, as far as it is known without reading them."""
-        of = (reader.source for reader in self.readers)
-        return " ".join(f"{source.digest} {source.learn} {source.weight:g}" for source in of)
+        return " ".join(reader.source.use for reader in self.readers)
 
     @property
     def begin(self) -> Cursor:

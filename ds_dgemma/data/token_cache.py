@@ -64,6 +64,11 @@ class Documents(Protocol):
         ...
 
 
+def span_counts(held: Documents) -> np.ndarray:
+    """How many spans each document has."""
+    return np.diff(held.documents["first_span"], append=len(held.spans))
+
+
 @dataclass(frozen=True)
 class Held:
     """Documents in memory."""

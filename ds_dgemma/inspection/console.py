@@ -77,12 +77,7 @@ def _sequence(sequence: Sequence) -> Iterator[RenderableType]:
         line.append(f" … {len(sequence.text) - LONGEST:,} tokens more")
     yield line
     for canvas in sequence.noisy:
-        coin = "sees a first guess" if canvas.self_condition else "sees none"
-        yield Text(
-            f"canvas {canvas.number} at token {canvas.start}: noise level {canvas.noise_level:.3f}, {coin}, "
-            f"weight {canvas.weight:g}",
-            style="bold",
-        )
+        yield Text(str(canvas), style="bold")
         noisy = Text()
         for text, is_replaced in zip(canvas.text, canvas.replaced, strict=True):
             noisy.append(text, CORRUPTED if is_replaced else KEPT)

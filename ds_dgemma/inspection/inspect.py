@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from rich.console import Console
@@ -51,7 +51,7 @@ def inspect(
         if page is not None:
             write_page(page, summaries, shown, told)
         if out is not None:
-            _write_lines(out, shown if rows is not None else sequences(examples, corruption, tokenizer))
+            _write_lines(out, shown if rows is not None else chain(shown, seen))
     except OSError as error:
         raise UserError(f"cannot write {error.filename}: {error.strerror}. Name another file.") from error
 

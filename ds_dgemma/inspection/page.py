@@ -61,11 +61,7 @@ def _sequence(sequence: Sequence) -> Iterator[str]:
         tokens.append(_token(text, role + border, f"{place}: {int(example.tokens_S[place])}"))
     yield f"<pre>{''.join(tokens)}</pre>"
     for canvas in sequence.noisy:
-        coin = "sees a first guess" if canvas.self_condition else "sees none"
-        yield _line(
-            f"canvas {canvas.number} at token {canvas.start}: noise level {canvas.noise_level:.3f}, {coin}, "
-            f"weight {canvas.weight:g}"
-        )
+        yield _line(str(canvas))
         noised = (
             _token(text, "replaced" if is_replaced else "kept", "")
             for text, is_replaced in zip(canvas.text, canvas.replaced, strict=True)

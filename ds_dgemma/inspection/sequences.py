@@ -28,6 +28,13 @@ class ScoredCanvas:
     text: list[str]  # of each noised token
     replaced: list[bool]
 
+    def __str__(self) -> str:
+        coin = "sees a first guess" if self.self_condition else "sees none"
+        return (
+            f"canvas {self.number} at token {self.start}: noise level {self.noise_level:.3f}, {coin}, "
+            f"weight {self.weight:g}"
+        )
+
 
 @dataclass(frozen=True)
 class Sequence:

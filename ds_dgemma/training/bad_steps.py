@@ -114,7 +114,7 @@ class BadSteps:
 
 
 def _seen_example(batch: Batch, document: int, index: int, epoch: int) -> SeenExample:
-    canvases = [number for number, (of, _) in enumerate(batch.canvases) if of == document]
+    canvases = batch.canvases_of(document)
     return SeenExample(
         id=batch.sample_ids[document],
         index=index,

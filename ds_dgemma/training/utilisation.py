@@ -38,5 +38,5 @@ def documents_of(batches: Iterable[Batch]) -> Iterator[tuple[int, list[int], lis
     for batch in batches:
         coins = {number for number, coin in zip(batch.guessed, batch.coin_M.tolist(), strict=True) if coin}
         for document, clean in enumerate(batch.documents):
-            starts = {number: start for number, (of, start) in enumerate(batch.canvases) if of == document}
+            starts = {number: batch.canvases[number][1] for number in batch.canvases_of(document)}
             yield clean, list(starts.values()), [start for number, start in starts.items() if number in coins]

@@ -31,7 +31,7 @@ import psutil
 import torch
 from transformers import AutoTokenizer
 
-from ds_dgemma.config import ObjectiveSection, RunConfig
+from ds_dgemma.config import ObjectiveSection
 from ds_dgemma.data.batch import Batch, Example, Span
 from ds_dgemma.data.canvas import Cut
 from ds_dgemma.data.chat import prompt_text
@@ -42,6 +42,7 @@ from ds_dgemma.objective.collate import collate
 from ds_dgemma.objective.corruption import Corruption
 from ds_dgemma.tools.tiny import make_tiny
 from tests.benchmarks.step import CANVAS, Step, make_model, open_ours, open_transformers
+from tests.data.reading import settings
 
 EOS, VOCABULARY = 1, 4096
 CHATS, TURNS, PROMPT = 4, 5, 192  # an answer is a canvas
@@ -113,7 +114,7 @@ def packing(args: argparse.Namespace) -> None:
         model = Path(folder, "model")
         make_tiny("text", model, text=args.file)
         tokenizer, spec = AutoTokenizer.from_pretrained(model), read_spec(str(model))
-        config = settings(model, args.file, columns={"prompt": "question", "response": "answer"}, max_length=2048)
+        config = settings(args.file, columns={"prompt": "question", "response": "answer"}, max_length=2048)
         examples = read_split(config, "train", spec, tokenizer, cache=Path(folder, "cache"))
         corruption = Corruption(config.objective, 0, len(tokenizer))
         step, found = open_ours(model, options(), "full"), {}
@@ -135,13 +136,6 @@ def padded_tokens(batch: Batch, row: int | None) -> int:
     return row or max(batch.documents) * len(batch.documents)
 
 
-def settings(model: Path, data: Path, **more: Any) -> RunConfig:
-    """A run that is never started."""
-    train = {"max_steps": 1, "global_batch_size": 4, "micro_batch_size": 4}
-    run = {"run": {"dir": "run"}, "model": {"path": str(model)}, "train": train, "deepspeed": "ds.json"}
-    return RunConfig.model_validate({**run, "data": {"train": str(data), **more}})
-
-
 def rows(args: argparse.Namespace) -> None:
     """A million rows."""
     with tempfile.TemporaryDirectory() as folder:
@@ -161,7 +155,7 @@ def rows(args: argparse.Namespace) -> None:
         alone = tokenizer_alone(file, tokenizer)
         peak = Peak()
         began, spent = time.perf_counter(), cpu_seconds()
-        examples = read_split(settings(model, file), "train", read_spec(str(model)), tokenizer, cache=Path(folder, "c"))
+        examples = read_split(settings(file), "train", read_spec(str(model)), tokenizer, cache=Path(folder, "c"))
         wall, cpu = time.perf_counter() - began, cpu_seconds() - spent
         tokens = examples.sources[0].documents.tokens.nbytes / MIB
         print(f"tokenizer alone: {alone[0]:.1f} s wall, {alone[1]:.1f} s CPU")
