@@ -3,7 +3,7 @@
 #
 #   bash tests/gpu.sh [--wheels DIR] [--out DIR] [--only REGEX] [--rehearse]
 #
-# Prints a line per check and writes a dated table, gpu-YYYY-MM-DD.md, to --out (tests/benchmarks). Exit code 1 when a check fails.
+# Prints a line per check and writes a dated table, gpu-YYYY-MM-DD-CARD.md, to --out (tests/benchmarks). Exit code 1 when a check fails.
 # --only runs the checks whose names match.
 # Without a GPU, --rehearse runs the same at miniature shapes on the CPU; it writes a table only where --out says so.
 #

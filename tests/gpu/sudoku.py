@@ -23,7 +23,7 @@ def main() -> int:
     """Train; 1 when the launcher fails or the loss does not fall."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rehearse", action="store_true")
-    steps = 10 if parser.parse_args().rehearse else 150
+    steps = 10 if parser.parse_args().rehearse else 60
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_tiny("sudoku4", folder / "model")
