@@ -36,9 +36,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]}?" if close else ""
 
 
+def counted(count: int, thing: str) -> str:
+    """Return "1 row" or "2,000 rows"."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
 def one_line_each(heading: str, problems: list[str], advice: str | None = None) -> UserError:
     """Join every problem found into one error: a heading that counts them, then a line each, then what to do."""
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    count = counted(len(problems), "problem")
     return UserError(
         "\n".join(
             [f"{count} in {heading}", *(f"  {problem}" for problem in [*problems, *([advice] if advice else [])])]

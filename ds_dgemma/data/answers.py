@@ -88,7 +88,8 @@ def _joined(answer: Answer, more: Answer) -> Answer:
     if answer.weight != more.weight:
         raise BadRow(
             f"the chat template joins messages[{answer.last}] and messages[{more.last}] into one turn, but their "
-            f"weights are {_said(answer.weight)} and {_said(more.weight)}: give both the same."
+            f"weights are {_said(answer.weight)} and {_said(more.weight)}: give both the same. (An answer that ends a "
+            "prompt of messages has weight 0: put it into the completion, or end the prompt with the user.)"
         )
     return answer._replace(upto=more.upto, last=more.last, words=answer.words + more.words)
 

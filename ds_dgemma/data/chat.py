@@ -12,15 +12,14 @@ rendered is told in `rendering.py`. Three rules keep training and generation the
   generated, so it is not learned. A template that ends its turns with plain text keeps all of it.
 """
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
-from ds_dgemma.config_data import Learn
 from ds_dgemma.data.batch import Span
-from ds_dgemma.data.control_tokens import ControlTokenPolicy, control_tokens_of
+from ds_dgemma.data.control_tokens import control_tokens_of
 from ds_dgemma.data.drafts import Draft, Drafter
 from ds_dgemma.data.encoding import Encoder, TokenizedText
 from ds_dgemma.data.formats import BadRow, Conversation, Message, Text
@@ -47,19 +46,13 @@ class _Tokens(NamedTuple):
 
 
 def tokenize_rows(
-    rows: list[tuple[int, Conversation | Text]],
-    tokenizer: PreTrainedTokenizerFast,
-    learn: Learn,
-    control_tokens: ControlTokenPolicy,
-    chat_template_kwargs: dict[str, Any],
-    image_tokens: Collection[str] = (),
+    rows: Sequence[tuple[int, Conversation | Text]], drafter: Drafter
 ) -> list[Document | tuple[int, BadRow]]:
     """Render and tokenize rows: the documents of a row, the one with its last answer first, or what is wrong with it.
 
     Raises:
         UserError: the tokenizer has no chat template.
     """
-    drafter = Drafter(tokenizer, learn, control_tokens, chat_template_kwargs, image_tokens)
     documents: list[list[Document]] = [[] for _ in rows]
     bad: dict[int, BadRow] = {}
     drafts: list[tuple[int, Draft]] = []
@@ -68,7 +61,7 @@ def tokenize_rows(
             drafts += [(place, draft) for draft in drafter.drafts(data)]
         except BadRow as problem:
             bad[place] = problem
-    writer = _Writer(tokenizer)
+    writer = _Writer(drafter.tokenizer)
     while drafts:  # once, and again for answers whose borders are no token borders
         alone = []
         for (place, draft), tokens in zip(drafts, writer.encode([draft for _, draft in drafts]), strict=True):

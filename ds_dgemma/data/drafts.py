@@ -5,6 +5,8 @@ and response begin that document; where the template writes it differently once 
 drops earlier thoughts), it gets a document of its own.
 """
 
+import json
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,9 +16,12 @@ from transformers import PreTrainedTokenizerFast
 from ds_dgemma.config_data import Learn
 from ds_dgemma.data.answers import Answer, answers_of, learned_weights
 from ds_dgemma.data.control_tokens import ControlTokenPolicy, ControlTokens, checked, control_tokens_of
+from ds_dgemma.data.declarations import Unseen, unseen_parts
 from ds_dgemma.data.formats import BadRow, Conversation, Message, Text
 from ds_dgemma.data.left_out import check_answer, check_context, stands
 from ds_dgemma.data.rendering import ChatTemplate, Render, as_templates_read, split
+
+DECLARATIONS = 1000  # of tools, whose unseen parts are remembered
 
 
 class Learned(NamedTuple):
@@ -69,13 +74,17 @@ class Drafter:
         learn: Learn,
         policy: ControlTokenPolicy,
         variables: dict[str, Any],
-        image_tokens: Collection[str],
+        image_tokens: Collection[str] = (),
+        ignore: Collection[str] = (),
     ):
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
+        self.unread: Counter[str] = Counter()  # parts of tools' declarations that are not shown and say nothing
         self._learn: Learn = learn
         self._policy: ControlTokenPolicy = policy
         self._variables = variables
         self._image_tokens = image_tokens
+        self._ignore = ignore
+        self._unseen: dict[tuple[str, str], list[Unseen]] = {}
         self._control = control_tokens_of(tokenizer)
         self._template: ChatTemplate | None = None  # running text needs none
 
@@ -88,14 +97,41 @@ class Drafter:
         """
         if isinstance(data, Text):
             return [self._running(data.text)]
-        self._template = self._template or ChatTemplate(self._tokenizer, self._variables)
+        self._template = self._template or ChatTemplate(self.tokenizer, self._variables)
         brought = {"messages": data.messages, "tools": data.tools, "chat_template_kwargs": data.template_kwargs}
         kept = checked(brought, self._control, self._policy, self._image_tokens)
         messages = as_templates_read(kept["messages"])
         render = self._template.for_row(kept["tools"], kept["chat_template_kwargs"])
+        if kept["tools"]:
+            self._check_tools(kept["tools"], kept["chat_template_kwargs"])
         answers = answers_of(messages, data.weights, render)
         weights = learned_weights(answers, self._learn)
         return Chat(kept["tools"], answers, weights, render, self._control, kept is not brought).drafts()
+
+    def _check_tools(self, tools: list[dict[str, Any]], variables: dict[str, Any]) -> None:
+        """Refuse declarations with words that the template does not show, and note other parts."""
+        unread: set[str] = set()
+        for number, tool in enumerate(tools):
+            for part in self._unseen_of(tool, variables):
+                if part.key in self._ignore:
+                    continue
+                if part.says:
+                    raise BadRow(
+                        f"the chat template does not show tools[{number}].{part.name} of {tool['function']['name']} to "
+                        f"the model. Say it in a description, or name {part.key} in data.ignore to leave it out."
+                    )
+                unread.add(f"tools' {part.key}")
+        self.unread.update(unread)
+
+    def _unseen_of(self, tool: dict[str, Any], variables: dict[str, Any]) -> list[Unseen]:
+        template = self._template
+        assert template
+        key = (json.dumps(tool), json.dumps(variables))
+        if key not in self._unseen:
+            if len(self._unseen) >= DECLARATIONS:
+                self._unseen.clear()
+            self._unseen[key] = unseen_parts(tool, lambda other: template.of_tool(other, variables))
+        return self._unseen[key]
 
     def _running(self, text: str) -> Draft:
         brought = {"text": text}

@@ -12,7 +12,7 @@ from ds_dgemma.data.canvas import Cut
 from ds_dgemma.data.reading import SHOWN
 from ds_dgemma.data.sources import Source
 from ds_dgemma.data.token_cache import Documents, span_counts
-from ds_dgemma.errors import UserError
+from ds_dgemma.errors import UserError, counted
 
 ROW_BITS = 40  # of a sample id; above them stands the source's number
 
@@ -34,15 +34,17 @@ class LengthReport:
     kept: int  # cut ones included
     dropped: int
     truncated: int
+    answers_left: int  # learned answers of truncated ones, behind the cut
     texts_cut: int  # running texts that became several examples
     max_length: int
 
     def __str__(self) -> str:
         total = self.kept + self.dropped
-        texts = f", {self.texts_cut:,} texts cut into several" if self.texts_cut else ""
+        left = f", {counted(self.answers_left, 'more answer')} left out behind the cut" if self.answers_left else ""
+        texts = f", {counted(self.texts_cut, 'text')} cut into several" if self.texts_cut else ""
         return (
-            f"kept {self.kept:,} of {total:,} examples, dropped {self.dropped:,}, "
-            f"truncated {self.truncated:,}{texts} (max_length {self.max_length:,})"
+            f"kept {self.kept:,} of {counted(total, 'example')}, dropped {self.dropped:,}, "
+            f"truncated {self.truncated:,}{left}{texts} (max_length {self.max_length:,})"
         )
 
 
@@ -130,6 +132,7 @@ def examples_of(source: Source, number: int, held: Documents, cut: Cut) -> Sourc
         kept=len(document_N),
         dropped=int((pieces_D == 0).sum()),
         truncated=int((is_short_D & ~documents["is_text"] & (pieces_D > 0)).sum()),
+        answers_left=_answers_behind(held, span_D, counts_D, pieces_D > 0),
         texts_cut=int((pieces_D > 1).sum()),
         max_length=cut.max_length,
     )
@@ -159,10 +162,17 @@ def _last_spans(held: Documents, counts_D: np.ndarray, cut: Cut) -> np.ndarray:
     return np.where(found_D < 0, last_D, found_D)
 
 
+def _answers_behind(held: Documents, last_D: np.ndarray, counts_D: np.ndarray, kept_D: np.ndarray) -> int:
+    """Learned answers behind the spans that end the documents which are kept."""
+    place_P = np.arange(len(held.spans))
+    is_behind_P = (place_P > np.repeat(last_D, counts_D)) & np.repeat(kept_D, counts_D)
+    return int((is_behind_P & (held.spans["weight"] > 0)).sum())
+
+
 def _over_length_error(
     source: Source, documents: np.ndarray, over: np.ndarray, begin_D: np.ndarray, answer_D: np.ndarray, cut: Cut
 ) -> UserError:
-    count = "1 example is" if len(over) == 1 else f"{len(over)} examples are"
+    count = counted(len(over), "example") + (" is" if len(over) == 1 else " are")
     lines = [f"{source.name}: {count} too long, and data.over_length is error"]
     for document in over[:SHOWN]:
         where = source.where(int(documents[document]["row"]))

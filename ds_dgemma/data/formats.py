@@ -25,8 +25,10 @@ from ds_dgemma.data.messages import (
     check_text,
     decides,
     is_plain,
+    keys_not_read,
     kind_of,
     link_answers,
+    listed,
     parsed,
     read_message,
     weight_of,
@@ -36,16 +38,12 @@ from ds_dgemma.data.turns import IGNORE, Turns, history_of, list_of, pair_of, sa
 SYSTEM = ("system", "system_prompt")
 TOOLS = ("tools", "functions")
 # Keys that carry words, or decide what a prompt or an answer is: a format reads them, or the row is refused
-WORDS = frozenset(
-    word
-    for words in (
-        "messages conversations conversation dialogue dialog history system system_prompt system_message documents",
-        "instruction instructions input context prompt question query problem",
-        "completion answer response output solution text chosen rejected reasoning reasoning_content thinking thought",
-        "tools functions tool_calls function_call tool_responses tool_choice response_format",
-        "chat_template chat_template_kwargs enable_thinking",
-    )
-    for word in words.split()
+WORDS = listed(
+    "messages conversations conversation dialogue dialog history system system_prompt system_message documents "
+    "instruction instructions input context prompt question query problem "
+    "completion answer response output solution text chosen rejected reasoning reasoning_content thinking thought "
+    "tools functions tool_calls function_call tool_responses tool_choice response_format "
+    "chat_template chat_template_kwargs enable_thinking"
 )
 OF_ALL_TURNS = frozenset((*SYSTEM, *TOOLS, *WEIGHTS, "chat_template_kwargs"))
 TEMPLATE_ARGUMENTS = frozenset(
@@ -104,11 +102,14 @@ def read_row(record: dict[str, Any], layout: Layout) -> tuple[Conversation | Tex
     else:
         name = layout.format
         if name == "auto":
-            name = _told_format(tuple(key for key, value in row.items() if value is not None))
+            name = _told_format(tuple(key for key, value in row.items() if value is not None), tuple(row))
         else:
             _demand(row, name)
         read = FORMATS[name](row)
-    return read, _left_over(row, read, name) if row else []
+    unread = _left_over(row, read, name) if row else []
+    for key in record.keys() - row.keys() - layout.ignore - {*TOOLS}:
+        unread += [f"{key}' {name}" for name in sorted(keys_not_read(record[key]) - layout.ignore)]
+    return read, unread
 
 
 def messages(row: Row) -> Conversation:
@@ -153,7 +154,10 @@ def text(row: Row) -> Text:
         raise BadRow("text is empty: nothing to learn.")
     check_text(words, "text")
     if weight_of(row, "the row") not in (None, 1.0):
-        raise BadRow(f"has a weight, but running text counts whole. Take it for a mixture's weight, {IGNORE}.")
+        raise BadRow(
+            "has a weight other than 1, but running text counts whole. Leave it out; how often a source comes is its "
+            "entry's weight in data.train. If it means something else, name it in data.ignore."
+        )
     return Text(words)
 
 
@@ -187,11 +191,13 @@ def _without(record: dict[str, Any], ignore: Collection[str]) -> Row:
 
 
 @lru_cache  # a source's rows have few sets of keys
-def _told_format(keys: tuple[str, ...]) -> str:
+def _told_format(keys: tuple[str, ...], all_keys: tuple[str, ...]) -> str:
     told = [name for name, needed in TOLD_BY.items() if all(not set(names).isdisjoint(keys) for names in needed)]
     if len(told) == 1:
         return told[0]
     has = ", ".join(keys) or "none"
+    if all_keys and not keys:
+        raise BadRow(f"all its columns are null: {', '.join(all_keys)}.")
     if told:
         raise BadRow(
             f"may be read as {' or as '.join(told)}; the columns are: {has}. Say which with data.format, and name the "
@@ -219,6 +225,9 @@ def _sharegpt_turn(turn: Any, name: str) -> tuple[Message, float | None]:
     if "value" not in turn:
         raise BadRow(f"{name} has no value; its keys are: from, {', '.join(turn)}.".replace(", .", "."))
     value = turn.pop("value")
+    for key, other, said_already in (("value", "content", value), ("from", "role", SHAREGPT_ROLES.get(str(author)))):
+        if turn.get(other) not in (None, "", said_already, author):
+            raise BadRow(f"{name} has {key} and another {other}. Keep one of them.")
     if author == "function_call":
         calls = parsed(value, f"{name}.value", "{[")
         if not isinstance(calls, list | dict):

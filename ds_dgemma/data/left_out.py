@@ -54,6 +54,9 @@ def check_context(messages: list[Message], tools: list[dict[str, Any]] | None, r
     """
     for number, message in enumerate(messages):
         role = message["role"]
+        if len(message) > 2 and role != "tool" and not stands(message.get("name", ""), rendered):
+            hint = "Put the name into the content, or name it in data.ignore to leave it out."
+            raise _left_out(f"messages[{number}].name", message["name"], rendered, hint)
         if role != "assistant":
             text = message["content"]
             if text.strip() not in rendered and not _tool_stands(role, text, rendered):

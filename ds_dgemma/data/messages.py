@@ -17,32 +17,30 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 WEIGHTS = ("weight", "train", "loss", "trainable", "loss_mask", "loss_weight", "loss_scale", "training", "learn")
 ANSWER_ONLY = ("tool_calls", "function_call", "tool_responses", *THOUGHTS)
 READ = frozenset(("role", "content", "tool_call_id", "name", *ANSWER_ONLY, *WEIGHTS))
+
+
+def listed(words: str) -> frozenset[str]:
+    """The words of a text."""
+    return frozenset(words.split())
+
+
 # strings that are no words to learn
-HARMLESS = frozenset(
-    ("id", "uuid", "date", "time", "timestamp", "created", "created_at", "model", "finish_reason", "stop_reason")
-)
+HARMLESS = listed("id uuid date time timestamp created created_at model finish_reason stop_reason cache_control")
 # parts of keys that say what is learned: loss_weights, assistantMasks, labels
-DECIDING = frozenset(
-    (
-        "loss",
-        "mask",
-        "masks",
-        "masked",
-        "train",
-        "trainable",
-        "training",
-        "learn",
-        "learnable",
-        "weight",
-        "weights",
-        "labels",
-    )
+DECIDING = listed("loss mask masks masked train trainable training learn learnable weight weights labels")
+# the same, of a turn: beside a conversation they are what someone thought of the whole
+DECIDING_OF_A_TURN = DECIDING | listed(
+    "skip skipped ignore ignored exclude excluded include included keep drop supervise supervised target label score "
+    "scores reward rewards rating advantage"
 )
 # parts of a content, and columns beside the conversation: training on the text alone would teach to answer blindly
 MEDIA = frozenset(
     [kind + ending for kind in ("image", "video", "audio") for ending in ("", "s", "_url", "_urls")] + ["input_audio"]
 )
 TEXT_ONLY = "Images, video and audio are not trained on yet: leave this row out, or put what it shows into the text."
+# what other models write around thoughts and calls; here it would be learned as text
+FOREIGN = ("<think>", "<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<function=")
+EMPTY = (None, "", [], {})
 SPEAKERS = frozenset(("system", "user", "assistant"))
 
 
@@ -128,21 +126,49 @@ def _refuse_unknown(raw: dict[str, Any], known: frozenset[str], name: str) -> No
     """Refuse keys that hold words or may say what is learned, and that no one reads."""
     for key in raw.keys() - known - HARMLESS:
         value = raw[key]
-        if value is None or value == "" or value == [] or value == {}:
+        if value in EMPTY:
             continue
         if key in MEDIA:
             raise BadRow(f"{name} has {key}. {TEXT_ONLY}")
-        if isinstance(value, str | list | dict) or decides(key):
+        if decides(key, DECIDING_OF_A_TURN):
+            raise BadRow(
+                f"{name} has {key}, which may say what is learned and is not known. Write weight (0 to 1) on each "
+                "answer, or name it in data.ignore to leave it out."
+            )
+        if isinstance(value, str | list | dict):
             raise BadRow(
                 f"{name} has {key}, which is not read. Put its words into the content, or name it in data.ignore to "
                 "leave it out."
             )
 
 
+def keys_not_read(turns: Any) -> set[str]:
+    """The keys of messages that were let through and that no one reads."""
+    if not isinstance(turns, list) or all(map(is_plain, turns)):
+        return set()
+    keys = {key for turn in turns if isinstance(turn, dict) for key, value in turn.items() if value not in EMPTY}
+    return keys - READ - {"id", "from", "value"}
+
+
+def names_within(value: Any, names: frozenset[str]) -> frozenset[str]:
+    """Which of some names an object, or one within it, has as a key."""
+    if isinstance(value, dict):
+        return (names & value.keys()).union(*(names_within(item, names) for item in value.values()))
+    if isinstance(value, list):
+        return frozenset().union(*(names_within(item, names) for item in value))
+    return frozenset()
+
+
+def foreign_marks(messages: list[Message]) -> list[str]:
+    """The FOREIGN marks in answers, once for each answer that has one."""
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    return [mark for text in answers if "<" in text or "[" in text for mark in FOREIGN if mark in text]
+
+
 @lru_cache
-def decides(key: str) -> bool:
+def decides(key: str, words: frozenset[str] = DECIDING) -> bool:
     """Whether a key's name sounds as if it says what is learned."""
-    return not DECIDING.isdisjoint(part.lower() for part in re.split(r"(?<=[a-z])(?=[A-Z])|[_\W]+", key))
+    return not words.isdisjoint(part.lower() for part in re.split(r"(?<=[a-z])(?=[A-Z])|[_\W]+", key))
 
 
 def _text(content: Any, name: str) -> str:
@@ -154,7 +180,9 @@ def _text(content: Any, name: str) -> str:
         raise BadRow(f"{name} is a list of messages, expected a string.")
     parts = []
     for part in content:
-        kind = str(part.get("type")) if isinstance(part, dict) else kind_of(part)
+        if not isinstance(part, dict):
+            raise BadRow(f"{name} has a part that is {kind_of(part)}, expected {{type: text, text: ...}}.")
+        kind = str(part.get("type"))
         if kind in MEDIA:
             raise BadRow(f"{name} has a part of type {kind}. {TEXT_ONLY}")
         if kind != "text" or not isinstance(part.get("text"), str):
@@ -186,6 +214,10 @@ def _calls(raw: dict[str, Any], name: str) -> list[dict[str, Any]]:
         if calls and [call["function"] for call in calls] != [old["function"]]:
             raise BadRow(f"{name} has tool_calls and another function_call. Keep one of them.")
         calls = calls or [old]
+    ids = [call["id"] for call in calls if "id" in call]
+    for own in ids:
+        if ids.count(own) > 1:
+            raise BadRow(f"{name}.tool_calls has the id {own!r} twice: which call a response answers would be unknown.")
     return calls
 
 
@@ -314,8 +346,16 @@ def parsed(value: Any, name: str, begins: str) -> Any:
     """Parse JSON text that begins with one of `begins`; anything else is returned as it is."""
     if not isinstance(value, str) or not value.lstrip().startswith(tuple(begins)):
         return value
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        read: dict[str, Any] = {}
+        for key, item in pairs:
+            if read.setdefault(key, item) != item:
+                raise BadRow(f"{name} has the key {key!r} twice with different values. Keep one of them.")
+        return read
+
     try:
-        return json.loads(value)
+        return json.loads(value, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise BadRow(f"{name} is a string that is no JSON: {error}.") from error
 

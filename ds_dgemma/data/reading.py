@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from ds_dgemma.data.messages import BadRow
-from ds_dgemma.errors import UserError
+from ds_dgemma.errors import UserError, counted, did_you_mean
 
 if TYPE_CHECKING:
     from ds_dgemma.data.sources import Source
@@ -30,6 +30,8 @@ class Reading:
     bad_rows: int = 0
     problems: list[tuple[int, str]] = field(default_factory=list)  # row, what is wrong
     unread: Counter[str] = field(default_factory=Counter)  # key: rows that have it
+    ignored: set[str] = field(default_factory=set)  # names of data.ignore that a row has
+    foreign: Counter[str] = field(default_factory=Counter)  # another model's control text: answers that have it
     doubled_rows: int = 0
     doubled: list[tuple[int, str]] = field(default_factory=list)  # row, a key that an object of it has twice
     id_rows: array = field(default_factory=lambda: array("q"))
@@ -58,6 +60,8 @@ class Reading:
         self.bad_rows += other.bad_rows
         self.problems = [*self.problems, *other.problems][:SHOWN]
         self.unread += other.unread
+        self.ignored |= other.ignored
+        self.foreign += other.foreign
         self.doubled_rows += other.doubled_rows
         self.doubled = [*self.doubled, *other.doubled][:SHOWN]
         self.id_rows += other.id_rows
@@ -89,14 +93,29 @@ def settle(
     for source, reading in readings:
         told += [*_doubled_keys(source, reading), *_same_ids(source, reading)]
         told += [line] if (line := not_read(source, reading)) else []
+        told += [f"{source.name}: {line}" for line in [*_never_ignored(source, reading), *_foreign(reading)]]
     return told
 
 
 def not_read(source: "Source", reading: Reading) -> str | None:
     """Name the keys, and the files of a folder, that were not read."""
-    keys = [f"{_printable(key)} ({_rows(count)})" for key, count in reading.unread.most_common()]
+    keys = [f"{_printable(key)} ({counted(count, 'row')})" for key, count in reading.unread.most_common()]
     left = [*keys, *source.skipped]
     return f"{source.name}: not read: {', '.join(left)}" if left else None
+
+
+def _never_ignored(source: "Source", reading: Reading) -> list[str]:
+    never = sorted(source.layout.ignore - reading.ignored)
+    guesses = [did_you_mean(name, reading.unread) for name in never]
+    return [f"no row has {name}, which data.ignore names.{guess}" for name, guess in zip(never, guesses, strict=True)]
+
+
+def _foreign(reading: Reading) -> list[str]:
+    return [
+        f"{mark} stands in {counted(count, 'answer')} and is learned as plain text: thoughts go into "
+        "reasoning_content, calls into tool_calls"
+        for mark, count in reading.foreign.items()
+    ]
 
 
 def _printable(text: str) -> str:
@@ -104,12 +123,8 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _rows(count: int) -> str:
-    return f"{count:,} {'row' if count == 1 else 'rows'}"
-
-
 def _bad_rows(source: "Source", reading: Reading, split: str) -> str:
-    count = f"{reading.bad_rows} bad {'row' if reading.bad_rows == 1 else 'rows'} of {reading.rows}"
+    count = f"{counted(reading.bad_rows, 'bad row')} of {reading.rows:,}"
     shown = f" (the first {SHOWN})" if reading.bad_rows > SHOWN else ""
     problems = [f"  {source.where(row)}: {problem}" for row, problem in reading.problems]
     return "\n".join([f"{count} in data.{split} = {source.name}{shown}", *problems])
@@ -129,4 +144,4 @@ def _same_ids(source: "Source", reading: Reading) -> list[str]:
 
 
 def _more(source: "Source", count: int, what: str) -> list[str]:
-    return [f"{source.name}: {_rows(count - SHOWN)} more {what}"] if count > SHOWN else []
+    return [f"{source.name}: {counted(count - SHOWN, 'row')} more {what}"] if count > SHOWN else []

@@ -14,16 +14,17 @@ Anything else is refused.
 """
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, NamedTuple
 
-from jinja2 import Template
+from jinja2 import Template, meta
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils as templates  # its private names are used in this file only
 
 from ds_dgemma.data.control_tokens import ControlTokens
 from ds_dgemma.data.formats import BadRow, Message
 from ds_dgemma.data.skeletons import MARK, Skeletons
-from ds_dgemma.errors import UserError
+from ds_dgemma.errors import UserError, did_you_mean
 
 OWN_VARIABLES = ("messages", "tools", "add_generation_prompt")
 
@@ -55,6 +56,8 @@ class ChatTemplate:
         self._variables = {"documents": None, **tokenizer.special_tokens_map, **variables}
         self._plain: Render | None = None
         self._compiled: dict[bool, tuple[Template, dict[str, Any]]] = {}
+        if unknown := self._unknown(variables):
+            raise UserError(f"data.chat_template_kwargs has {unknown}")
 
     def for_row(self, tools: list[dict[str, Any]] | None, variables: dict[str, Any]) -> Render:
         """The function that renders messages of a row, with its tools and its own variables."""
@@ -62,6 +65,28 @@ class ChatTemplate:
             self._plain = self._plain or self._shortened(self._bound(None, {}))
             return self._plain
         return self._bound(tools, variables)
+
+    def of_tool(self, tool: dict[str, Any], variables: dict[str, Any]) -> str:
+        """A short conversation with one tool; may raise whatever the template does."""
+        return self._bound([tool], variables)([{"role": "user", "content": "x"}], True)
+
+    @cached_property
+    def _reads(self) -> frozenset[str]:
+        """The variables that the template asks for."""
+        reads = set(OWN_VARIABLES)
+        for tools in (None, [{}]):
+            environment = self._for_tools(tools)[0].environment
+            reads |= meta.find_undeclared_variables(environment.parse(self._tokenizer.get_chat_template(None, tools)))
+        return frozenset(reads)
+
+    def _unknown(self, variables: dict[str, Any]) -> str | None:
+        """The begin of a message on a variable that no one would read."""
+        name = next((name for name in variables if name not in self._reads), None)
+        if name is None:
+            return None
+        others = sorted(self._reads - {*OWN_VARIABLES, *self._tokenizer.special_tokens_map})
+        known = f" It reads: {', '.join(others)}." if others else ""
+        return f"{name}, which the chat template does not read.{known}{did_you_mean(name, others)} Leave it out."
 
     def _shortened(self, render: Render) -> Render:
         """The same, without running the template where its pieces are known."""
@@ -78,6 +103,8 @@ class ChatTemplate:
     def _bound(self, tools: list[dict[str, Any]] | None, variables: dict[str, Any]) -> Render:
         if taken := [name for name in OWN_VARIABLES if name in variables]:
             raise BadRow(f"chat_template_kwargs has {taken[0]}, which the row's conversation sets: leave it out.")
+        if unknown := self._unknown(variables):
+            raise BadRow(f"chat_template_kwargs has {unknown}")
         template, common = self._for_tools(tools)
         variables = {**common, **variables, "tools": tools}
         environment, blocks = template.environment, template.blocks
@@ -161,16 +188,15 @@ def _opens(text: str, control: ControlTokens) -> bool:
 
 def _unknown_start(before: list[Message], prompt: str, whole: str) -> BadRow:
     both = next((n for n, message in enumerate(before) if message.get("tool_calls") and message["content"]), None)
-    hint = (
-        "A template that rewrites or joins earlier turns cannot be trained on: change it, or the data."
-        if both is None
-        else f"messages[{both}] has both content and tool_calls, which this template may write behind the tools' "
-        "responses: put that content into its reasoning_content, or leave it out."
-    )
+    if both is not None:
+        return BadRow(
+            f"messages[{both}] has both content and tool_calls, and this chat template writes that content behind the "
+            "tools' responses: put it into its reasoning_content, or leave it out."
+        )
     return BadRow(
-        "the chat template renders this conversation differently once the answer is there, so where the "
-        f"answer starts is unknown.\n  for generation: ...{prompt[-80:]!r}\n"
-        f"  with the answer: ...{whole[-80:]!r}\n  {hint}"
+        f"the chat template renders what stands before messages[{len(before)}] differently once that answer is there: "
+        f"for generation ...{prompt[-40:]!r}, with the answer ...{whole[-40:]!r}. A template that rewrites or joins "
+        "earlier turns cannot be trained on: change it, or the data."
     )
 
 

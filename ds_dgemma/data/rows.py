@@ -4,16 +4,19 @@ import hashlib
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import transformers
 from transformers import PreTrainedTokenizerFast
 
 from ds_dgemma.config_data import DataSection
 from ds_dgemma.data.chat import Document, tokenize_rows
+from ds_dgemma.data.drafts import Drafter
 from ds_dgemma.data.reading import Reading
 from ds_dgemma.data.sources import Chunk, Source, read_rows
 
-FORMAT = 2  # raise it when what is made of a row changes
+FORMAT = 3  # raise it when what is made of a row changes
 
 
 @dataclass(frozen=True)
@@ -46,18 +49,22 @@ class RowReader:
 
     def read(self, chunk: Chunk) -> tuple[list[Document], Reading]:
         """The documents of a piece of work, and what was seen in it."""
-        reading, documents = Reading(), []
-        found = tokenize_rows(
-            list(read_rows(chunk, self.source.layout, reading)),
-            self.tokenizer,
-            self.source.learn,
-            self.data.control_tokens,
-            self.data.chat_template_kwargs,
-            self.image_tokens,
-        )
-        for made in found:
+        reading, documents, drafter = Reading(), [], self._drafter
+        drafter.unread.clear()
+        for made in tokenize_rows(list(read_rows(chunk, self.source.layout, reading)), drafter):
             if isinstance(made, Document):
                 documents.append(made)
             else:
                 reading.bad(*made)
+        reading.unread += drafter.unread
         return documents, reading
+
+    @cached_property
+    def _drafter(self) -> Drafter:
+        """It learns what the template does, so it is kept from piece to piece."""
+        data, ignore = self.data, self.source.layout.ignore
+        policy, variables = data.control_tokens, data.chat_template_kwargs
+        return Drafter(self.tokenizer, self.source.learn, policy, variables, self.image_tokens, ignore)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_drafter"}  # compiled templates stay here

@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 from ds_dgemma.config_data import DataSection, Learn, SourceSection
 from ds_dgemma.data.formats import Conversation, Layout, Text, read_row
 from ds_dgemma.data.json_files import JsonArray, JsonLines, NumberedRows, opens_an_array
-from ds_dgemma.data.messages import BadRow
+from ds_dgemma.data.messages import BadRow, foreign_marks, names_within
 from ds_dgemma.data.reading import Reading
 from ds_dgemma.data.tables import csv_file, hub_dataset, parquet_file, saved_dataset
 from ds_dgemma.errors import UserError, did_you_mean, told
@@ -141,6 +141,8 @@ def read_rows(chunk: Chunk, layout: Layout, reading: Reading) -> Iterator[tuple[
     for row, record in chunk.rows(reading):
         if isinstance(record, BadRow):
             continue  # noted already
+        if len(reading.ignored) < len(layout.ignore):
+            reading.ignored |= names_within(record, layout.ignore)
         try:
             read, unread = read_row(record, layout)
         except BadRow as problem:
@@ -148,6 +150,8 @@ def read_rows(chunk: Chunk, layout: Layout, reading: Reading) -> Iterator[tuple[
             continue
         if unread:
             reading.unread.update(unread)
+        if isinstance(read, Conversation):
+            reading.foreign.update(foreign_marks(read.messages))
         yield row, read
 
 

@@ -25,7 +25,7 @@ from ds_dgemma.data.rows import RowReader
 from ds_dgemma.data.stream import Collate, Share
 from ds_dgemma.data.token_cache import held_rows
 from ds_dgemma.data.workers import map_in_order, start_server
-from ds_dgemma.errors import UserError
+from ds_dgemma.errors import UserError, counted
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +88,9 @@ class StreamedExamples:
     arrangement: Arrangement
     seed: int
     block: int  # rows
-    tells: bool  # of rows that are dropped
+    tells: bool  # of rows that are dropped, and what is not read
     _open: dict[int, tuple[Place, Iterator]] = field(default_factory=dict)
+    _seen: dict[int, Reading] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -154,12 +155,22 @@ class StreamedExamples:
         held, reading = held_rows(reader, _Rows(rows))
         if reading.bad_rows and reader.data.invalid == "error":
             settle([(reader.source, reading)], "train")
-        if reading.bad_rows and self.tells:
-            row, problem = reading.problems[0]
-            where = reader.source.where(row)
-            log.warning("%s: %d rows dropped, the first %s: %s", reader.source.name, reading.bad_rows, where, problem)
+        if self.tells and epoch == 0:
+            self._tell(number, reading)
         examples = examples_of(reader.source, number, held, self.cut)
         return [_Drawn(examples, place, epoch) for place in range(len(examples))]
+
+    def _tell(self, number: int, reading: Reading) -> None:
+        """What a user should know of rows that are read for the first time."""
+        source, seen = self.readers[number].source, self._seen.setdefault(number, Reading())
+        new, bad_rows = reading.unread.keys() - seen.unread.keys(), seen.bad_rows
+        seen.add(reading)
+        if new:
+            log.warning("%s: not read: %s", source.name, ", ".join(sorted(new)))
+        if reading.bad_rows:
+            row, problem = reading.problems[0]
+            counts = f"{counted(seen.bad_rows - bad_rows, 'row')} dropped ({seen.bad_rows:,} of {seen.rows:,} so far)"
+            log.warning("%s: %s, the first %s: %s", source.name, counts, source.where(row), problem)
 
 
 class _Maker:

@@ -41,10 +41,13 @@ class TableChunk:
     first_row: int
     start: int
     end: int
+    ignored: frozenset[str]  # columns that are left out
 
     def rows(self, reading: Reading | None = None) -> NumberedRows:
         """Yield the rows with their numbers in the source, and note them in `reading`."""
         columns = self.dataset[self.start : self.end]
+        if reading is not None:
+            reading.ignored |= self.ignored
         for row, values in enumerate(zip(*columns.values(), strict=True), self.first_row):
             record = _without_nulls(dict(zip(columns, values, strict=True)))
             if reading is not None:
@@ -62,8 +65,11 @@ class Table:
     @cached_property
     def dataset(self) -> "Dataset":
         """Mapped from disk, without the columns that are ignored."""
-        dataset = self._load(streaming=False)
-        return self._read_columns(dataset)  # type: ignore[return-value]  # streaming is off
+        return self._read_columns(self._whole)  # type: ignore[return-value]  # streaming is off
+
+    @cached_property
+    def _whole(self) -> "Dataset":
+        return self._load(streaming=False)  # type: ignore[return-value]
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -83,8 +89,9 @@ class Table:
 
     def chunks(self, first_row: int) -> Iterator[TableChunk]:
         """Pieces of 500 rows; `first_row` is the number of the table's first row in its source."""
+        ignored = self._ignore & set(self._whole.column_names)
         for start in range(0, len(self), CHUNK):
-            yield TableChunk(self.dataset, first_row + start, start, min(start + CHUNK, len(self)))
+            yield TableChunk(self.dataset, first_row + start, start, min(start + CHUNK, len(self)), ignored)
 
     def stream(self, start: int) -> NumberedRows:
         """Rows from `start` on, read as they are asked for."""

@@ -37,6 +37,7 @@ from ds_dgemma.checkpoint.adapter import AdapterReader
 from ds_dgemma.checkpoint.weights import local_directory
 from ds_dgemma.config_data import DataSection
 from ds_dgemma.data.chat import Document, prompt_text, tokenize_rows
+from ds_dgemma.data.drafts import Drafter
 from ds_dgemma.data.formats import Conversation
 from ds_dgemma.data.messages import BadRow
 from ds_dgemma.data.reading import Reading, settle
@@ -235,7 +236,8 @@ def _read_conversations(data: str, limit: int | None) -> list[tuple[str, Convers
 def _prompts(asked: list[tuple[str, Conversation]], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
     """What is put before the last answers, as training has it."""
     prompts = []
-    for made in tokenize_rows([(n, read) for n, (_, read) in enumerate(asked)], tokenizer, "last", "error", {}):
+    rows = [(n, read) for n, (_, read) in enumerate(asked)]
+    for made in tokenize_rows(rows, Drafter(tokenizer, "last", "error", {})):
         if not isinstance(made, Document):
             row, problem = made
             raise UserError(f"{asked[row][0]}: {problem}")

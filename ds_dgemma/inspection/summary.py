@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ds_dgemma.data.examples import SourceExamples
 from ds_dgemma.data.order import Arrangement
+from ds_dgemma.errors import counted
 
 BINS = 12
 
@@ -61,13 +62,16 @@ def _warnings(source: SourceExamples, learned: int, stopless: int) -> list[str]:
     report, found = source.report, []
     if not learned:
         found.append("nothing is learned")
+    limit = f"data.max_length {report.max_length:,}"
     if report.truncated:
-        found.append(f"{report.truncated:,} answers are cut at data.max_length {report.max_length:,}")
+        found.append(f"{counted(report.truncated, 'sequence')} cut at {limit}")
+    if report.answers_left:
+        found.append(f"{counted(report.answers_left, 'answer')} left out behind the cut")
     if report.dropped:
-        found.append(f"{report.dropped:,} sequences are left out, longer than data.max_length {report.max_length:,}")
+        found.append(f"{counted(report.dropped, 'sequence')} left out, longer than {limit}")
     if stopless:
         found.append(
-            f"{stopless:,} answers end without a control token: the chat template has no end of turn, so only the "
+            f"no control token ends {counted(stopless, 'answer')}: the chat template has no end of turn, so only the "
             "EOS of the fill teaches when to stop"
         )
     return found

@@ -7,6 +7,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ds_dgemma.data.chat import Document, prompt_text, tokenize_rows
+from ds_dgemma.data.drafts import Drafter
 from ds_dgemma.data.formats import BadRow, Conversation, Text
 from ds_dgemma.errors import UserError
 from tests.data.conftest import GEMMA
@@ -65,8 +66,8 @@ def read(tokenizer, messages, template=GEMMA, weights=None, tools=None, kwargs=N
     """The documents of one conversation, or what is wrong with it."""
     tokenizer.chat_template = template
     row = Conversation(messages, weights or [None] * len(messages), tools, kwargs or {})
-    settings = {"learn": "all", "control_tokens": "error", "chat_template_kwargs": {}} | settings
-    return tokenize_rows([(7, row)], tokenizer, **settings)
+    settings = {"learn": "all", "policy": "error", "variables": {}} | settings
+    return tokenize_rows([(7, row)], Drafter(tokenizer, **settings))
 
 
 def shown(tokenizer, documents):
@@ -217,7 +218,7 @@ def test_variables_of_the_template_come_from_the_config_and_the_row(tokenizer):
     template = GEMMA.replace("{{ bos_token }}", "{{ bos_token + style + mood }}")
     (((before, *_),),) = shown(
         tokenizer,
-        read(tokenizer, CHAT[1:3], template, kwargs={"mood": "B"}, chat_template_kwargs={"style": "s", "mood": "A"}),
+        read(tokenizer, CHAT[1:3], template, kwargs={"mood": "B"}, variables={"style": "s", "mood": "A"}),
     )
     assert before == "<bos>sB<|turn>user\none<turn|>\n<|turn>model\n"
     assert "chat_template_kwargs has messages" in refusal(tokenizer, CHAT, kwargs={"messages": []})
@@ -233,7 +234,7 @@ def test_control_tokens_are_refused_or_spelled_or_allowed(tokenizer):
     assert "reasoning_content" in refusal(tokenizer, [user("a"), model("<|channel>T<channel|>b")])
     learned = {}
     for policy in ("text", "allow"):
-        (document,) = read(tokenizer, messages, control_tokens=policy)
+        (document,) = read(tokenizer, messages, policy=policy)
         learned[policy] = tokenizer.convert_ids_to_tokens(document.ids[document.spans[0].start :])
         assert document.ids.count(tokenizer.convert_tokens_to_ids("<|turn>")) == (2 if policy == "text" else 3)
     assert learned == {
@@ -245,28 +246,26 @@ def test_control_tokens_are_refused_or_spelled_or_allowed(tokenizer):
 def test_as_text_no_template_can_cut_a_control_token(tokenizer):
     cuts = GEMMA.replace("message.content | trim", "message.content.split('<|channel>')[0] | trim")
     messages = [user("a"), model("b<|channel>c")]
-    ((span,),) = shown(tokenizer, read(tokenizer, messages, cuts, control_tokens="text"))
+    ((span,),) = shown(tokenizer, read(tokenizer, messages, cuts, policy="text"))
     assert span[1] == "b<|channel>c<turn|>"
-    assert "leaves out a part of messages[1].content" in refusal(
-        tokenizer, messages, template=cuts, control_tokens="allow"
-    )
+    assert "leaves out a part of messages[1].content" in refusal(tokenizer, messages, template=cuts, policy="allow")
 
 
 @pytest.mark.parametrize("policy", ["error", "text", "allow"])
 def test_what_stands_for_an_image_is_always_refused(tokenizer, policy):
-    found = refusal(tokenizer, [user("see <im>"), model("b")], control_tokens=policy, image_tokens=("<im>",))
+    found = refusal(tokenizer, [user("see <im>"), model("b")], policy=policy, image_tokens=("<im>",))
     assert found.startswith("messages[0].content holds <im>, which stands for an image.")
 
 
 @pytest.mark.parametrize(
     ("messages", "settings", "found"),
     [
-        (CHAT, {"template": REWRITES}, "renders this conversation differently"),
+        (CHAT, {"template": REWRITES}, "renders what stands before messages[4] differently"),
         (CHAT, {"template": "{{ raise_exception('roles must alternate') }}"}, "conversation: roles must alternate"),
         (CHAT, {"template": "{{ messages[0].content + 1 }}"}, "refuses this conversation"),
         (CHAT, {"template": "{{ messages[0].content }}"}, "writes nothing for the answer"),
         ([user("a"), model("  ")], {}, "messages[1] is the assistant's and says nothing"),
-        ([user("a"), model("<eos>")], {"control_tokens": "allow"}, "says nothing"),
+        ([user("a"), model("<eos>")], {"policy": "allow"}, "says nothing"),
         ([user("a"), model("b", reasoning_content="T")], {}, "leaves out a part of messages[1].reasoning_content: 'T'"),
         ([user("a"), model("b", tool_calls=CALL)], {}, "part of messages[1].tool_calls[0].function.name: 'tide'"),
         (
@@ -285,6 +284,8 @@ def test_what_stands_for_an_image_is_always_refused(tokenizer, policy):
             {"learn": "last"},
             "leaves out a part of messages[1].tool_calls[0].function.name",
         ),
+        ([{**user("a"), "name": "Ada"}, model("b")], {}, "leaves out a part of messages[0].name: 'Ada'"),
+        (CHAT, {"kwargs": {"loud": True}}, "chat_template_kwargs has loud, which the chat template does not read"),
         ([user("é"), model("b")], {}, "no token for a part of this row, which would become <unk>"),
         ([user("a")], {}, "no assistant turn"),
     ],
@@ -302,7 +303,7 @@ def test_words_count_as_rendered_trimmed_or_escaped(tokenizer):
 def test_running_text_begins_with_bos_and_needs_no_template(tokenizer):
     tokenizer.chat_template = None
     rows = [(0, Text("ab")), (1, Text(" ")), (2, Text("a<eos>"))]
-    document, empty, control = tokenize_rows(rows, tokenizer, "last", "error", {})
+    document, empty, control = tokenize_rows(rows, Drafter(tokenizer, "last", "error", {}))
     assert (tokenizer.decode(document.ids), document.spans, document.starts_anywhere) == (
         "<bos>ab",
         ((1, 3, 1.0, 0),),
@@ -311,12 +312,12 @@ def test_running_text_begins_with_bos_and_needs_no_template(tokenizer):
     assert (empty[0], str(empty[1])) == (1, "text is empty: nothing to learn.")
     assert (control[0], "text holds <eos>" in str(control[1])) == (2, True)
     with pytest.raises(UserError, match="no chat template"):
-        tokenize_rows([(0, Conversation(CHAT, [None] * 5))], tokenizer, "last", "error", {})
+        tokenize_rows([(0, Conversation(CHAT, [None] * 5))], Drafter(tokenizer, "last", "error", {}))
 
 
 def test_rows_come_back_in_order_whatever_their_fate(tokenizer):
     rows = [(9, Text("a")), (4, Conversation([user("a")], [None])), (5, Conversation(CHAT, [None] * 5)), (3, Text("b"))]
-    told = tokenize_rows(rows, tokenizer, "all", "error", {})
+    told = tokenize_rows(rows, Drafter(tokenizer, "all", "error", {}))
     assert [each[0] if isinstance(each, tuple) else each.row for each in told] == [9, 4, 5, 3]
 
 
@@ -334,3 +335,49 @@ def test_a_prompt_has_the_tokens_that_it_has_alone_where_the_tokenizer_looks_ahe
     first, second = (document.ids for document in reversed(read(looks_ahead, messages, template)))
     assert first == [1, 2, 2, 0, 4, 1, 3, 0, 4]
     assert second == [1, 2, 2, 0, 4, 1, 2, 2, 0, 4, 1, 2, 2, 0, 4, 1, 3, 0, 4]
+
+
+SOME_OF_A_TOOL = (
+    "{{ bos_token }}{% for tool in tools %}{{ tool.function.name + ':' + tool.function.description }}"
+    "{% for name, value in tool.function.parameters.properties.items() %}"
+    "{{ name + ' ' + value.type + ' ' + (value.description or '') + (value.enum | tojson if value.enum else '') }}"
+    "{% endfor %}{% endfor %}{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant{% endif %}"
+)
+
+
+def declared(parameter, **function):
+    properties = {"place": {"type": "string", **parameter}}
+    function = {"name": "tide", "description": "height", "parameters": {"properties": properties}, **function}
+    return [{"type": "function", "function": function}]
+
+
+@pytest.mark.parametrize(
+    ("tools", "unseen"),
+    [
+        (declared({}), None),
+        (declared({"description": "a pier", "enum": ["a", 2]}, strict=True), None),
+        (declared({"default": True}), "function.parameters.properties.place.default of tide"),
+        (declared({"minimum": 3}), "function.parameters.properties.place.minimum"),
+        (declared({}, returns={"description": "metres"}), "function.returns of tide"),
+        (declared({"anyOf": [{"type": "string"}]}), "anyOf"),
+        ([{"note": "for sailors", **declared({})[0]}], "tools[0].note"),
+    ],
+)
+def test_words_of_a_tools_declaration_are_shown_to_the_model_or_refused(tokenizer, tools, unseen):
+    found = read(tokenizer, [user("a"), model("b")], SOME_OF_A_TOOL, tools=tools)
+    if unseen is None:
+        assert isinstance(found[0], Document)
+        return
+    ((_, problem),) = found
+    assert unseen in str(problem)
+    assert "does not show" in str(problem)
+    key = str(problem).partition("or name ")[2].partition(" in data.ignore")[0]
+    assert isinstance(read(tokenizer, [user("a"), model("b")], SOME_OF_A_TOOL, tools=tools, ignore=[key])[0], Document)
+
+
+def test_a_misspelled_variable_of_the_template_is_named(tokenizer):
+    template = GEMMA + "{% if enable_thinking %}T{% endif %}"
+    with pytest.raises(UserError, match=r"has enabel_thinking, which .* Did you mean enable_thinking"):
+        read(tokenizer, CHAT, template, variables={"enabel_thinking": True})
+    assert isinstance(read(tokenizer, CHAT, template, variables={"enable_thinking": False})[0], Document)

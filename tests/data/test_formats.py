@@ -70,7 +70,7 @@ def test_openai_messages_with_all_they_may_have():
             [TOOL],
             {"enable_thinking": True},
         ),
-        ["source"],
+        ["source", "messages' timestamp"],
     )
 
 
@@ -214,7 +214,7 @@ def test_a_row_says_what_its_answers_count_for(row, weights):
         (chat({"role": "user", "content": [{"type": "image"}]}, ANSWER), "a part of type image. Images, video and"),
         (
             chat({"role": "user", "content": [{"type": "text", "text": "q", "weight": 0}]}, ANSWER),
-            "a part of messages[0].content has weight, which is not read",
+            "a part of messages[0].content has weight, which may say",
         ),
         (chat(USER, ANSWER, images=["a.png"]), "has images. Images, video and audio are not trained on yet"),
         (chat(USER | {"images": ["a.png"]}, ANSWER), "messages[0] has images. Images"),
@@ -223,7 +223,7 @@ def test_a_row_says_what_its_answers_count_for(row, weights):
         (chat({"role": "system", "content": "s"}, ANSWER), "no user turn before it"),
         (chat(USER, answer(refusal="No.")), "messages[1] has refusal, which is not read"),
         (chat(USER, answer(reasoning_details=[{"text": "t"}])), "messages[1] has reasoning_details, which is not read"),
-        (chat(USER, answer(mask=True)), "messages[1] has mask, which is not read"),
+        (chat(USER, answer(mask=True)), "messages[1] has mask, which may say"),
         (
             chat(USER, answer(reasoning="t", thinking="u")),
             "messages[1] has reasoning and thinking with different words",
@@ -296,13 +296,32 @@ def test_a_row_says_what_its_answers_count_for(row, weights):
         ),
         ({"instruction": "q", "output": "a", "history": [["q"]]}, "history[0] is a list, expected a pair"),
         ({"instruction": "q", "output": "a", "context": "c"}, "has context, which alpaca does not read"),
-        ({"instruction": "q", "output": ["a", "b"]}, "output has a part of type a string"),
+        ({"instruction": "q", "output": ["a", "b"]}, "output has a part that is a string"),
         ({"prompt": "q", "completion": "a", "label": False}, "label is false"),
         ({"prompt": "q", "completion": None}, "no column messages"),
+        (chat(USER, answer(skip=True)), "messages[1] has skip, which may say what is learned"),
+        (chat(USER, answer(score=0)), "messages[1] has score, which may say what is learned"),
+        (
+            {"conversations": [{"from": "human", "value": "q", "content": "other"}, {"from": "gpt", "value": "a"}]},
+            "conversations[0] has value and another content",
+        ),
+        (
+            {"conversations": [{"from": "human", "role": "system", "value": "q"}, {"from": "gpt", "value": "a"}]},
+            "conversations[0] has from and another role",
+        ),
+        (
+            chat(USER, answer(tool_calls=[call(id="c"), call("other", id="c")])),
+            "messages[1].tool_calls has the id 'c' twice",
+        ),
+        (
+            chat(USER, answer(function_call={"name": "f", "arguments": '{"a": 1, "a": 2}'})),
+            "messages[1].function_call.arguments has the key 'a' twice with different values",
+        ),
+        ({"text": None, "source": None}, "all its columns are null: text, source"),
         ({"text": " "}, "text is empty"),
         ({"text": ["t"]}, "text is a list, expected a string"),
         ({"text": "t", "system": "s"}, "has system, which text does not read"),
-        ({"text": "t", "weight": 0.5}, "has a weight, but running text counts whole"),
+        ({"text": "t", "weight": 0.5}, "has a weight other than 1, but running text counts whole"),
     ],
 )
 def test_what_is_not_obeyed_is_refused_by_name(row, found):

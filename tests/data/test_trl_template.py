@@ -12,6 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from ds_dgemma.data.chat import tokenize_rows
+from ds_dgemma.data.drafts import Drafter
 from ds_dgemma.data.formats import BadRow, Conversation
 
 spec = importlib.util.find_spec("trl")
@@ -143,7 +144,7 @@ def mask(tokenizer, messages, tools=None, **variables) -> list[str]:
 def learned(tokenizer, messages, tools=None, **variables) -> list[tuple[str, str]]:
     """Each learned text, in order, with the 30 characters before it."""
     rows = [(0, Conversation(messages, [None] * len(messages), tools))]
-    documents = tokenize_rows(rows, tokenizer, "all", "error", variables)
+    documents = tokenize_rows(rows, Drafter(tokenizer, "all", "error", variables))
     for document in documents:
         assert not isinstance(document, tuple), document
     spans = [(span, document.ids) for document in documents for span in document.spans]
@@ -198,6 +199,6 @@ def test_with_enable_thinking_an_answer_behind_a_response_goes_on_with_the_thoug
         "It says 3.\n<channel|>At 3.<turn|>",
     )
     row = Conversation(RESPONSES["answer after a response"], [None] * 4, [TIDE])
-    ((_, problem),) = tokenize_rows([(0, row)], gemma, "all", "error", {"enable_thinking": True})
+    ((_, problem),) = tokenize_rows([(0, row)], Drafter(gemma, "all", "error", {"enable_thinking": True}))
     assert isinstance(problem, BadRow)
     assert "begins this answer with '<|channel>thought\\n'" in str(problem)
