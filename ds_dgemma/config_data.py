@@ -75,8 +75,8 @@ class DataSection(Section):
     )
     learn: Learn = Field(
         default="last",
-        description="last: the last answer; all: every answer; weights: every answer, each row must say what they "
-        "count for. A weight of the row's own is obeyed in all three",
+        description="last: the last answer; all: every answer; weights: every answer, and a conversation must say of "
+        "one at least what it counts for. A weight of the row's own is obeyed in all three",
     )
     control_tokens: Literal["error", "text", "allow"] = Field(
         default="error",

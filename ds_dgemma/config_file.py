@@ -261,7 +261,8 @@ def _translate(error: ValidationError, source: _Source) -> Iterator[Problem]:
     seen: set[Key] = set()
     for found in error.errors(include_url=False):
         key, field, inside = _resolve(found["loc"])
-        if key in seen:
+        counts_good_items = found["type"] == "too_short" and any(other[: len(key)] == key for other in seen)
+        if key in seen or counts_good_items:
             continue
         seen.add(key)
         if field is None:

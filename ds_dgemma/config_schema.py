@@ -59,7 +59,7 @@ def default_of(field: FieldInfo) -> Any:
 
 def nearest(key: Key) -> str:
     """Advice for an unknown key: a close name beside it, the same name elsewhere, or what is known there."""
-    key = tuple(part for part in key if not part.isdigit())  # a place in a list
+    written, key = key, tuple(part for part in key if not part.isdigit())  # without places in a list
     names = [name for name, _ in settings(inside_optional=True)]
     known = sorted({name[:length] for name in names for length in range(1, len(name) + 1)}, key=dotted)
     if key in RENAMED:
@@ -70,7 +70,7 @@ def nearest(key: Key) -> str:
     beside = [other[-1] for other in known if other[:-1] == key[:-1]]
     same = [other for other in known if other[-1] == key[-1]]
     if close := difflib.get_close_matches(key[-1], beside, n=1):
-        return f" Did you mean {dotted((*key[:-1], close[0]))}?"
+        return f" Did you mean {dotted((*written[:-1], close[0]))}?"
     if same:
         return f" Did you mean {' or '.join(map(dotted, same))}?"
     if close := difflib.get_close_matches(dotted(key), map(dotted, known), n=1, cutoff=0.75):

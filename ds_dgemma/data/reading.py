@@ -126,7 +126,7 @@ def _printable(text: str) -> str:
 def _bad_rows(source: "Source", reading: Reading, split: str) -> str:
     count = f"{counted(reading.bad_rows, 'bad row')} of {reading.rows:,}"
     shown = f" (the first {SHOWN})" if reading.bad_rows > SHOWN else ""
-    problems = [f"  {source.where(row)}: {problem}" for row, problem in reading.problems]
+    problems = [f"  {source.where(row)}: {problem}" for row, problem in sorted(reading.problems)]
     return "\n".join([f"{count} in data.{split} = {source.name}{shown}", *problems])
 
 

@@ -84,9 +84,7 @@ class ChatTemplate:
         name = next((name for name in variables if name not in self._reads), None)
         if name is None:
             return None
-        others = sorted(self._reads - {*OWN_VARIABLES, *self._tokenizer.special_tokens_map})
-        known = f" It reads: {', '.join(others)}." if others else ""
-        return f"{name}, which the chat template does not read.{known}{did_you_mean(name, others)} Leave it out."
+        return f"{name}, which the chat template does not read. Leave it out.{did_you_mean(name, self._reads)}"
 
     def _shortened(self, render: Render) -> Render:
         """The same, without running the template where its pieces are known."""

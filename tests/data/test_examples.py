@@ -104,6 +104,9 @@ def test_what_the_length_policy_did_is_counted_and_too_long_rows_are_named(tmp_p
     assert str(report(max_length=41, over_length="truncate")) == (
         "kept 10 of 10 examples, dropped 0, truncated 4 (max_length 41)"
     )
+    several = write_rows(tmp_path / "several.jsonl", [chat("hi", "abc", "and", "d", "and then?", "x" * 30)])
+    cut_off = read(settings(several, max_length=40, learn="all", over_length="truncate"), tokenizer, tmp_path / "cache")
+    assert "truncated 1, 2 more answers left out behind the cut (" in str(cut_off.sources[0].report)
     with pytest.raises(UserError, match=r"4 examples (?s:.*)chats\.jsonl:7: prompt 26 \+ response 9 .* 42 tokens"):
         report(max_length=41, over_length="error")
     with pytest.raises(UserError, match=r"no example fits data\.max_length 9; the shortest takes 34 tokens"):

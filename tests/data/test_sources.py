@@ -251,6 +251,20 @@ def test_what_is_not_read_and_what_stands_twice_is_told(tmp_path):
     ]
 
 
+def test_names_that_no_row_has_and_another_models_marks_are_told(tmp_path):
+    thought = [TURNS[0], {"role": "assistant", "content": "<think>so</think>a"}]
+    path = write(tmp_path, json.dumps({"messages": thought, "distractor": "x", "note": "y"}).encode())
+    assert told(path, ignore=["note", "distracter"]) == [
+        f"{path}: not read: distractor (1 row)",
+        f"{path}: no row has distracter, which data.ignore names. Did you mean distractor?",
+        f"{path}: <think> stands in 1 answer and is learned as plain text: thoughts go into reasoning_content, "
+        "calls into tool_calls",
+    ]
+    table = tmp_path / "pairs.csv"
+    table.write_text("prompt,completion,note\nq,a,n\n")
+    assert told(table, ignore=["note", "other"]) == [f"{table}: no row has other, which data.ignore names."]
+
+
 def test_equal_content_has_an_equal_digest_and_a_stream_goes_by_size_and_date(tmp_path):
     first, second = write(tmp_path, GOOD), write(tmp_path, GOOD, name="other.jsonl")
     assert open_one(first).digest == open_one(second).digest

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -130,6 +131,21 @@ def test_a_bad_row_of_a_stream_is_named_or_left_out(batches_of, tmp_path):
     none = settings(path, streaming=True, invalid="drop", max_length=9)
     with pytest.raises(UserError, match=r"no example .* can be trained on"):
         next(iter(batches_of(none, Share(2, 2))))
+
+
+def test_a_stream_tells_of_dropped_rows_and_unread_keys_once(tmp_path, tokenizer, caplog):
+    rows = [row | {"source": "s"} for row in chats(8)]
+    rows[2]["messages"][1]["content"] = rows[5]["messages"][1]["content"] = ""
+    path = write_rows(tmp_path / "bad.jsonl", rows)
+    config = settings(path, streaming=True, invalid="drop", shuffle_buffer=4)
+    examples = replace(read_stream(config, tokenizer), tells=True)
+    for _ in islice(examples.rows(examples.begin), 20):
+        pass
+    assert [record.message.partition(", the first")[0] for record in caplog.records] == [
+        f"{path}: not read: source",
+        f"{path}: 1 row dropped (1 of 4 so far)",
+        f"{path}: 1 row dropped (2 of 8 so far)",
+    ]
 
 
 def test_what_workers_get_is_small(tmp_path, path, tokenizer):
