@@ -47,6 +47,7 @@ from tests.data.reading import settings
 EOS, VOCABULARY = 1, 4096
 CHATS, TURNS, PROMPT = 4, 5, 192  # an answer is a canvas
 MIB = 2**20
+BLOCK = 10_000  # rows that are made at once
 
 
 def options() -> argparse.Namespace:
@@ -143,9 +144,10 @@ def rows(args: argparse.Namespace) -> None:
         draw = np.random.default_rng(0)
         file, model = Path(folder, "rows.jsonl"), Path(folder, "model")
         with file.open("w") as out:
-            for _ in range(args.rows):
-                said = [" ".join(draw.choice(words, 12)) for _ in range(2)]
-                out.write(json.dumps({"messages": [message(n, text) for n, text in enumerate(said)]}) + "\n")
+            for _ in range(0, args.rows, BLOCK):
+                for picked in draw.integers(len(words), size=(BLOCK, 2, 12)).tolist():
+                    said = [" ".join([words[word] for word in turn]) for turn in picked]
+                    out.write(json.dumps({"messages": [message(n, text) for n, text in enumerate(said)]}) + "\n")
         print(f"{args.rows:,} rows of {file.stat().st_size / args.rows:.0f} bytes")
         with Path(folder, "some.jsonl").open("w") as some, file.open() as lines:
             some.writelines(line for line, _ in zip(lines, range(20_000), strict=False))
