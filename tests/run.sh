@@ -23,7 +23,7 @@ check() {
 check format ruff format --check --quiet .
 check lint ruff check --quiet .
 check types pyright
-check tests python -m pytest -n 2 --dist loadfile "$@"
+check tests python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
 
 ((${#failed[@]} == 0)) && exit
 printf 'failed: %s\n' "${failed[*]}"

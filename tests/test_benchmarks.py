@@ -39,19 +39,24 @@ def test_a_benchmark_step_computes_what_transformers_does_and_prints_the_ratios(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "reuse", "override"),
+    ("stage", "reuse", "overrides"),
     [
-        (3, 1, "train.activation_checkpointing=full"),
-        (3, 1, "train.activation_checkpointing=none"),
-        (3, 0, "train.activation_checkpointing=selective"),
-        (3, 1, "lora={r: 8, target_parameters: [experts.gate_up_proj, experts.down_proj]}"),
-        (3, 1, "model.freeze=['*.embed_tokens.weight', '*.self_conditioning.*', '*.layers.0.*']"),
-        (1, 1, "train.precision=bf16"),
-        (2, 1, "train.precision=bf16"),
+        (3, 1, ["train.activation_checkpointing=full"]),
+        (3, 1, ["train.activation_checkpointing=none"]),
+        (3, 1, ["lora={r: 8, target_parameters: [experts.gate_up_proj, experts.down_proj]}"]),
+        (
+            3,
+            0,
+            [
+                "train.activation_checkpointing=selective",
+                "model.freeze=['*.embed_tokens.weight', '*.self_conditioning.*', '*.layers.0.*']",
+            ],
+        ),
+        (2, 1, ["train.precision=bf16"]),
     ],
-    ids=["full training", "nothing again", "nothing reused", "LoRA, experts too", "frozen parts", "stage 1", "stage 2"],
+    ids=["full training", "nothing again", "LoRA, experts too", "frozen parts, nothing reused", "stage 2"],
 )
-def test_a_step_holds_and_sends_what_was_planned(stage: int, reuse: int, override: str, tmp_path: Path) -> None:
+def test_a_step_holds_and_sends_what_was_planned(stage: int, reuse: int, overrides: list[str], tmp_path: Path) -> None:
     make_checkpoint(shapes.config(rehearse=True, layers=2), tmp_path / "model")
     zero = {"stage": stage, "reduce_bucket_size": 10**6}
     if stage == 3:
@@ -61,7 +66,8 @@ def test_a_step_holds_and_sends_what_was_planned(stage: int, reuse: int, overrid
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": zero}))
     ranks = ["--processes", "2", "--expert-parallel", "2", "--length", "128", "--accumulation", "2"]
     files = ["--model", tmp_path / "model", "--deepspeed", tmp_path / "zero.json"]
-    said = printed(tmp_path, "memory", *files, *ranks, "--set", override)
+    settings = [word for override in overrides for word in ("--set", override)]
+    said = printed(tmp_path, "memory", *files, *ranks, *settings)
     rows = dict(re.findall(r"\| sent: (\S+) \|.*\| (\S+)% \|", said))
     if stage == 3:
         assert abs(float(rows["all-gather"])) < 1

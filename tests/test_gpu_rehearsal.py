@@ -29,14 +29,15 @@ def test_a_check_that_hangs_is_ended_with_its_children_and_is_a_row_like_one_tha
 
 
 @pytest.mark.slow
-def test_every_gpu_check_holds_in_rehearsal_and_is_a_row_of_the_table(tmp_path: Path) -> None:
+def test_gpu_checks_hold_in_rehearsal_and_are_rows_of_the_table(tmp_path: Path) -> None:
+    """All but parity in fp32, which `test_parity.py` has in the same way."""
     environment = {**os.environ, "VIRTUAL_ENV": sys.prefix}  # this one, also in a worktree without its own
-    command = ["bash", SCRIPT, "--rehearse", "--out", tmp_path]
+    command = ["bash", SCRIPT, "--rehearse", "--out", tmp_path, "--only", "bf16"]
     script = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert script.returncode == 0, script.stdout + script.stderr
     (table,) = tmp_path.glob("rehearsal-*.md")
     rows = re.findall(r"^\| (.+?) \| (.+?) \| (.*) \| \d+ \|$", table.read_text(), re.MULTILINE)
-    assert len(rows) == 11
+    assert len(rows) == 9
     assert {result for _, result, _ in rows} == {"ok"}
     without = [name for name, _, figure in rows if not figure]
     assert without == ["parity cases by unmodified transformers", "adapters on them by unmodified PEFT"]

@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,9 @@ from transformers import AutoTokenizer
 from ds_dgemma.config import ObjectiveSection
 from ds_dgemma.data.batch import Batch, Example, Span
 from ds_dgemma.data.canvas import Cut
-from ds_dgemma.data.chat import prompt_text
 from ds_dgemma.data.order import Arrangement, Order
 from ds_dgemma.data.read import read_split
+from ds_dgemma.data.rendering import ChatTemplate
 from ds_dgemma.model.spec import read_spec
 from ds_dgemma.objective.collate import collate
 from ds_dgemma.objective.corruption import Corruption
@@ -150,7 +151,7 @@ def rows(args: argparse.Namespace) -> None:
                     out.write(json.dumps({"messages": [message(n, text) for n, text in enumerate(said)]}) + "\n")
         print(f"{args.rows:,} rows of {file.stat().st_size / args.rows:.0f} bytes")
         with Path(folder, "some.jsonl").open("w") as some, file.open() as lines:
-            some.writelines(line for line, _ in zip(lines, range(20_000), strict=False))
+            some.writelines(islice(lines, 2 * BLOCK))
         make_tiny("text", model, text=Path(folder, "some.jsonl"))
         tokenizer = AutoTokenizer.from_pretrained(model)
 
@@ -179,10 +180,9 @@ def tokenizer_alone(file: Path, tokenizer: Any) -> tuple[float, float]:
     """Wall and CPU seconds for the text that the template makes of all rows, with the tokenizer's own threads."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     wall = cpu = 0.0
+    render = ChatTemplate(tokenizer, {}).for_row(None, {})
     with file.open() as lines:
-        while texts := [
-            prompt_text(json.loads(line)["messages"], tokenizer) for line, _ in zip(lines, range(10_000), strict=False)
-        ]:
+        while texts := [render(json.loads(line)["messages"], False) for line in islice(lines, BLOCK)]:
             began, spent = time.perf_counter(), time.process_time()
             tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
             wall, cpu = wall + time.perf_counter() - began, cpu + time.process_time() - spent

@@ -35,14 +35,19 @@ def zero(folder: Path, stage: int, settings: dict, **top_level: object) -> str:
     return f"deepspeed={path}"
 
 
+def once(config: Path, run_dir: Path, settings: list[str]) -> list[dict]:
+    """Train, and note what the ranks hold."""
+    return train(config, run_dir, settings, processes=2, program=("tests.engine.traced",))
+
+
 def run_and_resume(config: Path, run_dir: Path, settings: list[str]) -> list[dict]:
-    """Train, go on from the middle once more, hold the two against each other."""
-    once = train(config, run_dir, settings, processes=2, program=("tests.engine.traced",))
+    """The same; go on from the middle once more, hold the two against each other."""
+    undisturbed = once(config, run_dir, settings)
     state = final_state(run_dir)
     shutil.rmtree(run_dir / "checkpoints" / "step-000004")
-    assert numbers(train(config, run_dir, settings, processes=2)) == numbers(once)
+    assert numbers(train(config, run_dir, settings, processes=2)) == numbers(undisturbed)
     assert final_state(run_dir) == state
-    return once
+    return undisturbed
 
 
 @pytest.mark.parametrize(
@@ -58,13 +63,16 @@ def run_and_resume(config: Path, run_dir: Path, settings: list[str]) -> list[dic
 )
 def test_a_run_resumes_bit_for_bit_and_offloaded_computes_the_same(precision, trained, offloads, sudoku_run, tmp_path):
     settings = [*RUN, *trained, f"train.precision={precision}"]
-    on_device = run_and_resume(sudoku_run, tmp_path / "run", [*settings, zero(tmp_path, 3, {})])
+    # in fp32 `test_stop.py` resumes
+    first = run_and_resume if precision == "bf16" else once
+    on_device = first(sudoku_run, tmp_path / "run", [*settings, zero(tmp_path, 3, {})])
     if trained:
         said = (tmp_path / "run.log").read_text()
         assert said.count("frozen, dtypes ['torch.bfloat16']") == said.count("0 changed of ") == 2, said[-2000:]
     for number, (stage, where, more) in enumerate(offloads):
         folder = tmp_path / f"offloaded-{number}"
-        offloaded = run_and_resume(sudoku_run, folder / "run", [*settings, zero(folder, stage, where, **more)])
+        run = once if more else run_and_resume  # who updates does not matter to a resume
+        offloaded = run(sudoku_run, folder / "run", [*settings, zero(folder, stage, where, **more)])
         for ours, theirs in zip(offloaded, on_device, strict=True):
             tolerance = 1e-5 if precision == "fp32" else 2e-3  # CPU Adam rounds otherwise; bf16 makes more of it
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=tolerance)

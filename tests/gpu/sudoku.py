@@ -23,16 +23,17 @@ def main() -> int:
     """Train; 1 when the launcher fails or the loss does not fall."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rehearse", action="store_true")
-    steps = 10 if parser.parse_args().rehearse else 60
+    steps, batch = (10, 16) if parser.parse_args().rehearse else (60, 32)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_tiny("sudoku4", folder / "model")
-        write_sudoku(4, "train", 64 * steps, 1, folder / "train.jsonl")
+        write_sudoku(4, "train", batch * steps, 1, folder / "train.jsonl")
         settings = {
             "run.dir": folder / "run",
             "model.path": folder / "model",
             "data.train": folder / "train.jsonl",
             "train.max_steps": steps,
+            "train.global_batch_size": batch,
             "train.precision": "bf16",
             "optimizer.warmup_steps": 5,
             "parallel.expert_parallel_size": 1,
