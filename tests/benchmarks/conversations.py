@@ -49,6 +49,7 @@ EOS, VOCABULARY = 1, 4096
 CHATS, TURNS, PROMPT = 4, 5, 192  # an answer is a canvas
 MIB = 2**20
 BLOCK = 10_000  # rows that are made at once
+WORDS = 19  # of a turn: 300 bytes a row
 
 
 def options() -> argparse.Namespace:
@@ -146,7 +147,7 @@ def rows(args: argparse.Namespace) -> None:
         file, model = Path(folder, "rows.jsonl"), Path(folder, "model")
         with file.open("w") as out:
             for _ in range(0, args.rows, BLOCK):
-                for picked in draw.integers(len(words), size=(BLOCK, 2, 12)).tolist():
+                for picked in draw.integers(len(words), size=(BLOCK, 2, WORDS)).tolist():
                     said = [" ".join([words[word] for word in turn]) for turn in picked]
                     out.write(json.dumps({"messages": [message(n, text) for n, text in enumerate(said)]}) + "\n")
         print(f"{args.rows:,} rows of {file.stat().st_size / args.rows:.0f} bytes")
