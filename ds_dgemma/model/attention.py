@@ -41,6 +41,16 @@ NAME = "ds_dgemma"
 WANTED = "wanted_kernel"  # an attention module's setting, for `kernel_for`
 
 
+class Cache(NamedTuple):
+    """Where the documents of a call stand in a cache, which has all their keys and values, [room of all, g, d]. The
+    call's go behind those that are there, and the call sees both.
+    """
+
+    rooms: tuple[int, ...]  # tokens that it has room for, of each
+    filled: tuple[int, ...]  # clean tokens before the call's
+    is_canvas: bool  # the call's tokens of a document are a canvas, not clean
+
+
 class Canvas(NamedTuple):
     """A canvas's place: its document, and how many clean tokens of that stand before it."""
 
@@ -57,6 +67,7 @@ class Tokens:
     length: int  # L
     reads_clean: bool = True  # False: canvases only, against keys and values that were kept
     kept_whole: bool = False  # those of all clean tokens were
+    cache: Cache | None = None
 
     @property
     def clean_total(self) -> int:
@@ -131,7 +142,7 @@ def runs(documents: tuple[int, ...], canvases: tuple[Canvas, ...]) -> tuple[Run,
 def parts(tokens: Tokens, window: int | None) -> Iterator[Part]:
     """All parts of a call; the first that a query meets does not merge."""
     if tokens.reads_clean:
-        yield from _clean_parts(tokens.documents, window)
+        yield from _clean_parts(tokens, window)
     if not tokens.canvases:
         return
     own = Span(tokens.clean_total, len(tokens.canvases), tokens.length, 0, tokens.length)
@@ -149,25 +160,52 @@ def _clean_keys(tokens: Tokens, run: Run, begin: int, end: int) -> Span:
     return Span(tokens.offsets[run.document], run.canvases, tokens.documents[run.document], begin, end)
 
 
-def _clean_parts(documents: tuple[int, ...], window: int | None) -> Iterator[Part]:
-    offset = 0
-    for length, alike in groupby(documents):
-        rows = len(list(alike))
-        yield from _causal_parts(offset, rows, length, length if window is None else min(window, length))
-        offset += rows * length
+def _clean_parts(tokens: Tokens, window: int | None) -> Iterator[Part]:
+    """Clean tokens; or what goes behind a cache's, and reads its own keys there too."""
+    cache = tokens.cache
+    rooms, filled = (cache.rooms, cache.filled) if cache else (tokens.documents, (0,) * len(tokens.documents))
+    offset = begin = 0
+    for (length, room, before), alike in groupby(zip(tokens.documents, rooms, filled, strict=True)):
+        rows, end = len(list(alike)), before + length
+        found = _causal_parts(before, end, window or end)
+        if cache and cache.is_canvas:
+            found = [_Piece((before, end), (visible(before, window)[0], end))]
+        for piece in found if length else ():
+            (q, q_end), (k, k_end) = piece.queries, piece.keys
+            yield Part(
+                queries=Span(offset, rows, length, q - before, q_end - before),
+                keys=Span(begin, rows, room, k, k_end),
+                of_kept=cache is not None,
+                causal=piece.causal,
+                backwards=piece.backwards,
+                merges=piece.merges,
+            )
+        offset, begin = offset + rows * length, begin + rows * room
 
 
-def _causal_parts(offset: int, rows: int, length: int, block: int) -> Iterator[Part]:
-    for begin in range(0, length, block):
-        end = min(begin + block, length)
-        span = lambda a, b: Span(offset, rows, length, a, b)  # noqa: E731
-        yield Part(span(begin, end), span(begin, end), causal=True, merges=False)
-        if begin:
-            # A last, shorter block: what its last query still sees of the block before, all its queries see.
-            if end - block < begin:
-                yield Part(span(begin, end), span(end - block, begin))
-            if end - begin > 1:
-                yield Part(span(begin, end - 1), span(begin - block + 1, end - block), causal=True, backwards=True)
+class _Piece(NamedTuple):
+    """A part by its places in one document."""
+
+    queries: tuple[int, int]
+    keys: tuple[int, int]
+    causal: bool = False
+    backwards: bool = False
+    merges: bool = False
+
+
+def _causal_parts(first: int, length: int, window: int) -> Iterator[_Piece]:
+    """Tokens `first` to `length`; those before are read already."""
+    begin = first
+    while begin < length:
+        end = min(window if begin < window else begin + window, length)  # the first window sees all before it
+        yield _Piece((begin, end), (begin, end), causal=True)
+        # What its last query still sees of what lies before, all its queries see.
+        if (last_sees := max(end - window, 0)) < begin:
+            yield _Piece((begin, end), (last_sees, begin), merges=True)
+        if begin >= window and end - begin > 1:
+            keys = (begin - window + 1, end - window)
+            yield _Piece((begin, end - 1), keys, causal=True, backwards=True, merges=True)
+        begin = end
 
 
 class Attended(NamedTuple):
@@ -270,6 +308,18 @@ def _forward(
     return output, lines.squeeze(-1)
 
 
+def _write(tokens: Tokens, kept: list[Tensor], new: list[Tensor]) -> None:
+    """Put the keys and values of a call's tokens behind those that a cache holds; an empty one is made."""
+    assert tokens.cache is not None
+    if not kept:
+        kept += [flat.new_empty(sum(tokens.cache.rooms), *flat.shape[1:]) for flat in new]
+    read = begin = 0
+    for length, room, filled in zip(tokens.documents, *tokens.cache[:2], strict=True):
+        for whole, flat in zip(kept, new, strict=True):
+            whole.narrow(0, begin + filled, length).copy_(flat.narrow(0, read, length))
+        read, begin = read + length, begin + room
+
+
 @lru_cache(maxsize=256)
 def _plan(tokens: Tokens, window: int | None) -> tuple[Part, ...]:
     return tuple(parts(tokens, window))
@@ -292,11 +342,14 @@ def attention(
     """transformers' attention interface, for one flat sequence: query [1, h, N, d], key and value [1, g, N, d].
 
     Returns the output, [1, N, h, d], and what may be used again. `kept`: keys and values by `keep`, for a call without
-    clean tokens; `known`: output and normaliser that an earlier call computed of the very same.
+    clean tokens, or those of a cache, which `tokens.cache` says how to fill; `known`: output and normaliser that an
+    earlier call computed of the very same.
     """
+    flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+    if tokens.cache is not None and kept is not None:
+        _write(tokens, kept, flat[1:])
     if kept and kept[0].ndim == 3:
         tokens = replace(tokens, kept_whole=True)
-    flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
     todo = _plan(tokens, sliding_window)
     queries, keys, values = flat
     kernel = kernel_for(getattr(module, WANTED, "auto"), queries, keys)

@@ -10,6 +10,8 @@ and backward. On a GPU torch has a fused kernel; elsewhere the backward pass is 
 Shapes: R rows, d features. Source: transformers `DiffusionGemmaRMSNorm`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ class RMSNorm(nn.Module):
     """Takes the place of transformers' module, its parameter included."""
 
     weight: nn.Parameter | None
+    is_literal = False  # of all norms: operation by operation as transformers, whose rounding generation repeats
 
     def __init__(self, source: DiffusionGemmaRMSNorm) -> None:
         super().__init__()
@@ -30,9 +33,22 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalise the last dimension."""
+        if RMSNorm.is_literal:
+            normed = hidden.float() * torch.pow(hidden.float().pow(2).mean(-1, keepdim=True) + self.eps, -0.5)
+            return (normed if self.weight is None else normed * self.weight.float()).type_as(hidden)
         if hidden.is_cuda:
             return F.rms_norm(hidden, hidden.shape[-1:], self.weight, self.eps)
         return _Norm.apply(hidden, self.weight, self.eps)
+
+
+@contextmanager
+def literal_norms() -> Iterator[None]:
+    """Norms to the last bit as transformers computes them, without a gradient."""
+    RMSNorm.is_literal = True
+    try:
+        yield
+    finally:
+        RMSNorm.is_literal = False
 
 
 def replace_norms(module: nn.Module) -> None:

@@ -106,6 +106,14 @@ class TiedVocabulary(nn.Module):
         """Cross-entropy on soft-capped logits. Returns sum(weight_N * nll_N), differentiable, and nll_N, detached."""
         return self(_Score, hidden_NH, target_N, weight_N, chunk, gradient, shift, torch.is_grad_enabled())
 
+    def sample(self, hidden_NH: Tensor, temperature: Tensor, take: Callable[[int, Tensor], None], rows: int) -> Tensor:
+        """The next tokens' logits by a temperature, `rows` tokens at a time, and the soft embedding of all.
+
+        `take` gets each chunk's first token and its logits over the temperature [rows, V], fp32 at least. Returns
+        softmax(those) @ weight * sqrt(H), [N, H]. No gradient.
+        """
+        return self(_Sample, hidden_NH, temperature, take, rows)
+
 
 def capped(hidden_NH: Tensor, weight_VH: Tensor, softcap: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Capped logits over the cap, tanh(hidden @ weight.T / softcap), and their `exponentials`, [N, V]; the sums of
@@ -220,6 +228,27 @@ class _Embed(torch.autograd.Function):
         rows = d_embedding.reshape(-1, d_embedding.shape[-1]) * looked_up
         total.index_add_(0, ids.flatten(), rows.to(total.dtype))
         return total.to(weight.dtype), None, None, None, None, None
+
+
+class _Sample(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        owner: TiedVocabulary,
+        hidden_NH: Tensor,
+        temperature: Tensor,
+        take: Callable[[int, Tensor], None],
+        rows: int,
+    ):
+        soft_NH = torch.empty_like(hidden_NH)
+        for start in range(0, len(hidden_NH), rows):
+            part = slice(start, start + rows)
+            logits = F.linear(hidden_NH[part], weight).to(wide(weight.dtype))
+            logits.div_(owner.softcap).tanh_().mul_(owner.softcap).div_(temperature)
+            take(start, logits)
+            soft_NH[part] = logits.to(weight.dtype).softmax(-1, wide(weight.dtype)).to(weight.dtype) @ weight
+        return soft_NH * owner.scale
 
 
 class _Score(torch.autograd.Function):

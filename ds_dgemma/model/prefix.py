@@ -1,0 +1,76 @@
+"""Documents that grow while they are answered: read once, with canvases denoised against what is kept of them.
+
+Every layer keeps the keys and values of all clean tokens, `[room of all documents, g, d]`, in one buffer that is made
+at the first reading. Clean tokens go behind what a document has; a canvas sees those before its start, as in training
+(`sweep.py`), and its own stand behind them until the next call. Nothing here has a gradient; rounding is transformers'
+wherever the operations are.
+
+Under ZeRO-3 and expert parallelism every call is a collective: all ranks make the same calls, in the same order.
+Shapes: R documents or canvases of a call, L canvas tokens, N tokens of a call, H hidden, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from ds_dgemma.model.attention import Cache, Tokens
+from ds_dgemma.model.norm import literal_norms
+from ds_dgemma.model.stack import DiffusionGemmaStack, SweepLayer
+from ds_dgemma.model.sweep import Call
+from ds_dgemma.model.vocabulary import WeightGradient
+
+
+class Prefix:
+    """Documents with room for what is generated."""
+
+    def __init__(self, stack: DiffusionGemmaStack, rooms: Sequence[int], device: torch.device) -> None:
+        self._stack, self._rooms, self._device = stack, tuple(rooms), device
+        self._cache: list[list[Tensor]] = [[] for _ in stack.layer_types]  # keys and values
+        self.lengths = [0] * len(rooms)  # clean tokens of each document so far
+
+    @torch.no_grad()
+    @literal_norms()
+    def read(self, documents: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
+        """Read tokens behind what `documents`, in order, have."""
+        ids = torch.tensor(list(chain.from_iterable(tokens)), device=self._device)
+        self._through(dict(zip(documents, map(len, tokens), strict=True)), ids, None, is_canvas=False)
+        for number, new in zip(documents, tokens, strict=True):
+            self.lengths[number] += len(new)
+
+    @torch.no_grad()
+    @literal_norms()
+    def denoise(self, documents: Sequence[int], ids_RL: Tensor, soft_RLH: Tensor | None) -> Tensor:
+        """The canvases behind `documents`, in order: normed hidden states [R * L, H]. `soft_RLH`: what conditions
+        them.
+        """
+        soft_NH = None if soft_RLH is None else soft_RLH.flatten(0, 1)
+        hidden = self._through(dict.fromkeys(documents, ids_RL.shape[1]), ids_RL.flatten(), soft_NH, is_canvas=True)
+        return self._stack.norm(hidden)
+
+    def _through(self, new: dict[int, int], ids_N: Tensor, soft_NH: Tensor | None, is_canvas: bool) -> Tensor:
+        """All layers over `new` tokens behind each document; hidden states [N, H]."""
+        stack = self._stack
+        counts = tuple(new.get(number, 0) for number in range(len(self._rooms)))
+        hidden, _ = stack.embed_tokens.embed(ids_N, None, 1, WeightGradient())
+        if is_canvas:
+            hidden = stack.self_conditioning(hidden, torch.zeros_like(hidden) if soft_NH is None else soft_NH)
+        places = [range(before, before + count) for before, count in zip(self.lengths, counts, strict=True)]
+        position_1N = torch.tensor([list(chain.from_iterable(places))], device=self._device)
+        call = Call(
+            tokens=Tokens(counts, (), 0, cache=Cache(self._rooms, tuple(self.lengths), is_canvas)),
+            rotary={kind: stack.rotary_emb(hidden, position_1N, kind) for kind in set(stack.layer_types)},
+            is_canvas_N1=torch.full((len(ids_N), 1), is_canvas, device=self._device),
+            counted=0,
+            dropout=None,
+        )
+        hidden = hidden[None]
+        for layer, kept in zip(stack.sweep_layers(), self._cache, strict=True):
+            (hidden,) = layer(hidden, job=partial(_block, layer, call, kept))
+        return hidden[0]
+
+
+def _block(layer: SweepLayer, call: Call, kept: list[Tensor], hidden_1NH: Tensor) -> tuple[Tensor]:
+    return (layer.block(hidden_1NH, call, kept=kept).hidden_1NH,)
