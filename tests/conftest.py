@@ -16,15 +16,22 @@ from tests.training import make_run
 
 # The files that take longest come first: a process that begins with one of them at the end leaves the other idle.
 FIRST = [
-    f"tests/{name}.py"
-    for name in ("engine/test_offload", "test_gpu_rehearsal", "test_benchmarks", "test_readme", "test_parity")
-    + ("test_resume", "test_faults", "test_stop", "engine/test_topologies", "plan/test_plan")
+    "engine/test_offload.py",
+    "test_gpu_rehearsal.py",
+    "test_benchmarks.py",
+    "test_readme.py",
+    "test_parity.py",
+    "test_resume.py",
+    "test_faults.py",
+    "test_stop.py",
+    "engine/test_topologies.py",
+    "plan/test_plan.py",
 ]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Sort FIRST to the front; `tests/run.sh` has xdist keep this order."""
-    place = {config.rootpath / name: number for number, name in enumerate(FIRST)}
+    place = {config.rootpath / "tests" / name: number for number, name in enumerate(FIRST)}
     items.sort(key=lambda item: place.get(item.path, len(FIRST)))
 
 

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -130,32 +131,33 @@ def lora_section(case: Case) -> Iterator[LoraSection | None]:
         yield lora
 
 
-def run_engine(case: Case, ranks: RankLayout, args: argparse.Namespace) -> Iterator[Observed]:
-    """One step per set of coins, as training would compute it."""
+def open_engine(
+    model: Path, ranks: RankLayout, rows: int, args: argparse.Namespace, lora: LoraSection | None, train_router: bool
+) -> Any:
+    """A checkpoint on DeepSpeed's engine as training holds it; `rows` of a micro-batch."""
     from ds_dgemma.engine.deepspeed_engine import start_engine
     from ds_dgemma.engine.open_model import fill_model, outline_model
 
     bf16 = args.dtype == "bfloat16"
     config = {
-        "train_micro_batch_size_per_gpu": max(1, case.rows // ranks.world),
+        "train_micro_batch_size_per_gpu": rows,
         "zero_optimization": {"stage": args.stage, "stage3_param_persistence_threshold": 1000},
         "optimizer": {"type": "AdamW", "params": {"lr": 0.0, "torch_adam": True}},
         "steps_per_print": 10**9,
         **({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {}),
     }
+    spec, grouped = read_spec(str(model)), args.grouped
+    outlined = outline_model(spec, model, ranks, grouped_matmul=grouped, train_router=train_router, lora=lora)
+    stack = fill_model(outlined, ranks, config, "bf16" if bf16 else "fp32")
+    return start_engine(DenoisingObjective(stack, logits_chunk_mib=1).train(), config)
+
+
+def run_engine(case: Case, ranks: RankLayout, args: argparse.Namespace) -> Iterator[Observed]:
+    """One step per set of coins, as training would compute it."""
+    rows = max(1, case.rows // ranks.world)
     with lora_section(case) as lora:
-        outlined = outline_model(
-            read_spec(str(case.directory / "model")),
-            case.directory / "model",
-            ranks,
-            grouped_matmul=args.grouped,
-            train_router=case.train_router,
-            lora=lora,
-        )
-        stack = fill_model(outlined, ranks, config, "bf16" if bf16 else "fp32")
-    objective = DenoisingObjective(stack, logits_chunk_mib=1).train()
-    seen = capture_hidden(objective)
-    engine = start_engine(objective, config)
+        engine = open_engine(case.directory / "model", ranks, rows, args, lora, case.train_router)
+    seen = capture_hidden(engine.module)
     weights = TokenWeights.global_mean(*to_batch(case.tensors, "none").counts(), 1.0, ranks.world)
     for coins in COINS:
         batch = to_batch(case.tensors, coins, share(case.rows, ranks)).to(ranks.device)
@@ -187,12 +189,12 @@ def whole_gradients(engine, ranks: RankLayout) -> dict[str, Tensor]:
     return gradients
 
 
-def start_ranks(argv: list[str], count: int) -> int:
-    """Run this script once per rank; the first failure ends the others."""
+def start_ranks(argv: list[str], count: int, script: str = __file__) -> int:
+    """Run a script once per rank; the first failure ends the others."""
     shared = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(count))
     ranks = [
         subprocess.Popen(
-            [sys.executable, __file__, *argv, "--is-rank"],
+            [sys.executable, script, *argv, "--is-rank"],
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)},
         )
         for rank in range(count)
