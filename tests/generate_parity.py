@@ -3,8 +3,8 @@
     python tests/generate_parity.py DIR [--ep 2]
 
 DIR holds cases, each a folder with `model/` (a transformers checkpoint), `generate.json` (`torch_manual_seed` and the
-settings that `generate()` got) and `generate.safetensors` (`input_ids` [B, S], `expected.sequences` [B, S + new];
-also `padded_input_ids`, `padded_attention_mask`, `expected.padded_sequences`: prompts of unequal length, padded on the left).
+settings that `generate()` got) and `generate.safetensors`: `input_ids` [B, S] and `expected.sequences` [B, S + new], also
+`padded_input_ids`, `padded_attention_mask` and `expected.padded_sequences`, prompts of unequal length.
 
 Without --ep: transformers' own experts in one process, as `ds-dgemma evaluate` has them. With it: as training holds the
 model, ZeRO-3 and expert parallelism on DeepSpeed, in so many processes that this script starts itself; each answers all
