@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ds_dgemma.evaluation.sampler_settings import SamplerSettings
+from ds_dgemma.model.attention import MASK
 from ds_dgemma.model.prefix import Prefix
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
@@ -129,13 +130,19 @@ class Sampler:
     def answer(self, groups: Sequence[Group], watch: Callable[[Draft], None] | None = None) -> list[list[Answer]]:
         """The answers of each group's prompts. All groups are in memory at once; ranks may bring none."""
         canvases = math.ceil(self._settings.max_new_tokens / self._length)
-        made, rooms = [], []
+        made, rooms, padding = [], [], []
         for group in groups:
-            rows = [_Row(len(rooms) + n, list(prompt)) for n, prompt in enumerate(group.prompts)]
-            rooms += [len(prompt) + canvases * self._length for prompt in group.prompts]
+            longest = max(map(len, group.prompts))
+            padded = self._device.type == "cpu" and longest**2 <= MASK
+            rows = []
+            for prompt in group.prompts:
+                before = longest - len(prompt) if padded else 0  # as `generate()` has it, positions and all
+                rows.append(_Row(len(rooms), [0] * before + list(prompt)))
+                rooms.append(before + len(prompt) + canvases * self._length)
+                padding.append(before)
             made.append(_Group(rows, group.seed, self._device, self._length, self._vocabulary))
         # The last document is for a rank that has nothing left to do while others have.
-        prefix = Prefix(self._stack, [*rooms, canvases], self._device)
+        prefix = Prefix(self._stack, [*rooms, canvases], self._device, [*padding, 0] if any(padding) else ())
         for _ in range(canvases):
             open_groups = [group for group in made if group.goes_on]
             if not self._any_rank(bool(open_groups)):

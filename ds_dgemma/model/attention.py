@@ -31,6 +31,7 @@ from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -38,6 +39,7 @@ from ds_dgemma.model.kernel_choice import kernel_for
 from ds_dgemma.model.kernels import Kernel
 
 NAME = "ds_dgemma"
+MASK = 2**24  # elements of a mask, at most
 WANTED = "wanted_kernel"  # an attention module's setting, for `kernel_for`
 
 
@@ -49,6 +51,7 @@ class Cache(NamedTuple):
     rooms: tuple[int, ...]  # tokens that it has room for, of each
     filled: tuple[int, ...]  # clean tokens before the call's
     is_canvas: bool  # the call's tokens of a document are a canvas, not clean
+    padding: tuple[int, ...] = ()  # first tokens of each that nothing sees; on a CPU only
 
 
 class Canvas(NamedTuple):
@@ -320,6 +323,39 @@ def _write(tokens: Tokens, kept: list[Tensor], new: list[Tensor]) -> None:
         read, begin = read + length, begin + room
 
 
+def _is_short(tokens: Tokens) -> bool:
+    assert tokens.cache is not None
+    longest = max(map(sum, zip(tokens.documents, tokens.cache.filled, strict=True)))
+    return max(tokens.documents) * longest <= MASK
+
+
+def _masked(tokens: Tokens, window: int | None, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """The output [N, h, d] of a call that a cache serves, a document at a time and in one piece, so that a CPU rounds
+    as it does for transformers: one bit more or less is another token some steps later.
+    """
+    cache, output = tokens.cache, torch.empty_like(query)
+    assert cache is not None
+    offset = begin = 0
+    unseen = cache.padding or (0,) * len(tokens.documents)
+    for length, room, before, padding in zip(tokens.documents, *cache[:2], unseen, strict=True):
+        end = before + length
+        first, mask = visible(before, window)[0], None
+        if padding or not cache.is_canvas:
+            place = torch.arange(end)
+            distance = place[before:, None] - place[first:]
+            mask = (distance >= 0) & (distance < (window or end)) | torch.tensor(cache.is_canvas)
+            mask &= place[first:] >= padding
+        if length:
+            at = (slice(offset, offset + length), slice(begin + first, begin + end))
+            q, k, v = (
+                flat[part].transpose(0, 1)[None] for flat, part in ((query, at[0]), (key, at[1]), (value, at[1]))
+            )
+            found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+            output[at[0]] = found[0].transpose(0, 1)
+        offset, begin = offset + length, begin + room
+    return output
+
+
 @lru_cache(maxsize=256)
 def _plan(tokens: Tokens, window: int | None) -> tuple[Part, ...]:
     return tuple(parts(tokens, window))
@@ -350,8 +386,11 @@ def attention(
         _write(tokens, kept, flat[1:])
     if kept and kept[0].ndim == 3:
         tokens = replace(tokens, kept_whole=True)
-    todo = _plan(tokens, sliding_window)
     queries, keys, values = flat
+    if tokens.cache is not None and kept and not query.is_cuda and _is_short(tokens):
+        output = _masked(tokens, sliding_window, queries, *kept, scaling)
+        return output.unsqueeze(0), Attended(keys, values, output, output.new_empty(0))
+    todo = _plan(tokens, sliding_window)
     kernel = kernel_for(getattr(module, WANTED, "auto"), queries, keys)
     output, normaliser = _Attend.apply(kernel, todo, scaling, known, queries, keys, values, *(kept or ()))
     return output.unsqueeze(0), Attended(keys, values, output, normaliser)

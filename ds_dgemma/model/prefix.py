@@ -26,8 +26,11 @@ from ds_dgemma.model.vocabulary import WeightGradient
 class Prefix:
     """Documents with room for what is generated."""
 
-    def __init__(self, stack: DiffusionGemmaStack, rooms: Sequence[int], device: torch.device) -> None:
-        self._stack, self._rooms, self._device = stack, tuple(rooms), device
+    def __init__(
+        self, stack: DiffusionGemmaStack, rooms: Sequence[int], device: torch.device, padding: Sequence[int] = ()
+    ) -> None:
+        """`padding`: the first tokens of each document that nothing sees; on a CPU only."""
+        self._stack, self._rooms, self._device, self._padding = stack, tuple(rooms), device, tuple(padding)
         self._cache: list[list[Tensor]] = [[] for _ in stack.layer_types]  # keys and values
         self.lengths = [0] * len(rooms)  # clean tokens of each document so far
 
@@ -60,7 +63,7 @@ class Prefix:
         places = [range(before, before + count) for before, count in zip(self.lengths, counts, strict=True)]
         position_1N = torch.tensor([list(chain.from_iterable(places))], device=self._device)
         call = Call(
-            tokens=Tokens(counts, (), 0, cache=Cache(self._rooms, tuple(self.lengths), is_canvas)),
+            tokens=Tokens(counts, (), 0, cache=Cache(self._rooms, tuple(self.lengths), is_canvas, self._padding)),
             rotary={kind: stack.rotary_emb(hidden, position_1N, kind) for kind in set(stack.layer_types)},
             is_canvas_N1=torch.full((len(ids_N), 1), is_canvas, device=self._device),
             counted=0,
