@@ -11,9 +11,11 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ds_dgemma.cli_answers import add_commands
 from ds_dgemma.errors import EXIT_USER_ERROR, UserError
 
 if TYPE_CHECKING:
@@ -83,29 +85,6 @@ def merge(args: argparse.Namespace) -> None:
 
     merge_adapter(args.model, args.adapter, args.out, args.dtype, args.revision, _layout(args))
     print(f"{args.out}: {args.model} with {args.adapter}")
-
-
-def evaluate(args: argparse.Namespace) -> None:
-    """Answer held-out conversations with transformers' generate() and score the answers."""
-    from rich.console import Console
-
-    from ds_dgemma.evaluation.generation import Source, evaluate
-    from ds_dgemma.evaluation.scorers import report_table
-
-    if args.out is not None and args.out.is_dir():
-        raise UserError(f"--out {args.out} is a directory. Name a file.")
-    source = Source(args.model, args.revision, args.adapter)
-    report = evaluate(source, args.data, args.scorer, args.batch_size, args.limit, args.seed)
-    Console().print(report_table(report))
-    if args.out is not None:
-        _write_json(args.out, report)
-
-
-def generate(args: argparse.Namespace) -> None:
-    """Answer one prompt."""
-    from ds_dgemma.evaluation.generation import Source, answer_text
-
-    print(answer_text(Source(args.model, args.revision, args.adapter), args.prompt, args.seed))
 
 
 def replay(args: argparse.Namespace) -> None:
@@ -196,21 +175,7 @@ def parser() -> argparse.ArgumentParser:
     merge_.add_argument("--out", type=Path, required=True, metavar="DIR")
     _add_layout(merge_)
 
-    evaluate_ = _add(commands, "evaluate", evaluate)
-    _add_model(evaluate_)
-    evaluate_.add_argument("--adapter", type=Path, metavar="DIR", help="PEFT adapter of the model")
-    evaluate_.add_argument("--data", required=True, metavar="F.jsonl")
-    evaluate_.add_argument("--scorer", required=True, metavar="NAME", help="sudoku")
-    evaluate_.add_argument("--batch-size", type=int, default=64, metavar="N")
-    evaluate_.add_argument("--limit", type=int, metavar="N", help="score the first N conversations only")
-    evaluate_.add_argument("--seed", type=_seed, default=0)
-    evaluate_.add_argument("--out", type=Path, metavar="JSON", help="write the report too")
-
-    generate_ = _add(commands, "generate", generate)
-    _add_model(generate_)
-    generate_.add_argument("--adapter", type=Path, metavar="DIR", help="PEFT adapter of the model")
-    generate_.add_argument("--prompt", required=True, metavar="TEXT")
-    generate_.add_argument("--seed", type=_seed, default=0)
+    add_commands(partial(_add, commands), _seed, _count, _step)
 
     plot_ = _add(commands, "plot", plot)
     plot_.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
@@ -350,11 +315,3 @@ def _seed(text: str) -> int:
     if not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"{text}: from 0 to 2**63 - 1")
     return value
-
-
-def _write_json(out: Path, report: dict[str, Any]) -> None:
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot write there ({error.strerror}). Name another file.") from error

@@ -127,7 +127,7 @@ evaluate() {
     begin 'export to transformers'
     ds-dgemma export --run "$run" --step "$steps" --out "$run/export"
     begin "transformers' generate() on $test_puzzles held-out puzzles"
-    ds-dgemma evaluate --model "$run/export" --data "$data/test.jsonl" --scorer sudoku --out "$run/evaluation.json"
+    ds-dgemma evaluate --model "$run/export" --data "$data/test.jsonl" --task sudoku --out "$run/evaluation.json"
     begin 'curves'
     ds-dgemma plot "$run"
 }

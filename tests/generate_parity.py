@@ -3,7 +3,7 @@
     python tests/generate_parity.py DIR [--ep 2]
 
 DIR holds cases, each a folder with `model/` (a transformers checkpoint), `generate.json` (`torch_manual_seed` and the
-settings that `generate()` got) and `generate.safetensors`: `input_ids` [B, S] and `expected.sequences` [B, S + new], and
+settings that `generate()` got) and `generate.safetensors`: `input_ids` [B, S], `expected.sequences` [B, S + new],
 `padded_input_ids`, `padded_attention_mask` and `expected.padded_sequences`, prompts of unequal length.
 
 Without --ep: transformers' own experts in one process, as `ds-dgemma evaluate` has them. With it: as training holds the

@@ -30,7 +30,7 @@ def test_a_puzzle_file_is_made_and_evaluated_from_the_shell_up(
     sudoku = ["make-sudoku", "--size", "4", "--split", "test", "--count", "5", "--seed", "1", "--out", str(data)]
     assert cli.main(sudoku) == 0
     assert cli.main(["make-tiny", "--preset", "sudoku4", "--out", str(model)]) == 0
-    scored = ["evaluate", "--model", str(model), "--data", str(data), "--scorer", "sudoku", "--limit", "2"]
+    scored = ["evaluate", "--model", str(model), "--data", str(data), "--task", "sudoku", "--limit", "2"]
     capsys.readouterr()
     assert cli.main([*scored, "--out", str(report)]) == 0
     printed = capsys.readouterr().out
@@ -44,7 +44,7 @@ def test_a_puzzle_file_is_made_and_evaluated_from_the_shell_up(
         ["make-sudoku", "--split", "test", "--count", "0", "--out", "x.jsonl"],
         ["make-sudoku", "--split", "test", "--count", "3", "--out", "/dev/null/x.jsonl"],
         ["make-tiny", "--preset", "text", "--out", "model"],
-        ["evaluate", "--model", "absent/model", "--data", "absent.jsonl", "--scorer", "sudoku"],
+        ["evaluate", "--model", "absent/model", "--data", "absent.jsonl", "--task", "sudoku"],
         ["generate", "--model", "./absent", "--prompt", "hello"],
         ["export", "--run", "absent", "--out", "export"],
         ["plot", "absent"],

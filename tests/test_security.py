@@ -14,7 +14,7 @@ from ds_dgemma.checkpoint.adapter import AdapterReader
 from ds_dgemma.checkpoint.weights import INDEX, SINGLE, WeightReader
 from ds_dgemma.data.tokenizer import load_tokenizer
 from ds_dgemma.errors import UserError
-from ds_dgemma.evaluation.generation import Source, load_generator
+from ds_dgemma.evaluation.open_model import Source, find_model, load_model
 from ds_dgemma.model.spec import read_spec
 
 
@@ -44,8 +44,8 @@ def test_pickled_weights_are_refused_with_a_way_out(model, trace):
     torch.save({"weight": Payload(trace)}, model / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"pytorch_model\.bin is pickled.*save_pretrained"):
         WeightReader(model)
-    with pytest.raises(UserError, match="could not be loaded"):
-        load_generator(Source(str(model)))
+    with pytest.raises(UserError, match="is pickled, which can run code"):
+        load_model(find_model(Source(str(model)), {}))
     assert not trace.exists()
     with pytest.raises(pickle.UnpicklingError):
         torch.load(model / "pytorch_model.bin", weights_only=True)
@@ -75,7 +75,7 @@ def test_code_beside_a_model_is_not_run(model, trace):
     bring_code(model, trace, "tokenizer_config.json")
     assert isinstance(read_spec(str(model)), DiffusionGemmaConfig)
     assert len(load_tokenizer(model, 1000)) > 1
-    load_generator(Source(str(model)))
+    load_model(find_model(Source(str(model)), {}))
     assert not trace.exists()
 
 

@@ -73,12 +73,12 @@ def export_run(
         UserError: no such run or checkpoint, a model that has changed since, no adapter to write, an `out` that holds
         something else, or a disk that refuses.
     """
-    run = _open(run_dir, step)
+    run = open_run(run_dir, step)
     form = form or ("peft" if run.lora else "merged")
     if form == "merged":
         changed_dtype = torch.bfloat16 if run.bf16 and run.lora is None else None
         layout = replace(layout or Layout(), dtype=DTYPES.get(dtype), changed_dtype=changed_dtype)
-        return _write_model(run.model, out, _changes(run), layout)
+        return _write_model(run.model, out, changes_of(run), layout)
     if run.lora is None:
         raise UserError(f"--format {form}: {run_dir} trained the model itself, there is no adapter. Leave it out.")
     with whole_directory(out, ADAPTER_CONFIG, set()) as beside:
@@ -86,6 +86,11 @@ def export_run(
         stored = DTYPES.get(dtype, torch.float32)
         write_adapter(beside, _targets(run), run.lora, read, run.base, run.revision, form, stored)
     return out
+
+
+def adapter_change(reader: AdapterReader) -> Change:
+    """What an adapter makes of a model's tensors."""
+    return Merged(reader.targets, reader.read, scaling(reader.lora)).change
 
 
 def merge_adapter(
@@ -109,11 +114,10 @@ def merge_adapter(
     reader = AdapterReader(adapter, possible)
     if warning := reader.base_warning(model):
         print(warning, file=sys.stderr)
-    change = Merged(reader.targets, reader.read, scaling(reader.lora)).change
-    return _write_model(directory, out, change, replace(layout or Layout(), dtype=DTYPES.get(dtype)))
+    return _write_model(directory, out, adapter_change(reader), replace(layout or Layout(), dtype=DTYPES.get(dtype)))
 
 
-def _open(run_dir: Path, step: int | Literal["best"] | None) -> Run:
+def open_run(run_dir: Path, step: int | Literal["best"] | None) -> Run:
     """Read what a run started from, and the state to export."""
     config = _settings(run_dir)
     checkpoints = run_dir / "checkpoints"
@@ -166,7 +170,7 @@ def _read_factor(trained: StateReader, lora: LoraSection, target: Target, factor
     return trained.read(adapter_state_name(f"{target.name}.{factor}"), "fp32").view(target.shape(factor, lora.r))
 
 
-def _changes(run: Run) -> Change:
+def changes_of(run: Run) -> Change:
     """What the run made of the model's tensors."""
     if run.lora is None:
         return partial(_trained_tensor, run.trained)

@@ -45,6 +45,7 @@ class Answer:
     stopped: bool = False  # a stop id is among them
     steps: int = 0  # decoder passes that it needed
     canvases: int = 0
+    is_finite: bool = True  # else the model's scores are no numbers
 
     def before_stop(self, stop_ids: frozenset[int]) -> list[int]:
         """The tokens before the first stop id."""
@@ -72,6 +73,7 @@ class _Row:
     canvas_L: Tensor = field(default_factory=lambda: torch.empty(0))
     soft_LH: Tensor | None = None
     likeliest: list[Tensor] = field(default_factory=list)  # of the last steps, [L]
+    entropy_L: Tensor = field(default_factory=lambda: torch.empty(0))
     is_done: bool = False  # with this canvas
 
 
@@ -232,7 +234,7 @@ class Sampler:
                 if len(same) < stable:
                     is_done = torch.zeros_like(is_done)
                 done.append(torch.stack([is_done, *same]).all())
-            row.likeliest = [*row.likeliest[-(stable or 1) :], step.likeliest_L]
+            row.likeliest, row.entropy_L = [*row.likeliest[-(stable or 1) :], step.likeliest_L], step.entropy_L
         if done:
             for row, is_done in zip(rows, torch.stack(done).tolist(), strict=True):
                 row.is_done = is_done
@@ -248,6 +250,7 @@ class Sampler:
             said = said[:end] + [pad] * (len(said) - end)
         row.answer.tokens += said
         row.answer.canvases += 1
+        row.answer.is_finite &= bool(row.entropy_L.isfinite().all())
         row.answer.stopped = end is not None
         row.read_next = said
 

@@ -329,11 +329,11 @@ def _is_short(tokens: Tokens) -> bool:
     return max(tokens.documents) * longest <= MASK
 
 
-def _masked(tokens: Tokens, window: int | None, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def _masked(tokens: Tokens, window: int | None, query: Tensor, kept: list[Tensor], scale: float) -> Tensor:
     """The output [N, h, d] of a call that a cache serves, a document at a time and in one piece, so that a CPU rounds
     as it does for transformers: one bit more or less is another token some steps later.
     """
-    cache, output = tokens.cache, torch.empty_like(query)
+    cache, output, (key, value) = tokens.cache, torch.empty_like(query), kept
     assert cache is not None
     offset = begin = 0
     unseen = cache.padding or (0,) * len(tokens.documents)
@@ -388,7 +388,7 @@ def attention(
         tokens = replace(tokens, kept_whole=True)
     queries, keys, values = flat
     if tokens.cache is not None and kept and not query.is_cuda and _is_short(tokens):
-        output = _masked(tokens, sliding_window, queries, *kept, scaling)
+        output = _masked(tokens, sliding_window, queries, kept, scaling)
         return output.unsqueeze(0), Attended(keys, values, output, output.new_empty(0))
     todo = _plan(tokens, sliding_window)
     kernel = kernel_for(getattr(module, WANTED, "auto"), queries, keys)

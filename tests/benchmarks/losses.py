@@ -37,7 +37,9 @@ from ds_dgemma.data.read import read_split
 from ds_dgemma.data.sudoku import write_sudoku
 from ds_dgemma.data.tokenizer import load_tokenizer
 from ds_dgemma.engine.ranks import free_port
-from ds_dgemma.evaluation.generation import Source, evaluate
+from ds_dgemma.evaluation.evaluate import evaluate
+from ds_dgemma.evaluation.open_model import Source, find_model
+from ds_dgemma.evaluation.questions import section_of
 from ds_dgemma.evaluation.validation import FIXED_EPOCH
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.spec import read_spec, text_spec
@@ -116,7 +118,8 @@ def measure(loss: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
         if not (folder / "export").is_dir():
             export_run(folder / "run", folder / "export", args.steps)
         test = args.dir / "test.jsonl"
-        report = evaluate(Source(str(folder / "export")), str(test), "sudoku", BATCH, None, seed=0)
+        found = find_model(Source(str(folder / "export")), {})
+        report = evaluate(found, section_of(str(test), {}), "sudoku", batch_size=BATCH, limit=None, seed=0)
         posterior: LossName = "leave_one_out" if "leave_one_out" in loss else "base"
         losses = [diffusion_loss(folder / "export", test, one) for one in ("base", posterior)]
         figures = (report["solved"], report["cells"], *losses)

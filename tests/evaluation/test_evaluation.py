@@ -3,21 +3,48 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion
 
 from ds_dgemma.checkpoint.export import merge_adapter
+from ds_dgemma.data.formats import Conversation
 from ds_dgemma.data.sudoku import write_sudoku
 from ds_dgemma.errors import UserError
-from ds_dgemma.evaluation.generation import Source, answer_prompts, answer_text, evaluate, load_generator
-from ds_dgemma.evaluation.scorers import score_sudoku, summarise
+from ds_dgemma.evaluation.answers import answer_prompts
+from ds_dgemma.evaluation.evaluate import evaluate
+from ds_dgemma.evaluation.open_model import OpenModel, Source, find_model, load_model
+from ds_dgemma.evaluation.prompts import message_ids
+from ds_dgemma.evaluation.questions import Question, section_of
+from ds_dgemma.evaluation.scores import Score, report_table, summarise
+from ds_dgemma.evaluation.tasks import find_task
 from ds_dgemma.tools.tiny import make_tiny
 from tests.reference.adapters import write_random_adapter
 
 SOLUTION = "1234341221434321"
 PUZZLE = "12..34..2...43.."  # 7 clues, 9 blanks
+
+
+def question(prompt: str, reference: str, **message: Any) -> Question:
+    """A question of one turn."""
+    answer = {"role": "assistant", "content": reference, **message}
+    messages = [{"role": "user", "content": prompt}]
+    return Question("here", {"note": "n"}, messages, answer, Conversation([*messages, answer], [None, None]))
+
+
+def right(task: str, asked: Question, answer: str) -> dict[str, float]:
+    return {measure: got / of for measure, (got, of) in find_task(task)(asked, answer).right.items()}
+
+
+def opened(path: str | Path, adapter: Path | None = None, **settings: Any) -> OpenModel:
+    return load_model(find_model(Source(str(path), adapter=adapter), settings))
+
+
+def texts(model: OpenModel, prompts: list[list[int]], batch_size: int = 16, seed: int = 0) -> list[str]:
+    return [said.text for said in answer_prompts(model, prompts, batch_size, seed)]
 
 
 @pytest.fixture(scope="module")
@@ -46,23 +73,26 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_sudoku_is_solved_only_whole_valid_and_with_its_clues(
     answer: str, solved: int, cells: int, blank_cells: int
 ) -> None:
-    score = score_sudoku([{"role": "user", "content": PUZZLE}], SOLUTION, answer)
+    score = find_task("sudoku")(question(PUZZLE, SOLUTION), answer)
     assert score.right == {"solved": (solved, 1), "cells": (cells, 16), "blank_cells": (blank_cells, 9)}
     assert score.group == {"blanks": 9, "clues": 7}
 
 
 def test_another_valid_grid_that_keeps_the_clues_is_solved_and_letters_do_as_well() -> None:
-    puzzle = [{"role": "user", "content": "." * 16}]
     letters = str.maketrans("1234", "ACFI")
-    assert score_sudoku(puzzle, SOLUTION, "2143432112343412").right["solved"] == (1, 1)
-    assert score_sudoku(puzzle, SOLUTION.translate(letters), "2143432112343412").right["solved"] == (0, 1)
-    assert score_sudoku(puzzle, SOLUTION.translate(letters), SOLUTION.translate(letters)).right["solved"] == (1, 1)
+    in_letters = SOLUTION.translate(letters)
+    for reference, answer, solved in (
+        (SOLUTION, "2143432112343412", 1),
+        (in_letters, "2143432112343412", 0),
+        (in_letters, in_letters, 1),
+    ):
+        assert right("sudoku", question("." * 16, reference), answer)["solved"] == solved
 
 
 def test_shares_are_of_all_examples_and_of_each_number_of_blanks() -> None:
     easy, hard = "123434122143432.", "12.............."
     answers = [(easy, SOLUTION), (easy, SOLUTION), (easy, SOLUTION), (hard, SOLUTION), (hard, "")]
-    report = summarise(score_sudoku([{"role": "user", "content": p}], SOLUTION, answer) for p, answer in answers)
+    report = summarise(find_task("sudoku")(question(p, SOLUTION), answer) for p, answer in answers)
     assert (report["examples"], report["solved"], report["cells"]) == (5, 0.8, 0.8)
     assert report["blank_cells"] == 17 / 31
     assert report["groups"] == [
@@ -71,24 +101,107 @@ def test_shares_are_of_all_examples_and_of_each_number_of_blanks() -> None:
     ]
 
 
-def test_answers_come_in_the_order_of_their_prompts_and_end_at_the_stop(model: str) -> None:
-    generator = load_generator(Source(model))
+@pytest.mark.parametrize(
+    ("task", "asked", "answer", "wanted"),
+    [
+        ("exact_match", question("q", "Yes."), " Yes.\n", {"exact": 1}),
+        ("exact_match", question("q", "Yes."), "yes.", {"exact": 0}),
+        ("contains", question("q", "New  York"), "It is new york.", {"contains": 1}),
+        ("number", question("q", "48/2 = 24\n#### 1,072"), "So 1072.0", {"number": 1}),
+        ("number", question("q", "#### -5"), "it is 10-5", {"number": 0}),
+        ("number", question("q", "#### 5"), "it is 10-5", {"number": 1}),
+        ("number", question("q", "#### 5"), "none", {"number": 0}),
+        ("multiple_choice", question("q", "B"), "The answer is (b).", {"choice": 1}),
+        ("multiple_choice", question("q", "B"), "A guess: B) red", {"choice": 0}),
+        ("multiple_choice", question("q", "(C)"), "C", {"choice": 1}),
+        ("json_valid", question("q", '{"a": 1}'), '```json\n{"a": 1}\n```', {"valid": 1, "equal": 1}),
+        ("json_valid", question("q", '{"a": 1}'), '{"a": 2}', {"valid": 1, "equal": 0}),
+        ("json_valid", question("q", "some"), "{", {"valid": 0}),
+        (
+            "tool_call",
+            question("q", "", tool_calls=[{"function": {"name": "tide", "arguments": {"at": "pier", "n": 2}}}]),
+            '<|tool_call>call:tide{at:<|"|>pier<|"|>,n:2}<tool_call|>',
+            {"name": 1, "call": 1},
+        ),
+        (
+            "tool_call",
+            question("q", "", tool_calls=[{"function": {"name": "tide", "arguments": {"at": "pier"}}}]),
+            '<|tool_call>tide{"at": "sea"}<tool_call|>',
+            {"name": 1, "call": 0},
+        ),
+    ],
+)
+def test_a_task_says_what_is_right(task: str, asked: Question, answer: str, wanted: dict[str, int]) -> None:
+    assert right(task, asked, answer) == wanted
+
+
+def test_a_users_function_is_a_task(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "def noted(row, answer):\n    return {'half': 0.5, 'note': row['note'] in answer}\n"
+    )
+    assert right(f"python:{tmp_path}/own.py:noted", question("q", "a"), "an n") == {"half": 0.5, "note": 1}
+    for name, said in (
+        ("own.py:absent", "has no function absent"),
+        ("absent.py:f", "no file"),
+        ("own.py", "no function"),
+    ):
+        with pytest.raises(UserError, match=said):
+            find_task(f"python:{tmp_path}/{name}")
+
+
+def test_an_answer_depends_on_its_prompt_and_seed_alone_and_ends_at_the_stop(model: str) -> None:
+    loaded = opened(model)
     short, long, other_long = [2, 3, 9], [2, 3, 10, 11, 12], [2, 3, 12, 11, 10]
-    a, b, c = answer_prompts(generator, [long, short, other_long], batch_size=8, seed=0)
-    assert answer_prompts(generator, [short, long, other_long], batch_size=8, seed=0) == [b, a, c]
-    assert len({a, b, c}) == 3
-    answers = answer_prompts(generator, [short] * 32, batch_size=32, seed=0)
+    together = texts(loaded, [long, short, other_long, short], batch_size=8)
+    assert together == texts(loaded, [long, short, other_long, short], batch_size=1)
+    assert together[1] != together[3]  # the seeds are others
+    assert texts(loaded, [short], seed=3) == [together[3]]
+    answers = texts(loaded, [short] * 32, batch_size=32)
     assert not any(stop in answer for answer in answers for stop in ("<eos>", "<turn|>"))
     assert len({len(answer) for answer in answers}) > 1  # cut where they ended, not at the canvas
 
 
-def test_a_report_is_repeatable_and_counts_every_puzzle_once(tmp_path: Path, model: str) -> None:
+def run_evaluation(model: str, data: str, task: str = "sudoku", batch_size: int = 8, **more: Any) -> dict[str, Any]:
+    found = find_model(Source(model), {})
+    options = {"limit": None, "seed": 3, "group_by": None, **more}
+    return evaluate(found, section_of(data, {}), task, batch_size=batch_size, **options)
+
+
+def test_a_report_is_repeatable_and_equals_a_plain_script_with_transformers(tmp_path: Path, model: str) -> None:
     write_sudoku(4, "test", 12, 0, tmp_path / "test.jsonl")
-    reports = [evaluate(Source(model), str(tmp_path / "test.jsonl"), "sudoku", 5, 10, seed=3) for _ in range(2)]
+    data = str(tmp_path / "test.jsonl")
+    reports = [run_evaluation(model, data, batch_size=size, limit=10) for size in (5, 10)]
+    for report in reports:
+        assert report["manner"].pop("seconds") > 0
     assert reports[0] == reports[1]
     assert reports[0]["examples"] == sum(group["examples"] for group in reports[0]["groups"]) == 10
-    first, again, other = (answer_text(Source(model), PUZZLE, seed) for seed in (0, 0, 1))
-    assert first == again != other
+
+    theirs: Any = DiffusionGemmaForBlockDiffusion.from_pretrained(
+        model, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    cells = stopped = 0
+    for number, line in enumerate(Path(data).read_text().splitlines()[:10]):
+        *prompt, reference = json.loads(line)["messages"]
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        torch.manual_seed(3 + number)
+        said = theirs.eval().generate(input_ids=ids["input_ids"], disable_compile=True).sequences[0]
+        text = tokenizer.decode(said[ids["input_ids"].shape[1] :])
+        ended = min((place for stop in ("<eos>", "<turn|>") if (place := text.find(stop)) >= 0), default=len(text))
+        cells += sum(a == b for a, b in zip(text[:ended], reference["content"], strict=False))
+        stopped += ended < len(text)
+    assert reports[0]["cells"] == cells / 160
+    assert reports[0]["manner"]["stopped"] == stopped / 10
+
+
+def test_shares_are_reported_by_any_column_and_without_groups() -> None:
+    scores = [Score({"exact": (n % 2, 1)}, {"level": level}) for n, level in enumerate(("b", 10, 9, 10))]
+    assert [group["level"] for group in summarise(scores)["groups"]] == [9, 10, "b"]
+    plain = {"model": "m", "data": "d", **summarise([Score({"exact": (1, 1)})]), "seed": 0}
+    for report in (plain, {"model": "m", "data": "d", **summarise(scores)}):
+        table = report_table(report)
+        assert len({len(column._cells) for column in table.columns}) == 1
+    assert [column.header for column in report_table(plain).columns] == ["", "examples", "exact"]
 
 
 def test_what_cannot_be_evaluated_is_refused_by_name(tmp_path: Path, model: str) -> None:
@@ -97,15 +210,19 @@ def test_what_cannot_be_evaluated_is_refused_by_name(tmp_path: Path, model: str)
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     (tmp_path / "chat.jsonl").write_text(Path(data).read_text() + json.dumps({"messages": chat}) + "\n")
     refused = [
-        (model, str(tmp_path / "chat.jsonl"), "sudoku", 8, r"chat\.jsonl:4: not a Sudoku record"),
-        (model, str(tmp_path / "absent.jsonl"), "sudoku", 8, r"absent\.jsonl"),
-        (model, data, "sudokus", 8, "Did you mean sudoku"),
-        (model, data, "sudoku", 0, "--batch-size 0"),
-        (str(tmp_path), data, "sudoku", 8, r"has no config\.json"),
+        (model, str(tmp_path / "chat.jsonl"), {}, r"chat\.jsonl:4: not a Sudoku record"),
+        (model, str(tmp_path / "absent.jsonl"), {}, r"absent\.jsonl"),
+        (model, data, {"task": "sudokus"}, "Did you mean sudoku"),
+        (model, data, {"task": "tool_call"}, "the reference calls no tool"),
+        (model, data, {"batch_size": 0}, "--batch-size 0"),
+        (model, data, {"group_by": "level"}, "no column level to group by"),
+        (str(tmp_path), data, {}, r"has no config\.json"),
     ]
-    for path, file, scorer, batch_size, message in refused:
+    for path, file, options, message in refused:
         with pytest.raises(UserError, match=message):
-            evaluate(Source(path), file, scorer, batch_size, None, seed=0)
+            run_evaluation(path, file, **options)
+    with pytest.raises(UserError, match="t_max"):
+        find_model(Source(model), {"t_min": 2.0})
 
 
 def test_a_checkpoint_without_the_encoders_scalars_is_refused(tmp_path: Path) -> None:
@@ -113,11 +230,11 @@ def test_a_checkpoint_without_the_encoders_scalars_is_refused(tmp_path: Path) ->
     weights = tmp_path / "model" / "model.safetensors"
     kept = {name: value for name, value in load_file(weights).items() if "language_model" not in name}
     save_file(kept, weights, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"lacks 4 weights.*layer_scalar"):
-        load_generator(Source(str(tmp_path / "model")))
+    with pytest.raises(UserError, match=r"layer_scalar is missing"):
+        opened(tmp_path / "model")
     weights.write_bytes(b"not weights")
-    with pytest.raises(UserError, match="could not be loaded"):
-        load_generator(Source(str(tmp_path / "model")))
+    with pytest.raises(UserError, match="safetensors"):
+        opened(tmp_path / "model")
 
 
 @pytest.mark.parametrize(
@@ -127,7 +244,7 @@ def test_a_prompt_that_would_lose_a_part_is_refused(prompt: str, said: str, mode
     unreadable = Path(shutil.copytree(model, tmp_path / "unreadable"))
     (unreadable / "model.safetensors").write_bytes(b"not weights")  # told before they are read
     with pytest.raises(UserError, match=said):
-        answer_text(Source(str(unreadable)), prompt, seed=0)
+        message_ids(find_model(Source(str(unreadable)), {}), [{"role": "user", "content": prompt}], "--prompt")
 
 
 def test_a_model_that_has_diverged_is_told(model: str, tmp_path: Path) -> None:
@@ -136,16 +253,16 @@ def test_a_model_that_has_diverged_is_told(model: str, tmp_path: Path) -> None:
     weights["model.decoder.norm.weight"].fill_(torch.nan)
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="broken answers with NaN or infinity"):
-        answer_text(Source(str(broken)), PUZZLE, seed=0)
+        texts(opened(broken), [[2, 3, 9]])
 
 
-def test_peft_adds_an_adapter_and_answers_as_the_merged_model_does(tmp_path: Path, model: str, capsys) -> None:
+def test_an_adapter_answers_as_the_merged_model_does(tmp_path: Path, model: str, capsys) -> None:
     experts = ("experts.gate_up_proj", "experts.down_proj")
     write_random_adapter(tmp_path / "adapter", Path(model), target_parameters=experts)
     merge_adapter(model, tmp_path / "adapter", tmp_path / "merged")
     prompts = [[2, 3, 9 + number] for number in range(16)]
     answers = [
-        answer_prompts(load_generator(Source(path, adapter=adapter)), prompts, batch_size=16, seed=0)
+        texts(opened(path, adapter), prompts)
         for path, adapter in ((model, tmp_path / "adapter"), (str(tmp_path / "merged"), None), (model, None))
     ]
     assert answers[0] == answers[1] != answers[2]
@@ -157,11 +274,11 @@ def test_peft_adds_an_adapter_and_answers_as_the_merged_model_does(tmp_path: Pat
     warning = f"The adapter {tmp_path / 'adapter'} was made for another/model, here it is put on {model}.\n"
     merge_adapter(model, tmp_path / "adapter", tmp_path / "merged")
     assert warning in capsys.readouterr().err
-    load_generator(Source(model, adapter=tmp_path / "adapter"))
+    find_model(Source(model, adapter=tmp_path / "adapter"), {})
     assert warning in capsys.readouterr().err
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**settings, "target_parameters": None}))
     with pytest.raises(UserError, match="target_parameters does not name it: PEFT would not read them"):
-        load_generator(Source(model, adapter=tmp_path / "adapter"))
+        find_model(Source(model, adapter=tmp_path / "adapter"), {})
 
 
 def test_an_adapter_that_cannot_be_used_is_refused_before_the_model_is_read(tmp_path: Path, model: str) -> None:
@@ -172,4 +289,4 @@ def test_an_adapter_that_cannot_be_used_is_refused_before_the_model_is_read(tmp_
     save_file({name: torch.full_like(factor, torch.nan) for name, factor in load_file(weights).items()}, weights)
     for adapter, said in (("adapter", "holds NaN"), ("absent", "absent cannot be read")):
         with pytest.raises(UserError, match=said):
-            load_generator(Source(str(unreadable), adapter=tmp_path / adapter))
+            find_model(Source(str(unreadable), adapter=tmp_path / adapter), {})

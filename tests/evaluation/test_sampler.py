@@ -1,4 +1,4 @@
-"""Our sampler says what unmodified transformers' `generate()` says, token for token, live and whatever it is batched with."""
+"""Our sampler says what unmodified transformers' `generate()` says, token for token."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import DiffusionGemmaForBlockDiffusion
+from transformers.models.diffusion_gemma.generation_diffusion_gemma import EntropyBoundSamplerConfig
 
 from ds_dgemma.evaluation.sampler import Answer, Group, Sampler
 from ds_dgemma.evaluation.sampler_settings import read_settings
@@ -62,15 +63,11 @@ def prompts_of(lengths: tuple[int, ...], vocabulary: int) -> list[list[int]]:
     ids=["one", "canvases", "unequal", "bound", "stops", "done at once", "stable"],
 )
 def test_answers_are_transformers_token_for_token(model, lengths, canvases, settings):
-    config = read_settings(model, {})
-    del config
     case = CASES["wide_canvas" if "wide" in str(model) else "base"]
     prompts = prompts_of(lengths, case.vocabulary)
     settings = {"max_new_tokens": canvases * case.canvas, **settings}
     given = dict(settings)
     if (bound := given.pop("entropy_bound", None)) is not None:
-        from transformers.models.diffusion_gemma.generation_diffusion_gemma import EntropyBoundSamplerConfig
-
         given["sampler_config"] = EntropyBoundSamplerConfig(entropy_bound=bound)
     expected = theirs(model, prompts, seed=3, **given)
     (answers,) = ours(model, [Group(prompts, 3)], **settings)

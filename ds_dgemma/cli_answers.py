@@ -1,0 +1,172 @@
+"""The commands that answer: `evaluate`, `generate`, `chat`, and their options. Imports as in `cli.py`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ds_dgemma.errors import UserError
+
+if TYPE_CHECKING:
+    from ds_dgemma.evaluation.open_model import Found
+
+SAMPLER = {
+    "max_new_tokens": (int, "tokens of an answer, rounded up to whole canvases"),
+    "max_denoising_steps": (int, "decoder passes a canvas, at most"),
+    "entropy_bound": (float, "summed entropy of the tokens accepted in a step"),
+    "t_min": (float, "temperature of the last step"),
+    "t_max": (float, "temperature before the first"),
+    "stability_threshold": (int, "steps without a change before a canvas may be done"),
+    "confidence_threshold": (float, "mean entropy below which it is"),
+}
+Number = Callable[[str], Any]
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Answer held-out conversations and score the answers."""
+    from rich.console import Console
+
+    from ds_dgemma.evaluation.evaluate import evaluate
+    from ds_dgemma.evaluation.questions import section_of
+    from ds_dgemma.evaluation.scores import manner_line, report_table
+
+    if args.out is not None and args.out.is_dir():
+        raise UserError(f"--out {args.out} is a directory. Name a file.")
+    columns = dict(zip(("prompt", "response"), args.columns or (), strict=False))
+    data = section_of(args.data, {"columns": columns, "ignore": args.ignore})
+    report = evaluate(
+        _found(args),
+        data,
+        args.task,
+        batch_size=args.batch_size,
+        limit=args.limit,
+        seed=args.seed,
+        group_by=args.group_by,
+    )
+    Console().print(report_table(report))
+    print(manner_line(report["manner"]))
+    if args.out is not None:
+        _write(args.out, json.dumps(report, indent=2) + "\n")
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Answer a prompt, or every conversation of a file."""
+    from ds_dgemma.evaluation.answers import answer_prompts
+    from ds_dgemma.evaluation.open_model import load_model
+    from ds_dgemma.evaluation.prompts import message_ids
+    from ds_dgemma.evaluation.questions import read_prompts
+
+    found = _found(args)
+    if args.prompt is not None:
+        ids = [message_ids(found, [{"role": "user", "content": args.prompt}], "--prompt")]
+        rows: list[dict[str, Any]] = []
+    else:
+        rows, ids = read_prompts(args.file, found)
+    model = load_model(found)
+    said = answer_prompts(model, ids, args.batch_size, args.seed, _watch(args, model))
+    if args.prompt is not None:
+        _say(said[0].text)
+        return
+    lines = [
+        json.dumps(
+            {**row, "answer": one.text, "stopped": one.answer.stopped, "steps": one.answer.steps}, ensure_ascii=False
+        )
+        for row, one in zip(rows, said, strict=True)
+    ]
+    if args.out is None:
+        _say("\n".join(lines))
+    else:
+        _write(args.out, "\n".join(lines) + "\n")
+
+
+def chat(args: argparse.Namespace) -> None:
+    """Talk with a model; /watch shows canvases, /reset forgets, /quit ends."""
+    from ds_dgemma.evaluation.chat import chat
+    from ds_dgemma.evaluation.open_model import load_model
+
+    chat(load_model(_found(args)), args.system, args.seed, args.watch)
+
+
+def add_commands(add: Callable[..., argparse.ArgumentParser], seed: Number, count: Number, step: Number) -> None:
+    """Add the commands; `add` makes a command's parser, the others read an option."""
+    evaluate_ = add("evaluate", evaluate)
+    _add_source(evaluate_, step)
+    evaluate_.add_argument("--data", required=True, metavar="SOURCE", help="a file, folder, glob or hub dataset id")
+    evaluate_.add_argument("--columns", nargs=2, metavar=("PROMPT", "RESPONSE"), help="as data.columns in a config")
+    evaluate_.add_argument("--ignore", action="append", default=[], metavar="KEY", help="as data.ignore")
+    evaluate_.add_argument(
+        "--task", required=True, metavar="NAME", help="exact_match, number, sudoku, ... or python:FILE:function"
+    )
+    evaluate_.add_argument("--group-by", metavar="COLUMN", help="report shares for each value of a column")
+    evaluate_.add_argument("--limit", type=int, metavar="N", help="score the first N conversations only")
+    evaluate_.add_argument("--out", type=Path, metavar="JSON", help="write the report too")
+    evaluate_.add_argument("--batch-size", type=int, default=64, metavar="N")
+    evaluate_.add_argument("--seed", type=seed, default=0)
+
+    generate_ = add("generate", generate)
+    _add_source(generate_, step)
+    asked = generate_.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", metavar="TEXT")
+    asked.add_argument("--file", type=Path, metavar="F.jsonl", help="conversations that end with the user")
+    generate_.add_argument(
+        "--out", type=Path, metavar="F.jsonl", help="its rows with their answers; else they are printed"
+    )
+    generate_.add_argument("--watch", action="store_true", help="show the canvas of the first prompt, step by step")
+    generate_.add_argument("--batch-size", type=count, default=64, metavar="N")
+    generate_.add_argument("--seed", type=seed, default=0)
+
+    chat_ = add("chat", chat)
+    _add_source(chat_, step)
+    chat_.add_argument("--system", metavar="TEXT", help="the system's turn")
+    chat_.add_argument("--watch", action="store_true", help="begin with /watch on")
+    chat_.add_argument("--seed", type=seed, default=0)
+
+
+def _add_source(parser: argparse.ArgumentParser, step: Number) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", metavar="DIR", help="transformers checkpoint or hub id")
+    source.add_argument("--run", type=Path, metavar="DIR", help="run directory, nothing exported")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of the hub id")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="PEFT adapter of the model")
+    parser.add_argument(
+        "--step", type=step, metavar="N", help="of the run; absent: the newest; best: of the lowest validation loss"
+    )
+    sampler = parser.add_argument_group("sampler", "what is left out is the checkpoint's generation_config.json's")
+    for name, (kind, meaning) in SAMPLER.items():
+        sampler.add_argument(
+            f"--{name.replace('_', '-')}", type=kind, metavar="N" if kind is int else "X", help=meaning
+        )
+
+
+def _found(args: argparse.Namespace) -> "Found":
+    from ds_dgemma.evaluation.open_model import Source, find_model
+
+    for option in ("adapter", "revision") if args.run else ("step",):
+        if getattr(args, option) is not None:
+            raise UserError(f"--{option} belongs to --{'model' if args.run else 'run'}. Leave it out.")
+    source = Source(args.model, args.revision, args.adapter, args.run, args.step)
+    return find_model(source, {name: getattr(args, name) for name in SAMPLER})
+
+
+def _watch(args: argparse.Namespace, model: Any) -> Any:
+    if not args.watch:
+        return None
+    from ds_dgemma.evaluation.watch import Watch
+
+    return Watch(model.found.tokenizer)
+
+
+def _say(text: str) -> None:
+    """Print, whatever characters the terminal's encoding lacks."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def _write(out: Path, text: str) -> None:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot write there ({error.strerror}). Name another file.") from error

@@ -1,0 +1,103 @@
+"""What is asked: the conversations of a source, each without its last answer, which is the reference."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from ds_dgemma.config_data import DataSection
+from ds_dgemma.data.chat import Document, tokenize_rows
+from ds_dgemma.data.drafts import Drafter
+from ds_dgemma.data.formats import Conversation
+from ds_dgemma.data.messages import BadRow, Message, read_message
+from ds_dgemma.data.reading import Reading, settle
+from ds_dgemma.data.sources import open_sources, read_rows
+from ds_dgemma.errors import UserError
+from ds_dgemma.evaluation.open_model import Found
+from ds_dgemma.evaluation.prompts import message_ids
+
+
+@dataclass(frozen=True)
+class Question:
+    """A conversation whose last answer is wanted."""
+
+    where: str
+    row: dict[str, Any]  # as it stands in its file
+    prompt: list[Message]
+    reference: Message
+    conversation: Conversation
+
+
+def read_questions(data: DataSection, limit: int | None) -> list[Question]:
+    """The first conversations of `data.train`, whose columns are mapped as training maps them.
+
+    Raises:
+        UserError: a file that cannot be read, bad rows, or running text.
+    """
+    (source,) = open_sources(data, "train")
+    found, reading = [], Reading()
+    for chunk in source.chunks():
+        for row, read in read_rows(chunk, source.layout, reading):
+            if not isinstance(read, Conversation):
+                raise UserError(f"{source.where(row)}: a text has no answer to compare with. Give conversations.")
+            record = source.row(row)
+            assert not isinstance(record, BadRow)  # it was read
+            *prompt, reference = read.messages
+            found.append(Question(source.where(row), record, prompt, reference, read))
+        if limit is not None and len(found) >= limit:
+            break
+    settle([(source, reading)], "train")
+    return found[:limit]
+
+
+def prompt_ids(
+    questions: list[Question], tokenizer: PreTrainedTokenizerFast, data: DataSection, image_tokens: frozenset[str]
+) -> list[list[int]]:
+    """What is put before the answers, token for token as training has it.
+
+    Raises:
+        UserError: a conversation that training would refuse.
+    """
+    drafter = Drafter(tokenizer, "last", data.control_tokens, data.chat_template_kwargs, image_tokens, data.ignore)
+    prompts = []
+    for made in tokenize_rows([(n, question.conversation) for n, question in enumerate(questions)], drafter):
+        if not isinstance(made, Document):
+            row, problem = made
+            raise UserError(f"{questions[row].where}: {problem}")
+        prompts.append(made.ids[: made.spans[-1].start])
+    return prompts
+
+
+def read_prompts(file: Path, found: Found) -> tuple[list[dict[str, Any]], list[list[int]]]:
+    """The rows of a JSONL file, and the prompts in them: `prompt` (text), or `messages` that end with the user or a
+    tool; with the row's `tools` and `chat_template_kwargs`.
+
+    Raises:
+        UserError: a row without a prompt, or that the template does not render.
+    """
+    (source,) = open_sources(section_of(str(file), {}), "train")
+    rows, ids = [], []
+    for row, record in source.stream():
+        where = source.where(row)
+        if isinstance(record, BadRow):
+            raise UserError(f"{where}: {record}")
+        prompt = record.get("messages", record.get("prompt"))
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if not messages or not isinstance(messages, list):
+            raise UserError(f"{where}: no prompt (a text) or messages (a list) in it; it has: {', '.join(record)}.")
+        try:
+            read = [read_message(turn, f"messages[{number}]")[0] for number, turn in enumerate(messages)]
+        except BadRow as problem:
+            raise UserError(f"{where}: {problem}") from problem
+        if read[-1]["role"] == "assistant":
+            raise UserError(f"{where}: it ends with an answer already. End it with the user.")
+        rows.append(record)
+        ids.append(message_ids(found, read, where, record.get("tools"), record.get("chat_template_kwargs")))
+    return rows, ids
+
+
+def section_of(path: str, settings: dict[str, Any]) -> DataSection:
+    """`path` as a data section, with settings by their names in it."""
+    given = {key: value for key, value in settings.items() if value}
+    return DataSection.model_validate({"train": path, **given})

@@ -1,0 +1,25 @@
+"""A letter of several: the answer's first letter that stands alone is the reference's."""
+
+import re
+
+from ds_dgemma.errors import UserError
+from ds_dgemma.evaluation.questions import Question
+from ds_dgemma.evaluation.scores import Score
+
+# "answer is B", "Answer: (B)" before a bare letter, which may be a word such as A or I
+SAID = re.compile(r"answer\s*(?:is|:)?\s*[*(\[]*([A-Z])\b", re.IGNORECASE)
+ALONE = re.compile(r"(?<![A-Za-z'])([A-Z])(?=[).:,\]*\s]|$)")
+
+
+def multiple_choice(question: Question, answer: str) -> Score:
+    """Letters A to Z."""
+    wanted = chosen(question.reference["content"])
+    if wanted is None:
+        raise UserError(f"the reference names no choice, a letter: {question.reference['content'][:80]!r}.")
+    return Score({"choice": (chosen(answer) == wanted, 1)})
+
+
+def chosen(text: str) -> str | None:
+    """The letter that a text chooses."""
+    said = [match[1].upper() for match in SAID.finditer(text)]
+    return said[-1] if said else next((match[1] for match in ALONE.finditer(text)), None)
