@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ds_dgemma.data.batch import Span
 from ds_dgemma.data.control_tokens import control_tokens_of
-from ds_dgemma.data.drafts import Draft, Drafter
+from ds_dgemma.data.drafter import Drafter
+from ds_dgemma.data.drafts import Draft
 from ds_dgemma.data.encoding import Encoder, TokenizedText
 from ds_dgemma.data.formats import BadRow, Conversation, Message, Text
 from ds_dgemma.data.rendering import ChatTemplate, as_templates_read
@@ -107,7 +108,8 @@ class _Writer:
         """Tokenize by the module's second rule."""
         texts = self._encoder.encode([(draft.last.text, draft.hidden) for draft in drafts])
         borders = [
-            self._encoder.border(text, len(draft.last.prompt)) for draft, text in zip(drafts, texts, strict=True)
+            self._encoder.border(text, len(draft.last.prompt), draft.tail)
+            for draft, text in zip(drafts, texts, strict=True)
         ]
         made = [_Tokens(text.ids, border.tokens or 0, text) for text, border in zip(texts, borders, strict=True)]
         unsure = [place for place, border in enumerate(borders) if not border.sure]
@@ -144,8 +146,8 @@ class _Writer:
                 "the tokenizer has no token for a part of this row, which would become "
                 f"{self._unknown}. Change the text, the chat template or the tokenizer."
             )
-        last, chat = draft.last, draft.chat
-        if chat is None:
+        last = draft.last
+        if draft.alone is None:
             ids = self._bos + tokens.ids
             return Document(row, ids, (Span(len(self._bos), len(ids), last.weight, last.number),), 1, True), []
         spans, alone = [Span(tokens.start, len(tokens.ids), last.weight, last.number)], []
@@ -153,7 +155,7 @@ class _Writer:
             start = self._border(tokens.text, answer.prompt, draft.hidden)
             end = tokens.text.tokens_before(len(answer.prompt) + len(answer.response))
             if start is None or end is None:
-                alone.append(chat.draft(answer))
+                alone.append(draft.alone(answer))
             else:
                 spans.append(Span(start, end, answer.weight, answer.number))
         for part in draft.unlearned:

@@ -8,8 +8,7 @@ another's place, and the renderings are compared: what changes nothing is not sh
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from ds_dgemma.data.skeletons import MARK
-
+MARK = "\ue003"  # stands for a part
 # Keys that repeat a name, or tell an API's server how to check a call
 ASIDE = frozenset(("title", "$schema", "$id", "strict", "additionalProperties"))
 SAYS = frozenset(("default", "const", "enum", "examples"))  # true and false are words to the model here

@@ -5,23 +5,15 @@ and response begin that document; where the template writes it differently once 
 drops earlier thoughts), it gets a document of its own.
 """
 
-import json
-from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedTokenizerFast
-
-from ds_dgemma.config_data import Learn
-from ds_dgemma.data.answers import Answer, answers_of, learned_weights
-from ds_dgemma.data.control_tokens import ControlTokenPolicy, ControlTokens, checked, control_tokens_of
-from ds_dgemma.data.declarations import Unseen, unseen_parts
-from ds_dgemma.data.formats import BadRow, Conversation, Message, Text
+from ds_dgemma.data.answers import Answer
+from ds_dgemma.data.control_tokens import ControlTokens
+from ds_dgemma.data.formats import BadRow, Message
 from ds_dgemma.data.left_out import check_answer, check_context, stands
-from ds_dgemma.data.rendering import ChatTemplate, Render, as_templates_read, split
-
-DECLARATIONS = 1000  # of tools, whose unseen parts are remembered
+from ds_dgemma.data.rendering import Render, split
 
 
 class Learned(NamedTuple):
@@ -47,6 +39,13 @@ class Unlearned(NamedTuple):
     number: int  # learned answers before it
 
 
+class Tail(NamedTuple):
+    """What stands at the border of the last answer, where that is known without a look."""
+
+    special: str  # the prompt's end, from its last control token on
+    behind: int  # control tokens in the answer
+
+
 @dataclass
 class Draft:
     """A document: its last answer, and earlier ones that stand in its text."""
@@ -54,8 +53,9 @@ class Draft:
     last: Learned
     earlier: list[Learned] = field(default_factory=list)  # in order
     unlearned: list[Unlearned] = field(default_factory=list)
-    chat: "Chat | None" = None  # None: running text
+    alone: "Callable[[Learned], Draft] | None" = None  # a document that ends with an earlier answer; None: running text
     hidden: bool = False  # control tokens are hidden in it
+    tail: Tail | None = None
 
     def takes(self, answer: Learned) -> bool:
         """Whether an earlier answer and all before it begin this document."""
@@ -63,82 +63,6 @@ class Draft:
         return len(answer.prompt) + len(answer.response) <= len(behind.prompt) and self.last.prompt.startswith(
             answer.text
         )
-
-
-class Drafter:
-    """What all rows of a source are read with."""
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerFast,
-        learn: Learn,
-        policy: ControlTokenPolicy,
-        variables: dict[str, Any],
-        image_tokens: Collection[str] = (),
-        ignore: Collection[str] = (),
-    ):
-        self.tokenizer = tokenizer
-        self.unread: Counter[str] = Counter()  # parts of tools' declarations that are not shown and say nothing
-        self._learn: Learn = learn
-        self._policy: ControlTokenPolicy = policy
-        self._variables = variables
-        self._image_tokens = image_tokens
-        self._ignore = ignore
-        self._unseen: dict[tuple[str, str], list[Unseen]] = {}
-        self._control = control_tokens_of(tokenizer)
-        self._template: ChatTemplate | None = None  # running text needs none
-
-    def drafts(self, data: Conversation | Text) -> list[Draft]:
-        """The documents of a row; the one that ends with its last learned answer first.
-
-        Raises:
-            BadRow: the row cannot be learned as it is.
-            UserError: the tokenizer has no chat template.
-        """
-        if isinstance(data, Text):
-            return [self._running(data.text)]
-        self._template = self._template or ChatTemplate(self.tokenizer, self._variables)
-        brought = {"messages": data.messages, "tools": data.tools, "chat_template_kwargs": data.template_kwargs}
-        kept = checked(brought, self._control, self._policy, self._image_tokens)
-        messages = as_templates_read(kept["messages"])
-        render = self._template.for_row(kept["tools"], kept["chat_template_kwargs"])
-        if kept["tools"]:
-            self._check_tools(kept["tools"], kept["chat_template_kwargs"])
-        answers = answers_of(messages, data.weights, render)
-        weights = learned_weights(answers, self._learn)
-        return Chat(kept["tools"], answers, weights, render, self._control, kept is not brought).drafts()
-
-    def _check_tools(self, tools: list[dict[str, Any]], variables: dict[str, Any]) -> None:
-        """Refuse declarations with words that the template does not show, and note other parts."""
-        unread: set[str] = set()
-        for number, tool in enumerate(tools):
-            for part in self._unseen_of(tool, variables):
-                if part.key in self._ignore:
-                    continue
-                if part.says:
-                    raise BadRow(
-                        f"the chat template does not show tools[{number}].{part.name} of {tool['function']['name']} to "
-                        f"the model. Say it in a description, or name {part.key} in data.ignore to leave it out."
-                    )
-                unread.add(f"tools' {part.key}")
-        self.unread.update(unread)
-
-    def _unseen_of(self, tool: dict[str, Any], variables: dict[str, Any]) -> list[Unseen]:
-        template = self._template
-        assert template
-        key = (json.dumps(tool), json.dumps(variables))
-        if key not in self._unseen:
-            if len(self._unseen) >= DECLARATIONS:
-                self._unseen.clear()
-            self._unseen[key] = unseen_parts(tool, lambda other: template.of_tool(other, variables))
-        return self._unseen[key]
-
-    def _running(self, text: str) -> Draft:
-        brought = {"text": text}
-        kept = checked(brought, self._control, self._policy, self._image_tokens)
-        if not text.strip():
-            raise BadRow("text is empty: nothing to learn.")
-        return Draft(Learned("", kept["text"], 1.0, 0, 0), hidden=kept is not brought)
 
 
 @dataclass
@@ -174,7 +98,7 @@ class Chat:
             if weight == 0:
                 unlearned.append(Unlearned(*self._place(answer, last.prompt), number))
             number += bool(weight)
-        return Draft(last, unlearned=unlearned, chat=self, hidden=self.hidden)
+        return Draft(last, unlearned=unlearned, alone=self.draft, hidden=self.hidden)
 
     def _learned(self, place: int, number: int) -> Learned:
         answer = self.answers[place]

@@ -7,13 +7,13 @@ those of that piece alone.
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import islice
 from typing import Any, NamedTuple
 
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
 from ds_dgemma.data.control_tokens import MARKS, ControlTokens
+from ds_dgemma.data.drafts import Tail
 
 REACH = 64  # characters back from a border to the special token before it
 
@@ -85,33 +85,36 @@ class Encoder:
         encodings = iter(self._backend.encode_batch(plain, add_special_tokens=False))
         return [self._joined(text, pieces, encodings) for (text, _), pieces in zip(texts, cut, strict=True)]
 
-    def border(self, text: TokenizedText, char: int) -> Border:
-        """The token border where a prompt ends, at a character."""
+    def border(self, text: TokenizedText, char: int, tail: Tail | None = None) -> Border:
+        """The token border where a prompt ends, at a character; `tail`: what is known of it."""
         if char == 0:
             return Border(0, True)
-        end = self._behind_special(text, char)
+        end = self._behind_special(text, char, tail)
         return Border(text.tokens_before(char), False) if end is None else Border(end, True)
 
-    def _behind_special(self, text: TokenizedText, char: int) -> int | None:
+    def _behind_special(self, text: TokenizedText, char: int, known: Tail | None) -> int | None:
         """How many tokens lie before a character, told by the special token before it; None where there is none near,
         or its piece has other tokens than alone. Special tokens are cut out of a text first, so they can be counted.
         """
         if text.is_cut:
             return None
-        begin = max(char - REACH, 0)
-        *_, last = [None, *self._control.within(text.text[begin:char])]
-        if last is None:
-            return None
-        tail = text.text[begin + last[0] : char]
-        if tail not in self._alone:
-            self._alone[tail] = self._backend.encode(tail, add_special_tokens=False).ids
-        behind = sum(1 for _ in self._control.within(text.text[char:]))
-        special = (place for place in range(len(text.ids) - 1, -1, -1) if text.ids[place] in self._control.ids)
-        place = next(islice(special, behind, None), None)
-        if place is None:
-            return None
-        end = place + len(self._alone[tail])
-        return end if text.ids[place:end] == self._alone[tail] else None
+        if known is None:
+            begin = max(char - REACH, 0)
+            *_, last = [None, *self._control.within(text.text[begin:char])]
+            if last is None:
+                return None
+            known = Tail(text.text[begin + last[0] : char], sum(1 for _ in self._control.within(text.text[char:])))
+        alone = self._alone.get(known.special)
+        if alone is None:
+            alone = self._alone[known.special] = self._backend.encode(known.special, add_special_tokens=False).ids
+        place, behind, special = len(text.ids), known.behind, self._control.ids
+        while behind >= 0:
+            place -= 1
+            if place < 0:
+                return None
+            behind -= text.ids[place] in special
+        end = place + len(alone)
+        return end if text.ids[place:end] == alone else None
 
     def _joined(self, text: str, pieces, encodings) -> TokenizedText:
         joined = []

@@ -23,11 +23,11 @@ from transformers.utils import chat_template_utils as templates  # its private n
 
 from ds_dgemma.data.control_tokens import ControlTokens
 from ds_dgemma.data.formats import BadRow, Message
-from ds_dgemma.data.skeletons import MARK, Skeletons
 from ds_dgemma.errors import UserError, did_you_mean
 
 OWN_VARIABLES = ("messages", "tools", "add_generation_prompt")
 
+MARK = "\ue002"  # stands for a content
 Render = Callable[[list[Message], bool], str]  # messages, whether the generation prompt follows
 
 
@@ -62,7 +62,7 @@ class ChatTemplate:
     def for_row(self, tools: list[dict[str, Any]] | None, variables: dict[str, Any]) -> Render:
         """The function that renders messages of a row, with its tools and its own variables."""
         if tools is None and not variables:
-            self._plain = self._plain or self._shortened(self._bound(None, {}))
+            self._plain = self._plain or self._bound(None, {})
             return self._plain
         return self._bound(tools, variables)
 
@@ -86,17 +86,10 @@ class ChatTemplate:
             return None
         return f"{name}, which the chat template does not read. Leave it out.{did_you_mean(name, self._reads)}"
 
-    def _shortened(self, render: Render) -> Render:
-        """The same, without running the template where its pieces are known."""
+    def without_tools(self) -> tuple[Template, str, dict[str, Any]]:
+        """The template for rows without tools, its source, and the variables of all rows."""
         template, variables = self._for_tools(None)
-        source = self._tokenizer.get_chat_template(None, None)
-        skeletons = Skeletons(template, source, {**variables, "tools": None})
-
-        def shortened(messages: list[Message], add_generation_prompt: bool) -> str:
-            known = skeletons.render(messages, add_generation_prompt)
-            return render(messages, add_generation_prompt) if known is None else known
-
-        return shortened
+        return template, self._tokenizer.get_chat_template(None, None), {**variables, "tools": None}
 
     def _bound(self, tools: list[dict[str, Any]] | None, variables: dict[str, Any]) -> Render:
         if taken := [name for name in OWN_VARIABLES if name in variables]:

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ds_dgemma.config_data import DataSection
 from ds_dgemma.data.chat import Document, tokenize_rows
-from ds_dgemma.data.drafts import Drafter
+from ds_dgemma.data.drafter import Drafter
 from ds_dgemma.data.formats import Conversation
 from ds_dgemma.data.messages import BadRow, Message, read_message
 from ds_dgemma.data.reading import Reading, settle

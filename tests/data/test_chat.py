@@ -7,7 +7,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ds_dgemma.data.chat import Document, prompt_text, tokenize_rows
-from ds_dgemma.data.drafts import Drafter
+from ds_dgemma.data.drafter import Drafter
 from ds_dgemma.data.formats import BadRow, Conversation, Text
 from ds_dgemma.errors import UserError
 from tests.data.conftest import GEMMA

@@ -12,7 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from ds_dgemma.data.chat import tokenize_rows
-from ds_dgemma.data.drafts import Drafter
+from ds_dgemma.data.drafter import Drafter
 from ds_dgemma.data.formats import BadRow, Conversation
 
 spec = importlib.util.find_spec("trl")
