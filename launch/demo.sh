@@ -126,7 +126,7 @@ train() {
 evaluate() {
     begin 'export to transformers'
     ds-dgemma export --run "$run" --step "$steps" --out "$run/export"
-    begin "transformers' generate() on $test_puzzles held-out puzzles"
+    begin "$test_puzzles held-out puzzles"
     ds-dgemma evaluate --model "$run/export" --data "$data/test.jsonl" --task sudoku --out "$run/evaluation.json"
     begin 'curves'
     ds-dgemma plot "$run"

@@ -9,7 +9,7 @@ import pytest
 
 from ds_dgemma import cli
 
-COMMANDS = ("make-tiny", "make-sudoku", "export", "evaluate", "generate", "plot", "replay", "config-reference")
+COMMANDS = ("make-tiny", "make-sudoku", "export", "evaluate", "generate", "chat", "plot", "replay", "config-reference")
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:

@@ -64,7 +64,7 @@ def test_the_way_from_data_to_an_evaluated_model(tmp_path: Path) -> None:
         port = ["--master_port", str(free_port())]
         return [words[0], *port, *words[1:], *(word for setting in settings for word in ("--set", setting))]
 
-    inspected, made, *used = commands("README.md", "ds-dgemma")[:5]
+    inspected, made, *used = commands("README.md", "ds-dgemma")[:6]
     run(*made)
     model = f"model.path={tmp_path}/runs/gsm8k-data/model"
     run(*inspected, "--set", model, "--json", "seen.jsonl")

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion
 
+from ds_dgemma import cli
 from ds_dgemma.checkpoint.export import merge_adapter
 from ds_dgemma.data.formats import Conversation
 from ds_dgemma.data.sudoku import write_sudoku
@@ -290,3 +291,31 @@ def test_an_adapter_that_cannot_be_used_is_refused_before_the_model_is_read(tmp_
     for adapter, said in (("adapter", "holds NaN"), ("absent", "absent cannot be read")):
         with pytest.raises(UserError, match=said):
             find_model(Source(str(unreadable), adapter=tmp_path / adapter), {})
+
+
+def test_a_file_of_prompts_is_answered_and_a_conversation_kept(tmp_path: Path, model: str, monkeypatch, capsys) -> None:
+    rows = [{"prompt": PUZZLE, "id": 1}, {"messages": [{"role": "user", "content": SOLUTION}], "note": "n"}]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ["--model", model, "--max-denoising-steps", "2"]
+    assert cli.main(["generate", *asked, "--file", f"{tmp_path}/asked.jsonl", "--out", f"{tmp_path}/said.jsonl"]) == 0
+    said = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+    assert [{key: row[key] for key in own} for row, own in zip(said, rows, strict=True)] == rows
+    cli.main(["generate", *asked, "--prompt", PUZZLE, "--watch"])
+    assert capsys.readouterr().out.strip("\n") == said[0]["answer"].strip("\n")
+
+    lines = iter([PUZZLE, "/watch", "12", "/reset", "/loud", "what?", PUZZLE, "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert cli.main(["chat", *asked]) == 0
+    answered = capsys.readouterr()
+    assert answered.out.startswith(said[0]["answer"])
+    assert "/loud: no such command" in answered.err
+    assert "no token for a part of it" in answered.err
+    bad = {
+        "absent": "{}",
+        "answered": json.dumps({"messages": [*rows[1]["messages"], {"role": "assistant", "content": "a"}]}),
+    }
+    for name, line in bad.items():
+        (tmp_path / f"{name}.jsonl").write_text(line + "\n")
+        assert cli.main(["generate", *asked, "--file", f"{tmp_path}/{name}.jsonl"]) == 2
+    assert "no prompt (a text) or messages" in (err := capsys.readouterr().err)
+    assert "it ends with an answer already" in err
