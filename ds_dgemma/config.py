@@ -271,8 +271,17 @@ class OptimizerSection(Section):
 class ValidationSection(Section):
     """Loss on held-out data, with noise that is the same in every run and at every step."""
 
-    every: int = Field(default=0, ge=0, description="steps between validations; 0: never")
+    every: int = Field(
+        default=0,
+        ge=0,
+        description="steps between validations, of which one is before the first and one after the last step; 0: none",
+    )
     examples: int = Field(default=256, ge=1, le=10**9, description="examples of data.validation that are used")
+    noise_levels: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        default=(0.1, 0.3, 0.5, 0.7, 0.9),
+        min_length=1,
+        description="each canvas is denoised at all of these; the diffusion loss is their mean",
+    )
 
 
 class CheckpointSection(Section):

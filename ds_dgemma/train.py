@@ -82,6 +82,14 @@ def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tra
     metrics = config.run.dir / METRICS
     spikes = SpikeDetector(config.health, past_losses(metrics, config.health.spike_window) if ranks.is_main else ())
     utilisation = Utilisation.on(ranks.device, config.tracking.peak_tflops, stack)
+    if prepared.held_out and not prepared.start:
+        tracker.track(
+            {
+                "kind": "validation",
+                "step": 0,
+                **validate(engine, prepared.held_out, objective.vocab_size, config, ranks),
+            }
+        )
     for step in range(prepared.start + 1, last + 1):
         stop.step = step  # from here on a signal waits for the end of the step
         done = update(engine, batches, step, config, ranks, utilisation)
@@ -89,15 +97,8 @@ def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tra
         bad_steps.check(done)
         if spike := spikes.look(step, done.metrics.loss):
             tracker.track(spike)
-        if prepared.held_out and due(step, config.validation.every):
-            losses = validate(
-                engine,
-                prepared.held_out,
-                prepared.collate,
-                config.train.micro_batch_size,
-                ranks,
-                config.objective.encoder_loss_weight,
-            )
+        if prepared.held_out and (step == last or due(step, config.validation.every)):
+            losses = validate(engine, prepared.held_out, objective.vocab_size, config, ranks)
             tracker.track({"kind": "validation", "step": step, **losses})
             prepared.scores.add(step, losses["loss"])
         asked = stop.agreed(ranks)

@@ -102,8 +102,10 @@ class TiedVocabulary(nn.Module):
         chunk: int,
         gradient: WeightGradient,
         shift: Shift | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Cross-entropy on soft-capped logits. Returns sum(weight_N * nll_N), differentiable, and nll_N, detached."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Cross-entropy on soft-capped logits. Returns sum(weight_N * nll_N), differentiable, and, detached, nll_N and
+        where gradients are off whether no logit is above the target's, bool [N]; else that is empty.
+        """
         return self(_Score, hidden_NH, target_N, weight_N, chunk, gradient, shift, torch.is_grad_enabled())
 
     def sample(self, hidden_NH: Tensor, temperature: Tensor, take: Callable[[int, Tensor], None], rows: int) -> Tensor:
@@ -268,6 +270,7 @@ class _Score(torch.autograd.Function):
         nll_N = torch.empty(len(target_N), dtype=wide(hidden_NH.dtype), device=hidden_NH.device)
         d_hidden = torch.empty_like(hidden_NH) if differentiate else None
         d_weight = gradient.open(weight) if differentiate and weight.requires_grad else None
+        is_top_N = torch.empty(0 if differentiate else len(target_N), dtype=torch.bool, device=hidden_NH.device)
         cap = owner.softcap
         for part in _chunks(len(target_N), chunk, weight):
             squashed, exponential, total, top = capped(hidden_NH[part], weight, cap)
@@ -278,6 +281,7 @@ class _Score(torch.autograd.Function):
                 total, logit = _raise(exponential, total, logit, target, shift.token_N[part], shift.amount_N[part])
             nll_N[part] = (total.log() + top - logit).squeeze(-1)
             if d_hidden is None:
+                is_top_N[part] = (squashed.amax(-1, keepdim=True) <= of_target).squeeze(-1)
                 continue
             d_target = (exponential.gather(-1, target) - total) * (1 - of_target.square())
             slope = _fused(times_slope) if exponential.is_cuda else times_slope
@@ -291,8 +295,8 @@ class _Score(torch.autograd.Function):
         if d_hidden is not None:
             ctx.save_for_backward(d_hidden)
         ctx.gradient = gradient
-        ctx.mark_non_differentiable(nll_N)
-        return (nll_N * weight_N).sum(), nll_N
+        ctx.mark_non_differentiable(nll_N, is_top_N)
+        return (nll_N * weight_N).sum(), nll_N, is_top_N
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

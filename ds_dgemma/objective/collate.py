@@ -16,9 +16,9 @@ def collate(corruption: Corruption, examples: Sequence[tuple[Example, int]]) -> 
     """Make the micro-batch of `(example, epoch)` pairs."""
     documents = [example for example, _ in examples]
     canvases = [
-        (number, corruption.corrupt(example, epoch, place))
+        (number, canvas)
         for number, (example, epoch) in enumerate(examples)
-        for place in corruption.choose(example, epoch)
+        for canvas in corruption.canvases(example, epoch)
     ]
     noisy = [canvas for _, canvas in canvases]
     length = documents[0].canvas_length

@@ -58,14 +58,33 @@ class Corruption:
         chosen = generator(self.seed, "canvas", *key).choice(len(canvases), size=wanted, replace=False)
         return [canvases[int(number)] for number in sorted(chosen)]
 
-    def corrupt(self, example: Example, epoch: int, place: Place) -> NoisyCanvas:
-        """Noise one canvas: a level t of the schedule, a uniform id for each token with probability t, a coin."""
+    def canvases(self, example: Example, epoch: int) -> list[NoisyCanvas]:
+        """The scored canvases with their noise."""
+        return [self.corrupt(example, epoch, place) for place in self.choose(example, epoch)]
+
+    def corrupt(self, example: Example, epoch: int, place: Place, level: float | None = None) -> NoisyCanvas:
+        """Noise one canvas: a uniform id for each token with probability t, a coin; t is `level`, or drawn by the
+        schedule.
+        """
         length, span = example.canvas_length, example.spans[place.span]
         target = example.target_L(place)
         key = (epoch, example.sample_id, span.number, place.number)
-        u = generator(self.seed, "level", *key).random()
-        level = noise_level(self.objective.noise_schedule, u, self.objective.noise_eps, self.objective.noise_max)
+        if level is None:
+            u = generator(self.seed, "level", *key).random()
+            level = noise_level(self.objective.noise_schedule, u, self.objective.noise_eps, self.objective.noise_max)
         draw = generator(self.seed, "corruption", *key)
         replaced, ids = draw.random(length) < level, draw.integers(self.vocab_size, size=length)
         coin = generator(self.seed, "coin", *key).random() < self.objective.self_conditioning_probability
         return NoisyCanvas(place.start, target, np.where(replaced, ids, target), span.weight, level, bool(coin))
+
+
+@dataclass(frozen=True)
+class NoiseGrid(Corruption):
+    """The same canvases at each of some noise levels: the tokens that a level replaces, a higher one does too."""
+
+    levels: tuple[float, ...]
+
+    def canvases(self, example: Example, epoch: int) -> list[NoisyCanvas]:
+        """Each chosen canvas once a level, in the order of the levels."""
+        places = self.choose(example, epoch)
+        return [self.corrupt(example, epoch, place, level) for place in places for level in self.levels]

@@ -70,6 +70,7 @@ class LossParts(NamedTuple):
     diffusion_nll: Tensor  # sum over canvas tokens, of what is minimised: by the loss's weights and shifts
     ar_nll: Tensor  # sum over clean tokens
     router: Tensor  # this micro-batch's part of the load-balance loss, without its weight; zero when it is off
+    by_canvas_2C: Tensor  # of each canvas without gradients: its nll, and how many of its tokens are the likeliest
 
 
 class DenoisingObjective(nn.Module):
@@ -94,7 +95,7 @@ class DenoisingObjective(nn.Module):
             router = balance_loss(loads.probability_LE(), balance.whole_batch(loads.tokens_LE()), top_k)
         if weights is None:
             nothing = router.new_zeros(())
-            return LossParts(router, nothing, nothing, router.detach())
+            return LossParts(router, nothing, nothing, router.detach(), nothing.expand(2, 0))
 
         hidden = torch.cat([canvas_CLH.flatten(0, 1), clean_SH[batch.ar_place_A - 1]])
         target = torch.cat([batch.target_ids_CL.flatten(), batch.clean_ids_S[batch.ar_place_A]])
@@ -108,11 +109,17 @@ class DenoisingObjective(nn.Module):
             amount = torch.zeros_like(counts)
             amount[:canvas_tokens] = self.loss.shift(level, self.vocab_size)
             shift = Shift(torch.cat([batch.canvas_ids_CL.flatten(), target[canvas_tokens:]]), amount)
-        loss, nll = self.model.embed_tokens.score(hidden, target, token_weight * counts, self.chunk, gradient, shift)
+        loss, nll, is_top = self.model.embed_tokens.score(
+            hidden, target, token_weight * counts, self.chunk, gradient, shift
+        )
         nll = nll * counts
+        of_canvases = nll.new_empty(2, 0)
+        if len(is_top):
+            pair = torch.stack([nll[:canvas_tokens], is_top[:canvas_tokens] * counts[:canvas_tokens]])
+            of_canvases = pair.unflatten(1, (len(batch.canvases), -1)).sum(-1)
         if balance is not None:
             loss = loss + balance.weight * router
-        return LossParts(loss, nll[:canvas_tokens].sum(), nll[canvas_tokens:].sum(), router.detach())
+        return LossParts(loss, nll[:canvas_tokens].sum(), nll[canvas_tokens:].sum(), router.detach(), of_canvases)
 
     def hidden_states(
         self, batch: Batch, gradient: WeightGradient, loads: ExpertLoads | None = None

@@ -50,7 +50,7 @@ def plain(embedding: Tensor, mix: Tensor, inputs: Inputs) -> tuple[Tensor, Tenso
 def chunked(vocabulary: TiedVocabulary, mix: Tensor, inputs: Inputs, chunk: int) -> tuple[Tensor, Tensor]:
     gradient = WeightGradient()
     embedded, soft = vocabulary.embed(inputs.ids, inputs.first_pass, chunk, gradient)
-    return vocabulary.score(inputs.between(embedded, soft, mix), inputs.target, inputs.weight, chunk, gradient)
+    return vocabulary.score(inputs.between(embedded, soft, mix), inputs.target, inputs.weight, chunk, gradient)[:2]
 
 
 def make_vocabulary(embedding: Tensor) -> TiedVocabulary:
@@ -180,12 +180,12 @@ def test_a_raised_logit_enters_the_softmax_and_no_derivative(softcap: float, dif
     expected = F.cross_entropy(raised, inputs.target, reduction="none")
     (wanted,) = torch.autograd.grad((expected * inputs.weight).sum(), hidden)
     with torch.set_grad_enabled(differentiate):
-        loss, nll = vocabulary.score(hidden, inputs.target, inputs.weight, 4, WeightGradient(), Shift(token, amount))
+        loss, nll, _ = vocabulary.score(hidden, inputs.target, inputs.weight, 4, WeightGradient(), Shift(token, amount))
     assert_equal(nll, expected)
     if differentiate:
         (seen,) = torch.autograd.grad(loss, hidden)
         torch.testing.assert_close(seen, wanted, rtol=1e-10, atol=1e-12)
-        _, narrow = vocabulary.float().score(
+        _, narrow, _ = vocabulary.float().score(
             hidden.float(), inputs.target, inputs.weight.float(), 4, WeightGradient(), Shift(token, amount)
         )
         torch.testing.assert_close(narrow, expected.float(), rtol=1e-4, atol=1e-4)

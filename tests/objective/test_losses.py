@@ -146,7 +146,7 @@ def test_in_fp32_a_shifted_loss_and_its_gradient_keep_their_digits(level: float)
 
     hidden.requires_grad_(True)
     vocabulary = TiedVocabulary(embedding, softcap=30.0, embed_scale=1.0)
-    loss, _ = vocabulary.score(hidden, target, torch.ones(8), 3, WeightGradient(), Shift(seen, amount))
+    loss, _, _ = vocabulary.score(hidden, target, torch.ones(8), 3, WeightGradient(), Shift(seen, amount))
     (gradient,) = torch.autograd.grad(loss, hidden)
 
     wide = hidden.detach().double().requires_grad_(True)
