@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from ds_dgemma.config_data import DataSection, Section
+from ds_dgemma.config_evaluation import EvaluationSection, ValidationSection
 
 ATTENTION_AND_MLP = (
     *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
@@ -268,22 +269,6 @@ class OptimizerSection(Section):
         return self
 
 
-class ValidationSection(Section):
-    """Loss on held-out data, with noise that is the same in every run and at every step."""
-
-    every: int = Field(
-        default=0,
-        ge=0,
-        description="steps between validations, of which one is before the first and one after the last step; 0: none",
-    )
-    examples: int = Field(default=256, ge=1, le=10**9, description="examples of data.validation that are used")
-    noise_levels: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
-        default=(0.1, 0.3, 0.5, 0.7, 0.9),
-        min_length=1,
-        description="each canvas is denoised at all of these; the diffusion loss is their mean",
-    )
-
-
 class CheckpointSection(Section):
     """When the training state is written and how much of it is kept."""
 
@@ -362,6 +347,7 @@ class RunConfig(Section):
     objective: ObjectiveSection = ObjectiveSection()
     optimizer: OptimizerSection = OptimizerSection()
     validation: ValidationSection = ValidationSection()
+    evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     health: HealthSection = HealthSection()
     tracking: TrackingSection = TrackingSection()

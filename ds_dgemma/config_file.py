@@ -334,8 +334,9 @@ def _cross_section_problems(config: RunConfig, source: _Source) -> Iterator[Prob
             )
     elif config.objective.router_balance_weight and not config.model.train_router:
         yield problem("objective.router_balance_weight", "trains frozen routers. Set model.train_router: true, or 0.")
-    if config.validation.every and config.data.validation is None:
-        yield problem("validation.every", "needs held-out data. Set data.validation, or validation.every: 0.")
+    for name in ("validation", "evaluation"):
+        if getattr(config, name).every and config.data.validation is None:
+            yield problem(f"{name}.every", f"needs held-out data. Set data.validation, or {name}.every: 0.")
     if fault := config.keep_best_fault():
         yield problem("checkpoint.keep_best", fault)
     model = Path(config.model.path)

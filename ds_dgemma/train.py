@@ -101,6 +101,8 @@ def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tra
             losses = validate(engine, prepared.held_out, objective.vocab_size, config, ranks)
             tracker.track({"kind": "validation", "step": step, **losses})
             prepared.scores.add(step, losses["loss"])
+        if prepared.exam and (step == last or due(step, config.evaluation.every)):
+            tracker.track({"kind": "evaluation", "step": step, **prepared.exam.take(engine, ranks)})
         asked = stop.agreed(ranks)
         if asked or step == last or due(step, config.checkpoint.every):
             facts = {

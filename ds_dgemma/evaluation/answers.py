@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 from rich.progress import track
+from transformers import PreTrainedTokenizerFast
 
 from ds_dgemma.errors import UserError
 from ds_dgemma.evaluation.open_model import OpenModel
@@ -18,6 +19,14 @@ class Said:
     text: str
     answer: Answer
     tokens: int  # before the stop
+
+
+def said_of(answer: Answer, stop_ids: frozenset[int], tokenizer: PreTrainedTokenizerFast) -> Said:
+    """An answer as text; stray special tokens stay visible, for they make it wrong."""
+    tokens = answer.before_stop(stop_ids)
+    text = tokenizer.decode(tokens)
+    assert isinstance(text, str)  # one sequence
+    return Said(text, answer, len(tokens))
 
 
 def answer_prompts(
@@ -47,8 +56,5 @@ def answer_prompts(
                     f"{model.found.source} answers with NaN or infinity: its weights hold some, or training has "
                     "diverged. Take an earlier checkpoint."
                 )
-            tokens = answer.before_stop(model.stop_ids)
-            text = model.found.tokenizer.decode(tokens)  # stray special tokens stay visible: they make an answer wrong
-            assert isinstance(text, str)  # one sequence
-            said[row] = Said(text, answer, len(tokens))
+            said[row] = said_of(answer, model.stop_ids, model.found.tokenizer)
     return [said[row] for row in range(len(prompts))]

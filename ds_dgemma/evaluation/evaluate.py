@@ -1,8 +1,10 @@
 """Answer held-out conversations and score the answers by a task."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
+
+from transformers import PreTrainedTokenizerFast
 
 from ds_dgemma.config_data import DataSection
 from ds_dgemma.errors import UserError
@@ -35,55 +37,59 @@ def evaluate(
         raise UserError(f"--batch-size {batch_size}, --limit {limit}: both must be at least 1.")
     questions = read_questions(data, limit)
     for question in questions:  # a record of another task is refused before minutes are spent on answers
-        _score(task, question, "", group_by)
+        score(task, question, "", group_by)
     prompts = prompt_ids(questions, found.tokenizer, data, found.image_tokens)
     model = load_model(found)
     began = time.monotonic()
     said = answer_prompts(model, prompts, batch_size, seed)
     seconds = time.monotonic() - began
-    scores = [_score(task, question, one.text, group_by) for question, one in zip(questions, said, strict=True)]
+    scores = [score(task, question, one.text, group_by) for question, one in zip(questions, said, strict=True)]
     return {
         **found.source.named(),
         "data": data.named("train"),
         "task": task_name,
         **summarise(scores),
         "manner": {
-            **manner(said, [len(found.tokenizer(q.reference["content"])["input_ids"]) for q in questions]),
+            **manner(said, questions, found.tokenizer),
             "seconds": seconds,
         },
         "seed": seed,
         "sampler": found.settings.named(),
         "samples": [
-            {"where": question.where, "reference": question.reference["content"], "answer": one.text, **score.shown()}
-            for question, one, score in zip(questions[:SAMPLES], said, scores, strict=False)
+            {"where": question.where, "reference": question.reference["content"], "answer": one.text, **made.shown()}
+            for question, one, made in zip(questions[:SAMPLES], said, scores, strict=False)
         ],
     }
 
 
-def manner(said: list[Said], reference_tokens: list[int]) -> dict[str, float]:
+def manner(said: list[Said], questions: Sequence[Question], tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
     """How the answers came: the share that stops, their length over the references', steps a canvas, tokens a decoder
     pass.
     """
+    references = [question.reference["content"] for question in questions]
+    wanted = sum(len(ids) for ids in tokenizer(references, add_special_tokens=False)["input_ids"])
     steps = sum(one.answer.steps for one in said)
     tokens = sum(one.tokens for one in said)
     return {
         "stopped": sum(one.answer.stopped for one in said) / max(len(said), 1),
-        "length_to_reference": tokens / max(sum(reference_tokens), 1),
+        "length_to_reference": tokens / max(wanted, 1),
         "steps_per_canvas": steps / max(sum(one.answer.canvases for one in said), 1),
         "tokens_per_forward": tokens / max(steps, 1),
     }
 
 
-def _score(task: Task, question: Question, answer: str, group_by: str | None) -> Score:
+def score(task: Task, question: Question, answer: str, group_by: str | None = None) -> Score:
+    """What a task makes of an answer, under the groups of the task, or of a column of the row.
+
+    Raises:
+        UserError: a row that the task is not for, or without the column.
+    """
     try:
-        score = task(question, answer)
+        made = task(question, answer)
     except UserError as error:
         raise UserError(f"{question.where}: {error}") from error
     if group_by is None:
-        return score
+        return made
     if group_by not in question.row:
         raise UserError(f"{question.where}: no column {group_by} to group by; it has: {', '.join(question.row)}.")
-    return Score(score.right, {group_by: question.row[group_by]})
-
-
-Scorer = Callable[[Question, str], Score]
+    return Score(made.right, {group_by: question.row[group_by]})

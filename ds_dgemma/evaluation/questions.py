@@ -12,7 +12,7 @@ from ds_dgemma.data.drafter import Drafter
 from ds_dgemma.data.formats import Conversation
 from ds_dgemma.data.messages import BadRow, Message, read_message
 from ds_dgemma.data.reading import Reading, settle
-from ds_dgemma.data.sources import open_sources, read_rows
+from ds_dgemma.data.sources import Source, Split, open_sources, read_rows
 from ds_dgemma.errors import UserError
 from ds_dgemma.evaluation.open_model import Found
 from ds_dgemma.evaluation.prompts import message_ids
@@ -29,15 +29,21 @@ class Question:
     conversation: Conversation
 
 
-def read_questions(data: DataSection, limit: int | None) -> list[Question]:
-    """The first conversations of `data.train`, whose columns are mapped as training maps them.
+def read_questions(data: DataSection, limit: int | None, split: Split = "train") -> list[Question]:
+    """The first conversations of a split, whose columns are mapped as training maps them.
 
     Raises:
         UserError: a file that cannot be read, bad rows, or running text.
     """
-    (source,) = open_sources(data, "train")
+    found: list[Question] = []
+    for source in open_sources(data, split):
+        found += _read(source, None if limit is None else limit - len(found), split)
+    return found
+
+
+def _read(source: Source, limit: int | None, split: Split) -> list[Question]:
     found, reading = [], Reading()
-    for chunk in source.chunks():
+    for chunk in source.chunks() if limit != 0 else ():
         for row, read in read_rows(chunk, source.layout, reading):
             if not isinstance(read, Conversation):
                 raise UserError(f"{source.where(row)}: a text has no answer to compare with. Give conversations.")
@@ -47,7 +53,7 @@ def read_questions(data: DataSection, limit: int | None) -> list[Question]:
             found.append(Question(source.where(row), record, prompt, reference, read))
         if limit is not None and len(found) >= limit:
             break
-    settle([(source, reading)], "train")
+    settle([(source, reading)], split)
     return found[:limit]
 
 

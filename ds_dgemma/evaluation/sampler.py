@@ -144,7 +144,9 @@ class Sampler:
                 padding.append(before)
             made.append(_Group(rows, group.seed, self._device, self._length, self._vocabulary))
         # The last document is for a rank that has nothing left to do while others have.
-        prefix = Prefix(self._stack, [*rooms, canvases], self._device, [*padding, 0] if any(padding) else ())
+        prefix = Prefix(
+            self._stack, [*rooms, canvases + self._length], self._device, [*padding, 0] if any(padding) else ()
+        )
         for _ in range(canvases):
             open_groups = [group for group in made if group.goes_on]
             if not self._any_rank(bool(open_groups)):

@@ -16,12 +16,13 @@ from ds_dgemma.data.examples import ExampleSet
 from ds_dgemma.data.read import open_stream, order_of, read_split
 from ds_dgemma.data.stream import Share, Stream
 from ds_dgemma.data.streaming import Cursor, StreamedBatches, StreamedExamples
-from ds_dgemma.data.tokenizer import load_tokenizer
+from ds_dgemma.data.tokenizer import image_tokens, load_tokenizer
 from ds_dgemma.engine.ds_config import build_cpu_adam, deepspeed_config
 from ds_dgemma.engine.hostfile import check_expert_groups
 from ds_dgemma.engine.open_model import OutlinedModel, choose_kernels, outline_run
 from ds_dgemma.engine.ranks import RankLayout
 from ds_dgemma.engine.trainable import check_groups, check_router_balance, check_stage
+from ds_dgemma.evaluation.exam import Exam
 from ds_dgemma.model.spec import read_spec, text_spec
 from ds_dgemma.objective.collate import collate
 from ds_dgemma.objective.corruption import Corruption
@@ -40,6 +41,7 @@ class Prepared:
     collate: Callable[[list[tuple[Example, int]]], Batch]
     examples: ExampleSet | StreamedExamples
     held_out: list[Example]  # empty when nothing is validated
+    exam: Exam | None  # questions to answer while training
     scores: Scores  # of the held-out examples
     resumed: StateReader | None
     facts: dict[str, Any]  # of the model and the data, kept in every checkpoint
@@ -89,7 +91,11 @@ def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
         validation = read_split(config, "validation", spec, tokenizer, ranks.is_main)
         told += tell("validation", validation)
         held_out = [validation[i] for i in range(min(len(validation), config.validation.examples))]
-        measured_on = f"{validation.digest} {len(held_out)}"
+        measured_on = f"{validation.digest} {len(held_out)} {config.validation.noise_levels}"
+    exam = None
+    if config.evaluation.every:
+        images = image_tokens(tokenizer, (spec.image_token_id, spec.boi_token_id, spec.eoi_token_id))
+        exam = Exam.of(config, directory, tokenizer, frozenset(images))
     corruption = Corruption(config.objective, config.seed, text.vocab_size)
     build_cpu_adam(settings)
     if ranks.is_main:
@@ -108,7 +114,7 @@ def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
         check_same_data(config.data.named("train"), resumed.checkpoint, facts["data_digest"], facts["examples"])
     scores = Scores.continued(measured_on, resumed.checkpoint if resumed else None)
     make_batch = partial(collate, corruption)
-    return Prepared(settings, model, attention, make_batch, examples, held_out, scores, resumed, facts)
+    return Prepared(settings, model, attention, make_batch, examples, held_out, exam, scores, resumed, facts)
 
 
 def tell(split: str, examples: ExampleSet) -> list[str]:

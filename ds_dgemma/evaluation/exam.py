@@ -1,0 +1,82 @@
+"""Questions that a model answers while it trains, on the engine as it is: ZeRO, expert parallelism, adapters, offload.
+
+The ranks share the questions, and make the same calls. The n-th answer has the seed `seed + n`, on any topology.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerFast
+
+from ds_dgemma.config import RunConfig
+from ds_dgemma.engine.ranks import RankLayout, gather
+from ds_dgemma.evaluation.answers import Said, said_of
+from ds_dgemma.evaluation.evaluate import manner, score
+from ds_dgemma.evaluation.questions import Question, prompt_ids, read_questions
+from ds_dgemma.evaluation.sampler import Group, Sampler
+from ds_dgemma.evaluation.sampler_settings import SamplerSettings, read_settings
+from ds_dgemma.evaluation.scores import summarise
+from ds_dgemma.evaluation.tasks import Task, find_task
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Held-out questions with their prompts, and how they are answered."""
+
+    questions: list[Question]
+    prompts: list[list[int]]
+    task: Task
+    settings: SamplerSettings
+    tokenizer: PreTrainedTokenizerFast
+    batch_size: int
+    seed: int
+
+    @classmethod
+    def of(
+        cls, config: RunConfig, directory: Path, tokenizer: PreTrainedTokenizerFast, image_tokens: frozenset[str]
+    ) -> "Exam":
+        """What a config asks for.
+
+        Raises:
+            UserError: an unknown task, rows that it is not for, settings that the sampler refuses.
+        """
+        own, data = config.evaluation, config.data
+        assert own.task is not None  # the config was checked
+        task, questions = find_task(own.task), read_questions(data, own.examples, "validation")
+        for question in questions:
+            score(task, question, "")
+        prompts = prompt_ids(questions, tokenizer, data, image_tokens)
+        settings = read_settings(directory, own.sampler.model_dump())
+        return cls(questions, prompts, task, settings, tokenizer, own.batch_size, config.seed)
+
+    def take(self, engine: Any, ranks: RankLayout) -> dict[str, Any]:
+        """Answer all questions; shares by measure, and the manner of the answers. A collective."""
+
+        def any_rank(holds: bool) -> bool:
+            flag = torch.tensor(int(holds), device=ranks.device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            return bool(flag)
+
+        engine.eval()
+        sampler = Sampler(engine.module.model, self.settings, ranks.device, any_rank)
+        eos = self.tokenizer.eos_token_id
+        assert isinstance(eos, int)  # load_tokenizer looked
+        stops = self.settings.stop_ids | {eos}
+        said: dict[int, Said] = {}
+        mine = list(range(ranks.rank, len(self.prompts), ranks.world))
+        for start in range(0, -(-len(self.prompts) // ranks.world), self.batch_size):
+            rows = mine[start : start + self.batch_size]
+            answers = sampler.answer([Group([self.prompts[row]], self.seed + row) for row in rows])
+            said |= {row: said_of(answer, stops, self.tokenizer) for row, (answer,) in zip(rows, answers, strict=True)}
+        engine.train()
+        everything: dict[int, Said] = {}
+        for part in gather(said, ranks):
+            everything |= part
+        ordered = [everything[row] for row in range(len(self.prompts))]
+        scores = [score(self.task, question, one.text) for question, one in zip(self.questions, ordered, strict=True)]
+        report = summarise(scores)
+        del report["groups"]
+        return {**report, **manner(ordered, self.questions, self.tokenizer)}
