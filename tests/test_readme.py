@@ -71,7 +71,14 @@ def test_the_way_from_data_to_an_evaluated_model(tmp_path: Path) -> None:
     assert len((tmp_path / "seen.jsonl").read_text().splitlines()) == 20
     for example in ("tool_calling", "thinking"):
         data = f"data.train={ROOT}/ds_configs/examples/{example}.jsonl"
-        settings = [model, data, "train.precision=fp32", *SHORT]
+        settings = [
+            model,
+            data,
+            "train.precision=fp32",
+            "train.global_batch_size=1",
+            "train.micro_batch_size=1",
+            *SHORT,
+        ]
         steps = train(ROOT / f"ds_configs/runs/{example}.yaml", tmp_path / f"runs/{example}", settings, processes=1)
         assert len(steps) == 2
     (trained,) = commands("README.md", "deepspeed")
