@@ -4,8 +4,8 @@
 
 The model is `step.py`'s, with random weights, at the released model's proportions. `together`: all prompts in one batch
 of `generate()`, one group here; `alone`: one call a prompt, as a plain script does, and here so many groups in a batch.
-Random weights never stop early, so every canvas takes all steps; a trained model's canvases end at different steps, where
-groups of one prompt gain more. The tokens must be equal, or the exit code is 1.
+Random weights never stop early, so every canvas takes all steps; a trained model's canvases end at different steps, so
+groups of one prompt gain more there. The tokens must be equal, or the exit code is 1.
 """
 
 import argparse
@@ -88,9 +88,8 @@ def main() -> int:
             )
             total = sum(map(len, wanted))
             differ += total - equal
-            print(
-                f"{name}: {our_cpu:.2f} s CPU, transformers {their_cpu:.2f}; {our_cpu / their_cpu:.2f}; {equal} of {total} tokens equal"
-            )
+            print(f"{name}: {our_cpu:.2f} s CPU, transformers {their_cpu:.2f}, ratio {our_cpu / their_cpu:.2f}")
+            print(f"    {equal} of {total} tokens equal")
     return int(differ > 0)
 
 
