@@ -65,7 +65,10 @@ def generate(args: argparse.Namespace) -> None:
     else:
         rows, ids = read_prompts(args.file, found)
     model = load_model(found)
-    said = answer_prompts(model, ids, args.batch_size, args.seed, _watch(args, model))
+    watch = _watch(args, model)
+    said = answer_prompts(model, ids, args.batch_size, args.seed, watch)
+    if watch is not None:
+        watch.close()
     if args.prompt is not None:
         _say(said[0].text)
         return
