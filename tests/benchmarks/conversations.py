@@ -215,7 +215,7 @@ class Peak:
         return held
 
     def _watch(self) -> None:
-        while not self._stop.wait(0.5):
+        while not self._stop.wait(2):  # reading it takes time of its own
             self._most = max(self._most, self._held())
 
 
