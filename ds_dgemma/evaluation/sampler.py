@@ -29,6 +29,8 @@ from ds_dgemma.model.prefix import Prefix
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
 
+LOGITS = 2**28  # bytes of them that are made at once
+
 
 class Group(NamedTuple):
     """Prompts that are answered as one batch of `generate()` would be, token ids; and its seed."""
@@ -192,7 +194,7 @@ class Sampler:
         if not rows:  # a rank without work, in others' calls
             ids = torch.zeros(1, self._length, dtype=torch.int64, device=self._device)
             hidden = prefix.denoise([len(prefix.lengths) - 1], ids, None)
-            self._stack.embed_tokens.sample(hidden, temperature, lambda start, logits: None, self._length)
+            self._stack.embed_tokens.sample(hidden, temperature, lambda logits: None, self._length)
             return []
         conditions = None if rows[0].soft_LH is None else torch.stack([_of(row.soft_LH) for row in rows])
         hidden = prefix.denoise([row.number for row in rows], torch.stack([row.canvas_L for row in rows]), conditions)
@@ -200,14 +202,16 @@ class Sampler:
         steps: list[_Step] = []
         drawing: dict[int, Tensor] = {}
 
-        def take(start: int, logits_LV: Tensor) -> None:
-            group, place = numbered[start // self._length]
-            if id(group) not in drawing:
-                drawing.clear()
-                drawing[id(group)] = group.exponentials()
-            steps.append(self._choose(logits_LV, drawing[id(group)][place]))
+        def take(logits_NV: Tensor) -> None:
+            for logits_LV in logits_NV.split(self._length):
+                group, place = numbered[len(steps)]
+                if id(group) not in drawing:
+                    drawing.clear()
+                    drawing[id(group)] = group.exponentials()
+                steps.append(self._choose(logits_LV, drawing[id(group)][place]))
 
-        soft = self._stack.embed_tokens.sample(hidden, temperature, take, self._length)
+        at_once = max(1, LOGITS // (4 * self._vocabulary * self._length)) * self._length
+        soft = self._stack.embed_tokens.sample(hidden, temperature, take, at_once)
         fresh = {id(group): group.ids() for group in groups}
         for row, step, soft_LH, (group, place) in zip(
             rows, steps, soft.unflatten(0, (len(rows), -1)), numbered, strict=True

@@ -108,10 +108,10 @@ class TiedVocabulary(nn.Module):
         """
         return self(_Score, hidden_NH, target_N, weight_N, chunk, gradient, shift, torch.is_grad_enabled())
 
-    def sample(self, hidden_NH: Tensor, temperature: Tensor, take: Callable[[int, Tensor], None], rows: int) -> Tensor:
+    def sample(self, hidden_NH: Tensor, temperature: Tensor, take: Callable[[Tensor], None], rows: int) -> Tensor:
         """The next tokens' logits by a temperature, `rows` tokens at a time, and the soft embedding of all.
 
-        `take` gets each chunk's first token and its logits over the temperature [rows, V], fp32 at least. Returns
+        `take` gets each chunk's logits over the temperature [rows, V], in order, fp32 at least. Returns
         softmax(those) @ weight * sqrt(H), [N, H]. No gradient.
         """
         return self(_Sample, hidden_NH, temperature, take, rows)
@@ -240,7 +240,7 @@ class _Sample(torch.autograd.Function):
         owner: TiedVocabulary,
         hidden_NH: Tensor,
         temperature: Tensor,
-        take: Callable[[int, Tensor], None],
+        take: Callable[[Tensor], None],
         rows: int,
     ):
         soft_NH = torch.empty_like(hidden_NH)
@@ -248,7 +248,7 @@ class _Sample(torch.autograd.Function):
             part = slice(start, start + rows)
             logits = F.linear(hidden_NH[part], weight).to(wide(weight.dtype))
             logits.div_(owner.softcap).tanh_().mul_(owner.softcap).div_(temperature)
-            take(start, logits)
+            take(logits)
             soft_NH[part] = logits.to(weight.dtype).softmax(-1, wide(weight.dtype)).to(weight.dtype) @ weight
         return soft_NH * owner.scale
 
