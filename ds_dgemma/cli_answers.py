@@ -30,10 +30,12 @@ def evaluate(args: argparse.Namespace) -> None:
 
     from ds_dgemma.evaluation.evaluate import evaluate
     from ds_dgemma.evaluation.questions import section_of
-    from ds_dgemma.evaluation.scores import manner_line, report_table
+    from ds_dgemma.evaluation.report import as_html, as_json, as_markdown, manner_line, report_table
 
-    if args.out is not None and args.out.is_dir():
-        raise UserError(f"--out {args.out} is a directory. Name a file.")
+    forms = {".json": as_json, ".md": as_markdown, ".html": as_html}
+    for out in args.out:
+        if out.is_dir() or out.suffix not in forms:
+            raise UserError(f"--out {out}: a file that ends in {', '.join(forms)} was expected.")
     columns = dict(zip(("prompt", "response"), args.columns or (), strict=False))
     data = section_of(args.data, {"columns": columns, "ignore": args.ignore})
     report = evaluate(
@@ -46,9 +48,9 @@ def evaluate(args: argparse.Namespace) -> None:
         group_by=args.group_by,
     )
     Console().print(report_table(report))
-    print(manner_line(report["manner"]))
-    if args.out is not None:
-        _write(args.out, json.dumps(report, indent=2) + "\n")
+    print(manner_line(report))
+    for out in args.out:
+        _write(out, forms[out.suffix](report))
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -104,7 +106,9 @@ def add_commands(add: Callable[..., argparse.ArgumentParser], seed: Number, coun
     )
     evaluate_.add_argument("--group-by", metavar="COLUMN", help="report shares for each value of a column")
     evaluate_.add_argument("--limit", type=int, metavar="N", help="score the first N conversations only")
-    evaluate_.add_argument("--out", type=Path, metavar="JSON", help="write the report too")
+    evaluate_.add_argument(
+        "--out", type=Path, action="append", default=[], metavar="F", help="write the report: .json, .md, .html"
+    )
     evaluate_.add_argument("--batch-size", type=int, default=64, metavar="N")
     evaluate_.add_argument("--seed", type=seed, default=0)
 

@@ -20,7 +20,8 @@ from ds_dgemma.evaluation.evaluate import evaluate
 from ds_dgemma.evaluation.open_model import OpenModel, Source, find_model, load_model
 from ds_dgemma.evaluation.prompts import message_ids
 from ds_dgemma.evaluation.questions import Question, section_of
-from ds_dgemma.evaluation.scores import Score, report_table, summarise
+from ds_dgemma.evaluation.report import as_html, as_markdown, report_table
+from ds_dgemma.evaluation.scores import Score, summarise
 from ds_dgemma.evaluation.tasks import find_task
 from ds_dgemma.tools.tiny import make_tiny
 from tests.reference.adapters import write_random_adapter
@@ -203,6 +204,19 @@ def test_shares_are_reported_by_any_column_and_without_groups() -> None:
         table = report_table(report)
         assert len({len(column._cells) for column in table.columns}) == 1
     assert [column.header for column in report_table(plain).columns] == ["", "examples", "exact"]
+    manner = dict.fromkeys(("stopped", "length_to_reference", "steps_per_canvas", "tokens_per_forward", "seconds"), 0.5)
+    sample = {"where": "f:1", "reference": "<b>", "answer": "a|b", "exact": "0 of 1"}
+    written = {
+        **report,
+        "manner": manner,
+        "task": "exact_match",
+        "seed": 0,
+        "sampler": {"t_min": 0.4},
+        "samples": [sample],
+    }
+    assert "| b | 1 | 0.0% |" in as_markdown(written)
+    assert "&lt;b&gt;" in (page := as_html(written))
+    assert "t_min 0.4" in page
 
 
 def test_what_cannot_be_evaluated_is_refused_by_name(tmp_path: Path, model: str) -> None:
