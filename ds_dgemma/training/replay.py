@@ -101,7 +101,7 @@ class StepAlone:
         self._gradient.clear()
         parts = self._objective(batch.to(self._device), self._weights, self._balance)
         parts.loss.backward()
-        loss, diffusion_nll, ar_nll, _ = (float(value.detach()) for value in parts)
+        loss, diffusion_nll, ar_nll, _ = (float(value.detach()) for value in parts[:4])
         return Outcome(loss, diffusion_nll, ar_nll, self._gradient.norm, self._gradient.first_bad)
 
 
