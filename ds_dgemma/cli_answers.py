@@ -2,12 +2,11 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds_dgemma.errors import UserError
+from ds_dgemma.errors import UserError, say
 
 if TYPE_CHECKING:
     from ds_dgemma.evaluation.open_model import Found
@@ -72,7 +71,7 @@ def generate(args: argparse.Namespace) -> None:
     if watch is not None:
         watch.close()
     if args.prompt is not None:
-        _say(said[0].text)
+        say(said[0].text)
         return
     lines = [
         json.dumps(
@@ -81,7 +80,7 @@ def generate(args: argparse.Namespace) -> None:
         for row, one in zip(rows, said, strict=True)
     ]
     if args.out is None:
-        _say("\n".join(lines))
+        say("\n".join(lines))
     else:
         _write(args.out, "\n".join(lines) + "\n")
 
@@ -163,12 +162,6 @@ def _watch(args: argparse.Namespace, model: Any) -> Any:
     from ds_dgemma.evaluation.watch import Watch
 
     return Watch(model.found.tokenizer)
-
-
-def _say(text: str) -> None:
-    """Print, whatever characters the terminal's encoding lacks."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _write(out: Path, text: str) -> None:

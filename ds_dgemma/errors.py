@@ -6,6 +6,7 @@ its trace.
 """
 
 import difflib
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return " Did you mean X?" for the closest of `known`, or "" when nothing is close."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean {close[0]}?" if close else ""
+
+
+def say(text: str) -> None:
+    """Print, whatever characters the terminal's encoding lacks."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def counted(count: int, thing: str) -> str:

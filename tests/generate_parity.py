@@ -20,12 +20,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 from ds_dgemma.checkpoint.load import find_places, materialise, plain
 from ds_dgemma.checkpoint.weights import WeightReader
-from ds_dgemma.engine.ranks import RankLayout, connect, disconnect
+from ds_dgemma.engine.ranks import RankLayout, connect, disconnect, sum_over_ranks
 from ds_dgemma.errors import EXIT_USER_ERROR, UserError
 from ds_dgemma.evaluation.sampler import Group, Sampler
 from ds_dgemma.evaluation.sampler_settings import SamplerSettings, read_settings
@@ -61,6 +60,7 @@ def run_case(directory: Path, ranks: RankLayout | None) -> bool:
     sampler_settings = read_settings(model, {name: value for name, value in settings.items() if name in known})
     stack = open_sharded(model, ranks) if ranks else open_plain(model)
     device = ranks.device if ranks else torch.device("cpu")
+    any_rank = (lambda holds: sum_over_ranks([holds], device)[0] > 0) if ranks else bool
     good = True
     for kind in KINDS:
         if (wanted := tensors.get(f"expected.{kind}sequences")) is None:
@@ -69,7 +69,7 @@ def run_case(directory: Path, ranks: RankLayout | None) -> bool:
         is_real = tensors.get(f"{kind}attention_mask", torch.ones_like(ids)).bool()
         prompts = [row[real].tolist() for row, real in zip(ids, is_real, strict=True)]
         group = Group(prompts, settings["torch_manual_seed"])
-        (answers,) = Sampler(stack, sampler_settings, device, any_rank(ranks)).answer([group])
+        (answers,) = Sampler(stack, sampler_settings, device, any_rank).answer([group])
         equal, total = 0, 0
         for answer, row in zip(answers, wanted[:, ids.shape[1] :].tolist(), strict=True):
             # A row that is stopped is padding from there on, and without a padding token it is nobody's.
@@ -85,17 +85,6 @@ def run_case(directory: Path, ranks: RankLayout | None) -> bool:
                 f"{directory.name:<16}{kind.rstrip('_') or 'plain':<10}{equal} of {total} tokens{verdict}", flush=True
             )
     return good
-
-
-def any_rank(ranks: RankLayout | None):
-    """Whether something holds on any rank."""
-
-    def agree(holds: bool) -> bool:
-        flag = torch.tensor(int(holds), device=ranks.device if ranks else "cpu")
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
-
-    return bool if ranks is None else agree
 
 
 def main(argv: list[str]) -> int:

@@ -17,6 +17,7 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 WEIGHTS = ("weight", "train", "loss", "trainable", "loss_mask", "loss_weight", "loss_scale", "training", "learn")
 ANSWER_ONLY = ("tool_calls", "function_call", "tool_responses", *THOUGHTS)
 READ = frozenset(("role", "content", "tool_call_id", "name", *ANSWER_ONLY, *WEIGHTS))
+READ_ANYWHERE = READ | {"id", "from", "value"}  # ShareGPT's, and what names a row
 
 
 def listed(words: str) -> frozenset[str]:
@@ -144,10 +145,8 @@ def _refuse_unknown(raw: dict[str, Any], known: frozenset[str], name: str) -> No
 
 def keys_not_read(turns: Any) -> set[str]:
     """The keys of messages that were let through and that no one reads."""
-    if not isinstance(turns, list) or all(map(is_plain, turns)):
-        return set()
-    keys = {key for turn in turns if isinstance(turn, dict) for key, value in turn.items() if value not in EMPTY}
-    return keys - READ - {"id", "from", "value"}
+    objects = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    return {key for turn in objects for key, value in turn.items() if key not in READ_ANYWHERE and value not in EMPTY}
 
 
 def names_within(value: Any, names: frozenset[str]) -> frozenset[str]:

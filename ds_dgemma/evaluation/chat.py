@@ -3,7 +3,7 @@
 import sys
 
 from ds_dgemma.data.messages import Message
-from ds_dgemma.errors import UserError
+from ds_dgemma.errors import UserError, say
 from ds_dgemma.evaluation.answers import answer_prompts
 from ds_dgemma.evaluation.open_model import OpenModel
 from ds_dgemma.evaluation.prompts import message_ids
@@ -42,7 +42,6 @@ def chat(model: OpenModel, system: str | None, seed: int, watches: bool) -> None
             (answer,) = answer_prompts(model, [ids], 1, seed + answers, watch)
             if watch is not None:
                 watch.close()
-            encoding = sys.stdout.encoding or "utf-8"
-            print(answer.text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+            say(answer.text)
             messages = [*asked, {"role": "assistant", "content": answer.text}]
             answers += 1

@@ -7,17 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from transformers import PreTrainedTokenizerFast
 
 from ds_dgemma.config import RunConfig
-from ds_dgemma.engine.ranks import RankLayout, gather
+from ds_dgemma.engine.ranks import RankLayout, gather, sum_over_ranks
 from ds_dgemma.evaluation.answers import Said, said_of
 from ds_dgemma.evaluation.evaluate import manner, score
 from ds_dgemma.evaluation.questions import Question, prompt_ids, read_questions
 from ds_dgemma.evaluation.sampler import Group, Sampler
-from ds_dgemma.evaluation.sampler_settings import SamplerSettings, read_settings
+from ds_dgemma.evaluation.sampler_settings import SamplerSettings, ends_of, read_settings
 from ds_dgemma.evaluation.scores import summarise
 from ds_dgemma.evaluation.tasks import Task, find_task
 
@@ -54,17 +52,10 @@ class Exam:
 
     def take(self, engine: Any, ranks: RankLayout) -> dict[str, Any]:
         """Answer all questions; shares by measure, and the manner of the answers. A collective."""
-
-        def any_rank(holds: bool) -> bool:
-            flag = torch.tensor(int(holds), device=ranks.device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            return bool(flag)
-
         engine.eval()
+        any_rank = lambda holds: sum_over_ranks([holds], ranks.device)[0] > 0  # noqa: E731
         sampler = Sampler(engine.module.model, self.settings, ranks.device, any_rank)
-        eos = self.tokenizer.eos_token_id
-        assert isinstance(eos, int)  # load_tokenizer looked
-        stops = self.settings.stop_ids | {eos}
+        stops = ends_of(self.settings, self.tokenizer)
         said: dict[int, Said] = {}
         mine = list(range(ranks.rank, len(self.prompts), ranks.world))
         for start in range(0, -(-len(self.prompts) // ranks.world), self.batch_size):

@@ -17,7 +17,7 @@ from ds_dgemma.checkpoint.load import find_places, materialise, plain
 from ds_dgemma.checkpoint.names import Place
 from ds_dgemma.checkpoint.weights import WeightReader, local_directory
 from ds_dgemma.data.tokenizer import image_tokens, load_tokenizer
-from ds_dgemma.evaluation.sampler_settings import SamplerSettings, read_settings
+from ds_dgemma.evaluation.sampler_settings import SamplerSettings, ends_of, read_settings
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.lora import possible_targets
 from ds_dgemma.model.spec import read_spec, text_spec
@@ -114,9 +114,7 @@ def load_model(found: Found) -> OpenModel:
     reader.close()
     if not on_gpu and sum(parameter.numel() for parameter in stack.parameters()) < ONE_THREAD_BELOW:
         torch.set_num_threads(1)
-    eos = found.tokenizer.eos_token_id
-    assert isinstance(eos, int)  # load_tokenizer looked
-    return OpenModel(found, stack.eval(), device, found.settings.stop_ids | {eos})
+    return OpenModel(found, stack.eval(), device, ends_of(found.settings, found.tokenizer))
 
 
 class ChangedReader(WeightReader):

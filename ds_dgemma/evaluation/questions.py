@@ -44,10 +44,11 @@ def read_questions(data: DataSection, limit: int | None, split: Split = "train")
 def _read(source: Source, limit: int | None, split: Split) -> list[Question]:
     found, reading = [], Reading()
     for chunk in source.chunks() if limit != 0 else ():
+        records = dict(chunk.rows())
         for row, read in read_rows(chunk, source.layout, reading):
             if not isinstance(read, Conversation):
                 raise UserError(f"{source.where(row)}: a text has no answer to compare with. Give conversations.")
-            record = source.row(row)
+            record = records[row]
             assert not isinstance(record, BadRow)  # it was read
             *prompt, reference = read.messages
             found.append(Question(source.where(row), record, prompt, reference, read))

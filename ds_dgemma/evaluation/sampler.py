@@ -176,9 +176,8 @@ class Sampler:
             groups = [group for group in groups if not all(row.is_done for row in group.rows)]
             if not self._any_rank(bool(groups)):
                 break
-            share = (
-                torch.tensor(left, device=self._device) / settings.max_denoising_steps
-            )  # fp32, as `generate()` has it
+            # in fp32, as `generate()` has it
+            share = torch.tensor(left, device=self._device) / settings.max_denoising_steps
             temperature = settings.t_min + (settings.t_max - settings.t_min) * share
             rows = [row for group in groups for row in group.rows if not row.is_done]
             steps = self._step(prefix, groups, rows, temperature)
@@ -196,8 +195,9 @@ class Sampler:
             hidden = prefix.denoise([len(prefix.lengths) - 1], ids, None)
             self._stack.embed_tokens.sample(hidden, temperature, lambda logits: None, self._length)
             return []
-        conditions = None if rows[0].soft_LH is None else torch.stack([_of(row.soft_LH) for row in rows])
-        hidden = prefix.denoise([row.number for row in rows], torch.stack([row.canvas_L for row in rows]), conditions)
+        soft = [row.soft_LH for row in rows if row.soft_LH is not None]  # of all, but for the first step of a canvas
+        canvases = torch.stack([row.canvas_L for row in rows])
+        hidden = prefix.denoise([row.number for row in rows], canvases, torch.stack(soft) if soft else None)
         numbered = [(group, place) for group in groups for place, row in enumerate(group.rows) if not row.is_done]
         steps: list[_Step] = []
         drawing: dict[int, Tensor] = {}
@@ -211,11 +211,9 @@ class Sampler:
                 steps.append(self._choose(logits_LV, drawing[id(group)][place]))
 
         at_once = max(1, LOGITS // (4 * self._vocabulary * self._length)) * self._length
-        soft = self._stack.embed_tokens.sample(hidden, temperature, take, at_once)
+        soft_NH = self._stack.embed_tokens.sample(hidden, temperature, take, at_once)
         fresh = {id(group): group.ids() for group in groups}
-        for row, step, soft_LH, (group, place) in zip(
-            rows, steps, soft.unflatten(0, (len(rows), -1)), numbered, strict=True
-        ):
+        for row, step, soft_LH, (group, place) in zip(rows, steps, soft_NH.split(self._length), numbered, strict=True):
             row.canvas_L = torch.where(step.is_accepted_L, step.drawn_L, fresh[id(group)][place])
             row.soft_LH = soft_LH
         return steps
@@ -259,8 +257,3 @@ class Sampler:
         row.answer.is_finite &= bool(row.entropy_L.isfinite().all())
         row.answer.stopped = end is not None
         row.read_next = said
-
-
-def _of(soft_LH: Tensor | None) -> Tensor:
-    assert soft_LH is not None  # all rows of a step began with it
-    return soft_LH

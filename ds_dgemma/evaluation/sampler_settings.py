@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerFast
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     DiffusionGemmaGenerationConfig,
     EntropyBoundSamplerConfig,
@@ -30,6 +31,13 @@ class SamplerSettings:
     def named(self) -> dict[str, Any]:
         """For a report."""
         return {**vars(self), "stop_ids": sorted(self.stop_ids)}
+
+
+def ends_of(settings: SamplerSettings, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    """The ids that end an answer's text: the sampler's, and the tokenizer's EOS."""
+    eos = tokenizer.eos_token_id
+    assert isinstance(eos, int)  # load_tokenizer looked
+    return settings.stop_ids | {eos}
 
 
 def read_settings(directory: Path, overrides: Mapping[str, Any]) -> SamplerSettings:
