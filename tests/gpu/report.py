@@ -60,6 +60,7 @@ def checks(cases: str, rehearse: bool) -> list[Check]:
         Check("expert layer, grouped matmul on and off, bf16", ["-m", "tests.gpu.grouped", *small], 60),
         Check("layers at real shapes on fake devices, bf16", ["-m", "tests.gpu.fake"], 60),
         Check("attention kernels, bf16", ["-m", "tests.gpu.attention", *small], 90),
+        Check("sampler beside generate()", ["-m", "tests.gpu.sampler", *small], 90),
         Check("Sudoku through `deepspeed`, bf16, ZeRO-3, EP 1", ["-m", "tests.gpu.sudoku", *small], 90),
         Check("step at real shapes, bf16, ZeRO-3", ["-m", "tests.gpu.real_shapes", *one_layer, *small], 220),
     ]
