@@ -98,7 +98,8 @@ def main() -> int:
         share, ours, theirs, peak = compare(rehearse, False, torch.bfloat16, Path(name, "real"))
     print(
         f"FIGURE bf16, real shapes, {LAYERS} layers, {PROMPTS} prompts, {CANVASES} canvases of {STEPS} steps: "
-        f"{ours:.2f} s, transformers {theirs:.2f}, ratio {ours / theirs:.2f}, peak {peak:.1f} GiB, {share:.1%} of tokens equal"
+        f"{ours:.2f} s, transformers {theirs:.2f}, ratio {ours / theirs:.2f}, peak {peak:.1f} GiB, "
+        f"{share:.1%} of tokens equal"
     )
     return int(equal < 0.5)
 
