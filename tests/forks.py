@@ -73,12 +73,12 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
 
-def start(arguments: list[str], environment: dict[str, str], output: IO[bytes]) -> Process:
-    """Run a module with its arguments, from the repository; `output` gets all that it says."""
+def start(arguments: list[str], environment: dict[str, str], output: IO[bytes], folder: Path = REPOSITORY) -> Process:
+    """Run a module with its arguments in a folder; `output` gets all that it says."""
     connection = socket.socket(socket.AF_UNIX)
     read = {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
     connection.connect(_server(tuple(sorted(read.items()))))
-    message = json.dumps([arguments, environment]).encode() + b"\n"
+    message = json.dumps([arguments, environment, str(folder)]).encode() + b"\n"
     socket.send_fds(connection, [message[:1]], [output.fileno()])
     connection.sendall(message[1:])
     return Process(connection)
@@ -129,12 +129,13 @@ def serve(address: str) -> None:
         if listener in ready:
             connection, _ = listener.accept()
             first, (output,), _, _ = socket.recv_fds(connection, 1, 1)
-            arguments, environment = json.loads(first + connection.makefile("rb").readline())
+            arguments, environment, folder = json.loads(first + connection.makefile("rb").readline())
             pid = os.fork()
             if pid == 0:
                 signal.set_wakeup_fd(-1)
                 for other in (listener, wake, woken, connection, *children.values()):
                     other.close()
+                os.chdir(folder)
                 _run(arguments, environment, output)
             os.close(output)
             children[pid] = connection

@@ -31,19 +31,25 @@ def printed(folder: Path, benchmark: str, *arguments: object) -> str:
 @pytest.mark.slow
 def test_a_benchmark_step_computes_what_transformers_does_and_prints_the_ratios(tmp_path: Path) -> None:
     small = ["--prompt", "16", "--response", "64", "--batch", "2", "--vocabulary", "512", "--repeats", "1"]
-    said = printed(tmp_path, "step", *small, "--steps", "1")
+    said = printed(tmp_path, "step", *small, "--steps", "1", "--checkpointing", "full")
     ratios = re.findall(r"/ transformers: CPU time (\S+), wall time (\S+), peak memory (\S+)", said)
-    assert len(ratios) == 3  # recomputed, recomputed in part, and kept
-    assert all(float(ratio) > 0 for variant in ratios for ratio in variant)
+    assert len(ratios) == 1
+    assert all(float(ratio) > 0 for ratio in ratios[0])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "reuse", "overrides"),
     [
-        (3, 1, ["train.activation_checkpointing=full"]),
         (3, 1, ["train.activation_checkpointing=none"]),
-        (3, 1, ["lora={r: 8, target_parameters: [experts.gate_up_proj, experts.down_proj]}"]),
+        (
+            3,
+            1,
+            [
+                "train.activation_checkpointing=full",
+                "lora={r: 8, target_parameters: [experts.gate_up_proj, experts.down_proj]}",
+            ],
+        ),
         (
             3,
             0,
@@ -54,7 +60,7 @@ def test_a_benchmark_step_computes_what_transformers_does_and_prints_the_ratios(
         ),
         (2, 1, ["train.precision=bf16"]),
     ],
-    ids=["full training", "nothing again", "LoRA, experts too", "frozen parts, nothing reused", "stage 2"],
+    ids=["nothing again", "LoRA, experts too", "frozen parts, nothing reused", "stage 2"],
 )
 def test_a_step_holds_and_sends_what_was_planned(stage: int, reuse: int, overrides: list[str], tmp_path: Path) -> None:
     make_checkpoint(shapes.config(rehearse=True, layers=2), tmp_path / "model")
@@ -82,7 +88,7 @@ def test_memory_of_a_step_grows_with_its_length_and_not_its_square() -> None:
         run = subprocess.run([sys.executable, *child], capture_output=True, text=True, check=True)
         return json.loads(run.stdout.splitlines()[-1])["memory"]
 
-    assert memory(8192) / memory(2048) <= 5  # 4, and what glibc leaves; with its square up to 16
+    assert memory(4096) / memory(1024) <= 5  # 4, and what glibc leaves; with its square up to 16
 
 
 def test_a_step_that_grows_with_the_square_of_its_length_is_refused() -> None:
@@ -116,15 +122,3 @@ def test_the_random_checkpoint_is_whole_and_the_same_however_it_is_sharded(tmp_p
             assert torch.equal(one.read(name), tensor)
             assert torch.equal(many.read(name), tensor)
     assert model.state_dict().keys() - one.files.keys() == set(model.all_tied_weights_keys)
-
-
-@pytest.mark.slow
-def test_losses_are_compared_after_runs_of_their_own(tmp_path: Path) -> None:
-    few = ["--losses", "leave_one_out", "--seeds", "0", "--steps", "2", "--puzzles", "4"]
-    batch = ["--set", "train.global_batch_size=8", "--set", "train.micro_batch_size=8"]
-    command = [sys.executable, "-m", "tests.benchmarks.losses", "--dir", tmp_path, *few, *batch]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    (row,) = re.findall(r"^\| leave_one_out \| \S+% \| \S+% \| (\S+) \| (\S+) \|", run.stdout, re.MULTILINE)
-    base, posterior = map(float, row)
-    assert posterior < base  # it adds what the token itself says, of which two steps have taught nothing

@@ -30,14 +30,17 @@ def test_a_check_that_hangs_is_ended_with_its_children_and_is_a_row_like_one_tha
 
 @pytest.mark.slow
 def test_gpu_checks_hold_in_rehearsal_and_are_rows_of_the_table(tmp_path: Path) -> None:
-    """All but parity in fp32, which `test_parity.py` has in the same way."""
+    """All but parity in fp32 and with adapters, which `test_parity.py` has in the same way, and Sudoku through
+    `deepspeed`, as `test_readme.py` runs it.
+    """
     environment = {**os.environ, "VIRTUAL_ENV": sys.prefix}  # this one, also in a worktree without its own
-    command = ["bash", SCRIPT, "--rehearse", "--out", tmp_path, "--only", "bf16"]
+    only = "^parity, bf16|expert layer|fake|kernels|sampler|step"
+    command = ["bash", SCRIPT, "--rehearse", "--out", tmp_path, "--only", only]
     script = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert script.returncode == 0, script.stdout + script.stderr
     (table,) = tmp_path.glob("rehearsal-*.md")
     rows = re.findall(r"^\| (.+?) \| (.+?) \| (.*) \| \d+ \|$", table.read_text(), re.MULTILINE)
-    assert len(rows) == 9
+    assert len(rows) == 7
     assert {result for _, result, _ in rows} == {"ok"}
     without = [name for name, _, figure in rows if not figure]
-    assert without == ["parity cases by unmodified transformers", "adapters on them by unmodified PEFT"]
+    assert without == ["parity cases by unmodified transformers"]

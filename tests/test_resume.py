@@ -37,11 +37,11 @@ def test_a_run_killed_at_its_second_checkpoint_continues_bit_for_bit(sudoku_run,
     write_sudoku(4, "train", 10, 3, tmp_path / "other.jsonl")
     mixture = f"data.train=[{{path: {sudoku_run.parent}/train.jsonl, weight: 2}}, {tmp_path}/other.jsonl]"
     streamed = ["data.streaming=true", "data.shuffle_buffer=25", "data.packing=true", "data.max_length=100"]
-    overrides = [*STEPS, *SPREAD, "train.precision=bf16", mixture, *streamed, "data.workers=1"]
+    overrides = [*STEPS, *SPREAD, "train.precision=bf16", mixture, *streamed]
     undisturbed = train(sudoku_run, tmp_path / "undisturbed", overrides, processes=2)
 
-    killed = tmp_path / "killed"
-    ranks = start_ranks(sudoku_run, [f"run.dir={killed}", *overrides], 2, tmp_path / "killed.log")
+    killed, ahead = tmp_path / "killed", ["data.workers=1"]
+    ranks = start_ranks(sudoku_run, [f"run.dir={killed}", *overrides, *ahead], 2, tmp_path / "killed.log")
     wait_for_step(killed, 4, ranks)  # its checkpoint comes next, is being written, or is whole
     for rank in ranks:
         rank.send_signal(signal.SIGKILL)
@@ -49,7 +49,7 @@ def test_a_run_killed_at_its_second_checkpoint_continues_bit_for_bit(sudoku_run,
     whole = [path.name for path in sorted((killed / "checkpoints").glob("step-*[0-9]"))]
     assert whole in (["step-000002"], ["step-000004"], ["step-000002", "step-000004"])
 
-    assert numbers(train(sudoku_run, killed, overrides, processes=2)) == numbers(undisturbed)
+    assert numbers(train(sudoku_run, killed, [*overrides, *ahead], processes=2)) == numbers(undisturbed)
     assert final_state(killed) == final_state(tmp_path / "undisturbed")
     assert f"step {int(whole[-1][-6:])}" in (tmp_path / "killed.log").read_text()
 

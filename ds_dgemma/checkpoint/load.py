@@ -15,7 +15,6 @@ from ds_dgemma.checkpoint.names import DECODER, DECODER_LAYERS, ENCODER_LAYERS, 
 from ds_dgemma.checkpoint.run_state import StateReader
 from ds_dgemma.checkpoint.weights import FLOATS, WeightReader, pieces
 from ds_dgemma.errors import one_line_each
-from ds_dgemma.model.build import shapes_outside
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
 
@@ -140,7 +139,7 @@ def _check(stack: DiffusionGemmaStack, reader: WeightReader, places: dict[str, P
 def _outside_problems(stack: DiffusionGemmaStack, reader: WeightReader) -> list[str]:
     """What an export could not carry over: transformers would fill it at random, without a word."""
     problems = []
-    for tensor, expected in shapes_outside(stack.config).items():
+    for tensor, expected in stack.outside.items():
         if tensor not in reader:
             problems.append(f"{tensor} is missing, shape {expected} was expected.")
         elif (stored := reader.shape(tensor)) != expected:

@@ -41,11 +41,3 @@ def build_stack(
         layer.router.requires_grad_(train_router)
         setattr(layer.self_attn, attention.WANTED, attention_kernel)
     return stack
-
-
-def shapes_outside(config: DiffusionGemmaConfig) -> dict[str, tuple[int, ...]]:
-    """The checkpoint's parameters that are no part of the language model, the vision tower's: names and shapes."""
-    with torch.device("meta"):
-        whole = DiffusionGemmaForBlockDiffusion(config)
-    language = ("model.decoder.", "model.encoder.language_model.", "lm_head.")
-    return {name: tuple(p.shape) for name, p in whole.named_parameters() if not name.startswith(language)}

@@ -22,6 +22,8 @@ from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.sweep import Call, Checkpointing, LayerOutput
 from ds_dgemma.model.vocabulary import TiedVocabulary
 
+LANGUAGE = ("model.decoder.", "model.encoder.language_model.", "lm_head.")  # names in transformers' model
+
 
 class SweepLayer(nn.Module):
     """One layer for both modes; also the unit of activation checkpointing and of ZeRO-3's gathers."""
@@ -99,6 +101,9 @@ class DiffusionGemmaStack(nn.Module):
         decoder, encoder = source.model.decoder, source.model.encoder.language_model
         text = text_spec(source.config)
         self.config: DiffusionGemmaConfig = source.config
+        self.outside = {  # shapes of the checkpoint's other parameters, the vision tower's
+            name: tuple(p.shape) for name, p in source.named_parameters() if not name.startswith(LANGUAGE)
+        }
         self.layer_types: tuple[str, ...] = tuple(text.layer_types)
         self.window: int = text.sliding_window
         self.activation_checkpointing: Checkpointing = activation_checkpointing

@@ -17,7 +17,7 @@ from ds_dgemma.engine.adapters import adapt_experts, choose_adapters
 from ds_dgemma.engine.expert_parallel import place_experts
 from ds_dgemma.engine.sharding import is_expert_parameter
 from ds_dgemma.engine.trainable import freeze
-from ds_dgemma.model.build import build_stack, shapes_outside
+from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.flops import VOCABULARY, Products, products_of, unit_of
 from ds_dgemma.model.lora import adapt_linears
 from ds_dgemma.model.spec import text_spec
@@ -83,7 +83,7 @@ def build_stack_for(config: RunConfig, spec: DiffusionGemmaConfig) -> DiffusionG
     """
     stack = build_stack(spec, train_router=config.model.train_router)
     place_experts(stack, size=1, rank=0, grouped=False)
-    freeze(stack, config.model.freeze, list(shapes_outside(spec)))
+    freeze(stack, config.model.freeze, list(stack.outside))
     if config.lora is not None:
         adapters = choose_adapters(stack, config.lora, grouped_matmul=config.parallel.grouped_matmul != "off")
         adapt_linears(stack, adapters.targets, config.lora)
@@ -110,6 +110,6 @@ def take_inventory(stack: DiffusionGemmaStack) -> Inventory:
         products=products_of(stack),
         text=text_spec(spec),
         canvas_length=canvas_length,
-        outside={name: prod(shape) for name, shape in shapes_outside(spec).items()},
+        outside={name: prod(shape) for name, shape in stack.outside.items()},
         stored=spec.dtype if isinstance(spec.dtype, torch.dtype) else torch.float32,
     )

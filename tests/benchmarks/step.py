@@ -48,7 +48,7 @@ from tests.reference.examples import one_answer
 from tests.reference.masks import attention_masks, clean_and_canvases
 
 CHECKPOINTING = {"ds_dgemma": "full", "ds_dgemma, selective": "selective", "ds_dgemma, kept": "none"}
-VARIANTS = (*CHECKPOINTING, "transformers")
+TRANSFORMERS = "transformers"
 CANVAS = 64  # tokens
 Step = Callable[[Batch], tuple[float, float]]  # one forward and backward: diffusion and AR loss, nats per scored token
 
@@ -167,7 +167,7 @@ def measure(variant: str, directory: Path, args: argparse.Namespace) -> dict:
     """One repeat in this process: a dropped step, then `args.steps` timed ones."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     cuda = args.device == "cuda"
-    if variant == "transformers":
+    if variant == TRANSFORMERS:
         step = open_transformers(directory, args)
     else:
         step = open_ours(directory, args, CHECKPOINTING[variant])
@@ -199,8 +199,8 @@ def report(seen: dict[str, list[dict]]) -> str:
         losses = [f"{loss:.6f}" for loss in repeats[-1]["losses"]]
         lines.append(f"| {' | '.join([variant, *cells, *losses])} |")
     lines.append("")
-    for variant in VARIANTS[:-1]:
-        cpu, wall, peak = (a / b for a, b in zip(middle[variant], middle[VARIANTS[-1]], strict=True))
+    for variant in [variant for variant in seen if variant in CHECKPOINTING]:
+        cpu, wall, peak = (a / b for a, b in zip(middle[variant], middle[TRANSFORMERS], strict=True))
         lines.append(f"{variant} / transformers: CPU time {cpu:.2f}, wall time {wall:.2f}, peak memory {peak:.2f}")
     return "\n".join(lines)
 
@@ -226,6 +226,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repeats", type=int, default=3, help="processes per variant")
     parser.add_argument("--steps", type=int, default=2, help="timed steps per process")
+    parser.add_argument(
+        "--checkpointing", nargs="+", choices=CHECKPOINTING.values(), default=CHECKPOINTING.values(), help="variants"
+    )
     parser.add_argument("--child", nargs=2, metavar=("VARIANT", "MODEL"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     os.environ.setdefault("DS_ACCELERATOR", args.device)
@@ -234,7 +237,8 @@ def main(argv: list[str]) -> int:
     if args.child:
         print(json.dumps(measure(args.child[0], Path(args.child[1]), args)))
         return 0
-    seen: dict[str, list[dict]] = {variant: [] for variant in VARIANTS}
+    ours = [variant for variant, how in CHECKPOINTING.items() if how in args.checkpointing]
+    seen: dict[str, list[dict]] = {variant: [] for variant in (*ours, TRANSFORMERS)}
     with tempfile.TemporaryDirectory() as model:
         make_model(Path(model), args.vocabulary)
         for _ in range(args.repeats):
