@@ -67,7 +67,7 @@ def generate(args: argparse.Namespace) -> None:
         rows, ids = read_prompts(args.file, found)
     model = load_model(found)
     watch = _watch(args, model)
-    said = answer_prompts(model, ids, args.batch_size, args.seed, watch)
+    said = answer_prompts(model, ids, args.batch_size, range(args.seed, args.seed + len(ids)), watch)
     if watch is not None:
         watch.close()
     if args.prompt is not None:

@@ -1,6 +1,6 @@
 """Answers to prompts of token ids, in batches, each as `generate()` gives it alone with its own seed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -31,12 +31,12 @@ def said_of(answer: Answer, stop_ids: frozenset[int], tokenizer: PreTrainedToken
 
 def answer_prompts(
     model: OpenModel,
-    prompts: list[list[int]],
+    prompts: Sequence[list[int]],
     batch_size: int,
-    seed: int,
+    seeds: Sequence[int],
     watch: Callable[[Draft], None] | None = None,
 ) -> list[Said]:
-    """Answer prompts, the n-th with the seed `seed + n`, whatever `batch_size` is; in the order of the prompts.
+    """Answer prompts, each with its seed and whatever `batch_size` is; in the order of the prompts.
 
     Raises:
         UserError: the model's scores are no numbers.
@@ -49,7 +49,7 @@ def answer_prompts(
     shows = console.is_terminal and watch is None and len(batches) > 1
     for rows in track(batches, "answering", console=console, transient=True, disable=not shows):
         for row, (answer,) in zip(
-            rows, sampler.answer([Group([prompts[row]], seed + row) for row in rows], watch), strict=True
+            rows, sampler.answer([Group([prompts[row]], seeds[row]) for row in rows], watch), strict=True
         ):
             if not answer.is_finite:
                 raise UserError(

@@ -39,7 +39,7 @@ def chat(model: OpenModel, system: str | None, seed: int, watches: bool) -> None
                 print(problem, file=sys.stderr)
                 continue
             watch = Watch(model.found.tokenizer) if watches else None
-            (answer,) = answer_prompts(model, [ids], 1, seed + answers, watch)
+            (answer,) = answer_prompts(model, [ids], 1, [seed + answers], watch)
             if watch is not None:
                 watch.close()
             say(answer.text)

@@ -41,7 +41,7 @@ def evaluate(
     prompts = prompt_ids(questions, found.tokenizer, data, found.image_tokens)
     model = load_model(found)
     began = time.monotonic()
-    said = answer_prompts(model, prompts, batch_size, seed)
+    said = answer_prompts(model, prompts, batch_size, range(seed, seed + len(prompts)))
     seconds = time.monotonic() - began
     scores = [score(task, question, one.text, group_by) for question, one in zip(questions, said, strict=True)]
     return {

@@ -46,7 +46,7 @@ def opened(path: str | Path, adapter: Path | None = None, **settings: Any) -> Op
 
 
 def texts(model: OpenModel, prompts: list[list[int]], batch_size: int = 16, seed: int = 0) -> list[str]:
-    return [said.text for said in answer_prompts(model, prompts, batch_size, seed)]
+    return [said.text for said in answer_prompts(model, prompts, batch_size, range(seed, seed + len(prompts)))]
 
 
 @pytest.fixture(scope="module")

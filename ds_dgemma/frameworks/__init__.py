@@ -1,0 +1,1 @@
+"""Models for evaluation frameworks, each in one file and each an extra."""
