@@ -179,7 +179,7 @@ def parser() -> argparse.ArgumentParser:
 
     plot_ = _add(commands, "plot", plot)
     plot_.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
-    plot_.add_argument("--out", type=Path, metavar="PNG")
+    plot_.add_argument("--out", type=Path, metavar="F", help="a .png or .html file")
 
     replay_ = _add(commands, "replay", replay)
     replay_.add_argument("file", type=Path, metavar="FILE", help="RUN/replay/step-NNNNNN.json")

@@ -1,14 +1,18 @@
-"""Curves of one or more runs as a picture: diffusion loss, AR loss, gradient norm and learning rate by step.
+"""Curves of one or more runs as a picture: losses, also by noise level, gradient norm, learning rate, speed, and what
+answers were worth.
 
-The faint line is every step as measured, the strong one a Gaussian average around each step, its deviation
-1 % of the run. Circles are validation records. T counts records.
+The faint line is every step as measured, the strong one a Gaussian average around each step, its deviation 1 % of the
+run. Circles are validation and evaluation records. A panel of which no run has a record is left out. T counts records.
 """
 
-from collections.abc import Sequence
+import html
+import io
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -19,12 +23,8 @@ from ds_dgemma.tracking.metrics import Record, read_lines
 COLOURS = ("#1f6feb", "#e36209", "#2da44e", "#a371f7", "#d1242f", "#8c6d1f", "#0f8b8d", "#57606a")
 SMOOTHING_SHARE = 0.01
 LOG_SCALE_RATIO = 20
-PANELS = [
-    ("loss_diffusion", "Diffusion loss", "nats per token"),
-    ("loss_ar", "AR loss", "nats per token"),
-    ("grad_norm", "Gradient norm", "before clipping"),
-    ("lr", "Learning rate", ""),
-]
+NEEDED = ("loss_diffusion", "loss_ar", "grad_norm", "lr")  # of every step
+BY_LEVEL, MANNER = "loss_diffusion_at_", ("length_to_reference", "steps_per_canvas", "tokens_per_forward")
 
 
 @dataclass(frozen=True)
@@ -35,24 +35,94 @@ class Curve:
     values_T: np.ndarray
 
 
+@dataclass(frozen=True)
+class Line:
+    """A curve in a panel."""
+
+    curve: Curve
+    name: str = ""  # beside the run's
+    smoothed: bool = False
+    points: bool = False  # few and far between
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What is drawn of a run."""
+
+    title: str
+    unit: str
+    lines: Callable[[list[Record]], list[Line]]
+
+
+def step_lines(key: str, smoothed: bool = True) -> Callable[[list[Record]], list[Line]]:
+    """Every step's value, and validation's of the same name."""
+
+    def lines(records: list[Record]) -> list[Line]:
+        validated = Line(_curve(records, key, "validation"), points=True)
+        return [Line(_curve(records, key, None), smoothed=smoothed), validated]
+
+    return lines
+
+
+def level_lines(records: list[Record]) -> list[Line]:
+    """Validation's diffusion loss, for each noise level."""
+    keys = sorted({key for record in records for key in record if key.startswith(BY_LEVEL)})
+    return [Line(_curve(records, key, "validation"), f"t = {key.removeprefix(BY_LEVEL)}", points=True) for key in keys]
+
+
+def answer_lines(records: list[Record]) -> list[Line]:
+    """Shares of a task, the share of answers that stop, and validation's share of right tokens."""
+    keys = dict.fromkeys(key for record in records if record.get("kind") == "evaluation" for key in record)
+    shares = [key for key in keys if key not in ("kind", "step", "examples", *MANNER)]
+    lines = [Line(_curve(records, key, "evaluation"), key.replace("_", " "), points=True) for key in shares]
+    return [*lines, Line(_curve(records, "accuracy", "validation"), "tokens denoised right", points=True)]
+
+
+PANELS = [
+    Panel("Diffusion loss", "nats per token", step_lines("loss_diffusion")),
+    Panel("AR loss", "nats per token", step_lines("loss_ar")),
+    Panel("Gradient norm", "before clipping", step_lines("grad_norm")),
+    Panel("Learning rate", "", step_lines("lr", smoothed=False)),
+    Panel("Diffusion loss by noise level", "nats per token", level_lines),
+    Panel("Answers", "", answer_lines),
+    Panel("Throughput", "tokens per second", step_lines("tokens_per_second")),
+    Panel("Model FLOPs utilisation", "", step_lines("mfu")),
+]
+
+
 def plot_runs(runs: Sequence[Path], out: Path | None = None) -> Path:
-    """Draw the runs over one another; return the PNG's path (default: `plots/curves.png` in the first)."""
-    records = [_read(run) for run in runs]
-    names = _names(runs)
-    figure = Figure(figsize=(12, 7.5), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)  # draws to memory: no display, and pyplot's global state is left alone
-    for axes, (key, title, unit) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
-        for name, run, colour in zip(names, records, _colours(len(runs)), strict=True):
-            _draw(axes, run, key, colour, name)
-        _dress(axes, title, unit)
-    _head(figure, names, records)
+    """Draw the runs over one another; return the path, PNG or HTML (default: `plots/curves.png` in the first)."""
+    records, names = [_read(run) for run in runs], _names(runs)
     out = out or runs[0] / "plots" / "curves.png"
+    if out.suffix not in (".png", ".html"):
+        raise UserError(f"--out {out}: a file that ends in .png or .html was expected.")
+    figure = draw(names, records)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out, format="png")
+        if out.suffix == ".png":
+            figure.savefig(out, format="png")
+        else:
+            out.write_text(_page(figure, names, records), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}. Name another file with --out.") from error
     return out
+
+
+def draw(names: Sequence[str], records: Sequence[list[Record]]) -> Figure:
+    """A panel for each kind of curve that a run has."""
+    shown = [panel for panel in PANELS if any(len(line.curve.steps_T) for run in records for line in panel.lines(run))]
+    rows = -(-len(shown) // 2)
+    figure = Figure(figsize=(12, 3.75 * rows), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)  # draws to memory: no display, and pyplot's global state is left alone
+    places = figure.subplots(rows, 2, squeeze=False).flat
+    for axes, panel in zip(places, shown, strict=False):
+        for name, run, colour in zip(names, records, _colours(len(names)), strict=True):
+            _draw(axes, panel.lines(run), colour, name, alone=len(names) == 1)
+        _dress(axes, panel.title, panel.unit)
+    for axes in list(figure.axes)[len(shown) :]:
+        axes.set_axis_off()
+    _head(figure, list(names), list(records))
+    return figure
 
 
 def smooth(values_T: np.ndarray, deviation: float) -> np.ndarray:
@@ -74,7 +144,7 @@ def _read(run: Path) -> list[Record]:
     if not steps:
         raise UserError(f"{path} has no step yet. Plot again when the run has done one.")
     for record in steps:
-        for key, _, _ in PANELS:
+        for key in NEEDED:
             if not isinstance(record.get(key), int | float):
                 found = f"{key} {record.get(key)!r}"
                 raise UserError(f"{path}: step {record['step']} has {found}, a number is expected. No run writes that.")
@@ -91,25 +161,37 @@ def _colours(count: int) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(count)]
 
 
-def _curve(records: list[Record], key: str, kind: str | None) -> Curve:
-    chosen = [record for record in records if record.get("kind") == kind and key in record]
+def _curve(records: Sequence[Record], key: str, kind: str | None) -> Curve:
+    chosen = [record for record in records if record.get("kind") == kind and record.get(key) is not None]
     return Curve(
         np.array([float(record["step"]) for record in chosen]),
         np.array([float(record[key]) if np.isfinite(float(record[key])) else np.nan for record in chosen]),
     )
 
 
-def _draw(axes: Axes, records: list[Record], key: str, colour: str, name: str) -> None:
-    measured = _curve(records, key, kind=None)
-    validation = _curve(records, key, kind="validation")
-    if key == "lr":  # set, not measured: nothing to smooth
-        axes.plot(measured.steps_T, measured.values_T, color=colour, linewidth=1.8, label=name)
-        return
-    average = smooth(measured.values_T, deviation=max(1.0, SMOOTHING_SHARE * len(measured.values_T)))
-    axes.plot(measured.steps_T, measured.values_T, color=colour, alpha=0.22, linewidth=0.8)
-    axes.plot(measured.steps_T, average, color=colour, linewidth=1.8, label=name)
-    if len(validation.steps_T):
-        axes.plot(validation.steps_T, validation.values_T, "o", color=colour, ms=4.5, mfc="white")
+def _draw(axes: Axes, lines: list[Line], colour: str, name: str, alone: bool) -> None:
+    """A run's lines. Those with names of their own get colours of their own, or, beside other runs, shades."""
+    named = [line.name for line in lines if line.name and len(line.curve.steps_T)]
+    for line in lines:
+        steps, values = line.curve.steps_T, line.curve.values_T
+        if not len(steps):
+            continue
+        own, opacity, label = colour, 1.0, None if line.points else name
+        if line.name:
+            share = named.index(line.name) / max(len(named) - 1, 1)
+            own = colormaps["viridis"](0.9 * share) if alone else colour
+            opacity, label = 1.0 if alone else 1 - 0.7 * share, line.name if alone else None
+        if line.points:
+            joined = "o-" if line.name else "o"
+            axes.plot(steps, values, joined, color=own, alpha=opacity, ms=4, lw=1.3, mfc="white", label=label)
+        elif line.smoothed:
+            average = smooth(values, deviation=max(1.0, SMOOTHING_SHARE * len(values)))
+            axes.plot(steps, values, color=own, alpha=0.22, linewidth=0.8)
+            axes.plot(steps, average, color=own, linewidth=1.8, label=label)
+        else:
+            axes.plot(steps, values, color=own, linewidth=1.8, label=label)
+    if alone and named:
+        axes.legend(fontsize=8, frameon=False)
 
 
 def _dress(axes: Axes, title: str, unit: str) -> None:
@@ -136,3 +218,25 @@ def _head(figure: Figure, names: list[str], records: list[list[Record]]) -> None
     last = [record for record in records[0] if "kind" not in record][-1]
     losses = f"diffusion {last['loss_diffusion']:.4f}    AR {last['loss_ar']:.4f}"
     figure.suptitle(f"{names[0]}    step {last['step']}    {losses}", fontsize=13)
+
+
+def _page(figure: Figure, names: list[str], records: list[list[Record]]) -> str:
+    """One file that needs no other: the picture as SVG, and the last values of every run."""
+    picture = io.StringIO()
+    figure.savefig(picture, format="svg")
+    keys = ("step", "loss", *NEEDED, "tokens_per_second")
+    rows = []
+    for name, run in zip(names, records, strict=True):
+        last = [record for record in run if "kind" not in record][-1]
+        cells = [f"{last[key]:.6g}" if isinstance(last.get(key), int | float) else "" for key in keys]
+        rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in (name, *cells)))
+    head = "".join(f"<th>{html.escape(key.replace('_', ' '))}</th>" for key in ("run", *keys))
+    table = f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+    style = (
+        "body{font-family:sans-serif;max-width:75em;margin:auto} svg{width:100%;height:auto} td,th{padding:.2em .8em}"
+    )
+    svg = picture.getvalue()
+    return (
+        f'<!doctype html><meta charset="utf-8"><title>{html.escape(", ".join(names))}</title><style>{style}</style>'
+        f"{svg[svg.index('<svg') :]}{table}\n"
+    )

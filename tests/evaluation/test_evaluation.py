@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion
 
@@ -281,6 +282,15 @@ def test_an_adapter_answers_as_the_merged_model_does(tmp_path: Path, model: str,
         for path, adapter in ((model, tmp_path / "adapter"), (str(tmp_path / "merged"), None), (model, None))
     ]
     assert answers[0] == answers[1] != answers[2]
+    base: Any = DiffusionGemmaForBlockDiffusion.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa")
+    theirs: Any = PeftModel.from_pretrained(base, tmp_path / "adapter")  # live on encoder and decoder, not merged
+    ours = answer_prompts(opened(model, tmp_path / "adapter"), prompts[:8], 8, range(8))
+    for number, said in enumerate(ours):
+        torch.manual_seed(number)
+        ids = torch.tensor([prompts[number]])
+        assert (
+            theirs.eval().generate(input_ids=ids, disable_compile=True).sequences[0, 3:].tolist() == said.answer.tokens
+        )
     assert "was made for" not in capsys.readouterr().err
 
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())

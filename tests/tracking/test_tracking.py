@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import struct
 import subprocess
@@ -237,14 +238,26 @@ def test_smoothing_keeps_a_constant_and_skips_a_gap() -> None:
     assert np.allclose(smooth(np.array([7.0]), deviation=1.0), 7.0)
 
 
-def test_runs_are_drawn_over_one_another_as_a_png(tmp_path: Path) -> None:
+def test_runs_are_drawn_over_one_another_with_what_was_measured_beside_the_losses(tmp_path: Path) -> None:
     for name, count in (("one", 1), ("two", 30)):
         (tmp_path / name).mkdir()
         write_steps(tmp_path / name / "metrics.jsonl", range(1, count + 1))
     out = plot_runs([tmp_path / "one", tmp_path / "two"])
     assert out == tmp_path / "one" / "plots" / "curves.png"
     assert out.read_bytes().startswith(b"\x89PNG")
-    assert plot_runs([tmp_path / "two"], tmp_path / "new" / "x.png").stat().st_size > 10_000
+    plain = plot_runs([tmp_path / "two"], tmp_path / "new" / "x.html").read_text()
+    with (tmp_path / "two" / "metrics.jsonl").open("a") as file:
+        for kind in (
+            {"kind": "validation", "loss_diffusion_at_0.1": 0.1, "loss_diffusion_at_0.9": 2.0, "accuracy": 0.5},
+            {"kind": "evaluation", "examples": 4, "exact": 0.25, "stopped": 1.0, "steps_per_canvas": 9.0},
+        ):
+            file.write(json.dumps({"step": 30, **kind}) + "\n")
+    full = plot_runs([tmp_path / "two"], tmp_path / "new" / "x.html").read_text()
+    shown = ("Diffusion loss by noise level", "t = 0.9", "Answers", "exact", "stopped", "tokens denoised right")
+    assert [(words in plain, words in full) for words in shown] == [(False, True)] * len(shown)
+    assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"|<metadata>.*?</metadata>', "", full, flags=re.DOTALL)
+    with pytest.raises(UserError, match=r"ends in \.png or \.html"):
+        plot_runs([tmp_path / "two"], tmp_path / "x.pdf")
 
 
 def test_a_run_without_metrics_is_refused_by_name(tmp_path: Path) -> None:
