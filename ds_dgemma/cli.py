@@ -159,7 +159,7 @@ def parser() -> argparse.ArgumentParser:
     export_ = _add(commands, "export", export)
     export_.add_argument("--run", type=Path, required=True, metavar="DIR", help="run directory")
     export_.add_argument(
-        "--step", type=_step, metavar="N", help="absent: the newest; best: of the lowest validation loss"
+        "--step", type=_step, metavar="N", help="absent: the newest; best: by the run's checkpoint.best_by"
     )
     export_.add_argument("--out", type=Path, required=True, metavar="DIR")
     _add_layout(export_)

@@ -137,7 +137,7 @@ def _add_source(parser: argparse.ArgumentParser, step: Number) -> None:
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of the hub id")
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="PEFT adapter of the model")
     parser.add_argument(
-        "--step", type=step, metavar="N", help="of the run; absent: the newest; best: of the lowest validation loss"
+        "--step", type=step, metavar="N", help="of the run; absent: the newest; best: by the run's checkpoint.best_by"
     )
     sampler = parser.add_argument_group("sampler", "what is left out is the checkpoint's generation_config.json's")
     for name, (kind, meaning) in SAMPLER.items():

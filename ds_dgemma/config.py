@@ -137,6 +137,11 @@ class TrainSection(Section):
     """Length, batch and arithmetic of a run."""
 
     max_steps: int = Field(ge=1, le=10**9, description="optimizer steps")
+    early_stopping_patience: int = Field(
+        default=0,
+        ge=0,
+        description="measurements of checkpoint.best_by in a row without a better one that end the run; 0: none do",
+    )
     global_batch_size: int = Field(ge=1, le=10**9, description="examples per optimizer step, over all ranks")
     micro_batch_size: int = Field(ge=1, le=10**9, description="examples per rank and forward; accumulation follows")
     precision: Literal["bf16", "fp32"] = Field(
@@ -278,7 +283,14 @@ class CheckpointSection(Section):
         default=0, ge=0, description="checkpoints at multiples of this many steps are kept for ever; 0: none"
     )
     keep_best: int = Field(
-        default=0, ge=0, description="checkpoints of the lowest validation loss that are kept too; 0: none"
+        default=0, ge=0, description="checkpoints of the best measure (best_by) that are kept too; 0: none"
+    )
+    best_by: str = Field(
+        default="validation/loss",
+        pattern=r"^(validation|evaluation)/\w[\w.]*$",
+        description="what makes a checkpoint the best: validation/loss, loss_diffusion, loss_ar, accuracy, or at one "
+        "noise level (validation/loss_diffusion_at_0.5); evaluation/ and a share of its task, or stopped, "
+        "steps_per_canvas",
     )
     on_error: Literal["stop", "continue"] = Field(
         default="stop",
@@ -353,12 +365,21 @@ class RunConfig(Section):
     tracking: TrackingSection = TrackingSection()
     deepspeed: Path = Field(description="DeepSpeed's JSON, passed to DeepSpeed whole")
 
-    def keep_best_fault(self) -> str | None:
-        """Why no checkpoint would have a validation loss to be the best by."""
-        saved, validated, last = self.checkpoint.every, self.validation.every, self.train.max_steps
-        if not self.checkpoint.keep_best or (saved and validated and lcm(saved, validated) <= last):
+    def best_fault(self) -> tuple[str, str] | None:
+        """Why nothing could be the best: the setting that asks for it, and what it lacks."""
+        kind, name = self.checkpoint.best_by.split("/")
+        measured, saved, last = getattr(self, kind).every, self.checkpoint.every, self.train.max_steps
+        levels = [
+            f"{one}_at_{level:g}" for one in ("loss_diffusion", "accuracy") for level in self.validation.noise_levels
+        ]
+        known = ["loss", "loss_diffusion", "loss_ar", "accuracy", *levels]
+        if kind == "validation" and name not in known:
+            return "checkpoint.best_by", f"is nothing that validation measures. It measures {', '.join(known)}."
+        if self.train.early_stopping_patience and not measured:
+            return "train.early_stopping_patience", f"waits for {self.checkpoint.best_by}. Set {kind}.every."
+        if not self.checkpoint.keep_best or (saved and measured and lcm(saved, measured) <= last):
             return None
-        return (
-            f"no step up to {last} has both a checkpoint (every {saved}) and a validation (every {validated}), by "
-            "whose loss the best is known. Set checkpoint.every to a multiple of validation.every, or 0 here."
+        return "checkpoint.keep_best", (
+            f"no step up to {last} has both a checkpoint (every {saved}) and {kind} (every {measured}), by which the "
+            f"best is known. Set checkpoint.every to a multiple of {kind}.every, or 0 here."
         )

@@ -41,10 +41,12 @@ MAY_CHANGE_WITHIN_A_RUN = (
     "data.validation_split",
     "data.workers",
     "train.micro_batch_size",
+    "train.early_stopping_patience",
     "train.activation_checkpointing",
     "parallel",
     "objective.logits_chunk_mib",
     "validation",
+    "evaluation",
     "checkpoint",
     "health",
     "tracking",
@@ -337,8 +339,8 @@ def _cross_section_problems(config: RunConfig, source: _Source) -> Iterator[Prob
     for name in ("validation", "evaluation"):
         if getattr(config, name).every and config.data.validation is None:
             yield problem(f"{name}.every", f"needs held-out data. Set data.validation, or {name}.every: 0.")
-    if fault := config.keep_best_fault():
-        yield problem("checkpoint.keep_best", fault)
+    if fault := config.best_fault():
+        yield problem(*fault)
     model = Path(config.model.path)
     if model.is_dir() and config.run.dir.resolve().is_relative_to(model.resolve()):
         yield problem("run.dir", f"is in the model's own directory, {model}. Choose another place.")

@@ -4,8 +4,8 @@ config.yaml     resolved settings      deepspeed.json  what DeepSpeed was told
 metrics.jsonl   one object a step      checkpoints/    step-NNNNNN/
 replay/         step-NNNNNN.json, what a skipped step computed on
 run.lock        held by rank 0 while the run is alive; says which process of which host that is, or was
-complete.json   {"step": N}: `train.max_steps` is reached and all is written; an exit code alone proves nothing,
-                for DeepSpeed's launcher exits with 0 when it is killed
+complete.json   {"step": N}: the last step is done and all is written; with "early_stopping_patience" where that ended
+                it. An exit code alone proves nothing: DeepSpeed's launcher exits with 0 when it is killed
 """
 
 import errno
@@ -210,13 +210,13 @@ def write_settings(config: RunConfig, deepspeed_config: dict[str, Any]) -> None:
         raise UserError(f"run.dir: {directory} cannot be written: {told(error)}.") from error
 
 
-def mark_complete(directory: Path, step: int) -> None:
-    """Say, durably, that the run has reached its last step; call it last.
+def mark_complete(directory: Path, step: int, patience: int = 0) -> None:
+    """Say, durably, that the run has reached its last step, or, after so many measurements, its patience; call it last.
 
     Raises:
         UserError: the disk refuses.
     """
-    text = json.dumps({"step": step}) + "\n"
+    text = json.dumps({"step": step, **({"early_stopping_patience": patience} if patience else {})}) + "\n"
     path = directory / COMPLETE
     try:
         if not path.is_file() or path.read_text() != text:

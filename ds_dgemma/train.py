@@ -45,7 +45,7 @@ from ds_dgemma.tracking.metrics import START
 from ds_dgemma.tracking.sinks import ConsoleSink, JsonlSink, Sink, Tracker, WandbSink
 from ds_dgemma.tracking.spikes import SpikeDetector, past_losses
 from ds_dgemma.training.bad_steps import BadSteps
-from ds_dgemma.training.prepare import Prepared, facts_of, open_batches, prepare
+from ds_dgemma.training.prepare import Prepared, facts_of, open_batches, prepare, waited
 from ds_dgemma.training.restore import continue_adapter, restore
 from ds_dgemma.training.update import update
 from ds_dgemma.training.utilisation import Utilisation
@@ -100,11 +100,13 @@ def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tra
         if prepared.held_out and (step == last or due(step, config.validation.every)):
             losses = validate(engine, prepared.held_out, objective.vocab_size, config, ranks)
             tracker.track({"kind": "validation", "step": step, **losses})
-            prepared.scores.add(step, losses["loss"])
+            prepared.scores.add("validation", step, losses)
         if prepared.exam and (step == last or due(step, config.evaluation.every)):
-            tracker.track({"kind": "evaluation", "step": step, **prepared.exam.take(engine, ranks)})
-        asked = stop.agreed(ranks)
-        if asked or step == last or due(step, config.checkpoint.every):
+            shares = prepared.exam.take(engine, ranks)
+            tracker.track({"kind": "evaluation", "step": step, **shares})
+            prepared.scores.add("evaluation", step, shares)
+        asked, ends = stop.agreed(ranks), step == last or waited(prepared.scores, config)
+        if asked or ends or due(step, config.checkpoint.every):
             facts = {
                 **prepared.facts,
                 **facts_of(stream),
@@ -115,13 +117,17 @@ def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tra
             try:
                 save(checkpoints, step, owned_shards(engine, ranks), KINDS, ranks.rank, facts)
             except NotWritten as error:  # on every rank
-                if asked or step == last or config.checkpoint.on_error == "stop":
+                if asked or ends or config.checkpoint.on_error == "stop":
                     raise
                 tracker.track({"kind": "checkpoint_failed", "step": step, "error": f"{error} The run goes on."})
             else:
                 if ranks.is_main:
                     prune(checkpoints, step, config.checkpoint)
-        if asked and step < last:
+        if ends:
+            if ranks.is_main and step < last:
+                print(f"stopped early after step {step}: {prepared.scores.told()}", flush=True)
+            break
+        if asked:
             reasons = stop.reasons(ranks)
             if ranks.is_main:
                 where = step_directory(checkpoints, step)
@@ -197,25 +203,26 @@ def run(config: RunConfig, ranks: RankLayout, stop: StopRequest) -> int:
         start = find_start(config)  # it looks together; what it finds, all find
     with agreed(ranks):
         prepared = prepare(config, ranks, start)
-    last = config.train.max_steps
+    last, over = config.train.max_steps, prepared.is_over(config)
     with agreed(ranks):
         if ranks.is_main:
             write_settings(config, prepared.deepspeed)
-            if prepared.start < last:
+            if not over:
                 mark_unfinished(config.run.dir)
         tracker = open_tracker(config, ranks, prepared.start, stop)
-    if ranks.is_main and prepared.start >= last:
+    if ranks.is_main and over:
         print(f"{config.run.dir} is complete at step {prepared.start}: nothing is left to train", flush=True)
     with lock:
         try:
             with tracker:
-                complete = prepared.start >= last or train(config, ranks, prepared, tracker, stop)
+                complete = over or train(config, ranks, prepared, tracker, stop)
         except BadNumbers as error:
             if ranks.is_main:
                 print(error, file=sys.stderr, flush=True)
             return EXIT_BAD_NUMBERS
         if complete and ranks.is_main:
-            mark_complete(config.run.dir, max(prepared.start, last))
+            step = max(prepared.start, stop.step or 0)
+            mark_complete(config.run.dir, step, config.train.early_stopping_patience if step < last else 0)
     return 0 if complete else EXIT_STOPPED
 
 

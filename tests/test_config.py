@@ -110,6 +110,8 @@ MISTAKES = [
         ["checkpoint={keep_best: 1, every: 3}", "data.validation=x", "validation.every=5", "train.max_steps=14"],
         "checkpoint.keep_best 14",
     ),
+    (["checkpoint.best_by=validation/los"], "checkpoint.best_by loss_diffusion_at_0.5"),
+    (["train.early_stopping_patience=2"], "train.early_stopping_patience validation.every"),
     (["deepspeed=none.json"], "deepspeed none.json"),
 ]
 

@@ -63,7 +63,7 @@ def export_run(
     form: Format | None = None,
     layout: Layout | None = None,
 ) -> Path:
-    """Write a run's checkpoint (the newest, of `step`, or with the best validation loss) as `form` says; return `out`.
+    """Write a run's checkpoint (the newest, of `step`, or the best) as `form` says; return `out`.
 
     `form` None is an adapter for PEFT after a LoRA run, else, as always with merged, a transformers directory. `dtype`
     auto writes what a bf16 run trained in bf16 and keeps every other tensor's type in the model that the run started
@@ -123,7 +123,7 @@ def open_run(run_dir: Path, step: int | Literal["best"] | None) -> Run:
     checkpoints = run_dir / "checkpoints"
     if step == "best" and (step := best_step(checkpoints)) is None:
         raise UserError(
-            f"--step best: no checkpoint of {run_dir} has a validation loss. Give a number, or leave it out."
+            f"--step best: no checkpoint of {run_dir} has what best_by measures. Give a number, or leave it out."
         )
     if step is None:
         trained, problems = newest(checkpoints)

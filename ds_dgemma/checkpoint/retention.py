@@ -1,11 +1,13 @@
-"""Which checkpoints of a run stay: the newest, those at an interval, and the best by validation loss.
+"""Which checkpoints of a run stay: the newest, those at an interval, and the best by a measure of validation or
+evaluation; and whether that still gets better.
 
-A checkpoint's state.json has the loss of its own step, where that was validated, and the best of the run so far; so
-what is best survives a resume, and a look at the directory is enough to choose.
+A checkpoint's state.json has the measure of its own step, where that was taken, and the best of the run so far; so what
+is best survives a resume, and a look at the directory is enough to choose.
 """
 
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,37 +17,55 @@ from ds_dgemma.checkpoint.save import OLD, PARTIAL
 from ds_dgemma.config import CheckpointSection
 from ds_dgemma.errors import UserError
 
-METRIC = "validation/loss"
+LOWER_IS_BETTER = ("loss", "steps_per_canvas")  # how such measures' names begin; of shares more is better
 
 
 @dataclass
 class Scores:
-    """The validation losses of a run, so far as they are kept; `on` names the held-out data, for other data is another
-    measure.
-    """
+    """A measure of a run, so far as it is kept; `on` names the held-out data, for other data is another measure."""
 
+    metric: str  # "validation/loss", "evaluation/solved", ...
     on: str | None
     best: dict[str, Any] | None = None
     last: dict[str, Any] | None = None
+    since: int = 0  # measurements after the best
 
     @classmethod
-    def continued(cls, on: str | None, checkpoint: Checkpoint | None) -> "Scores":
+    def continued(cls, metric: str, on: str | None, checkpoint: Checkpoint | None) -> "Scores":
         """Those of a run that starts, or goes on from a checkpoint."""
-        best = checkpoint.state.get("best") if checkpoint else None
-        return cls(on, best if best and best["on"] == on else None)
+        state = checkpoint.state if checkpoint else {}
+        best = state.get("best")
+        if not best or (best["metric"], best["on"]) != (metric, on):
+            return cls(metric, on)
+        return cls(metric, on, best, since=state.get("since_best", 0))
 
-    def add(self, step: int, loss: float) -> None:
-        """Take the loss of a step; one that is not a number is never the best."""
-        if not math.isfinite(loss):
+    def add(self, kind: str, step: int, measured: Mapping[str, Any]) -> None:
+        """Take what validation or evaluation, its `kind`, measured at a step; what is no number is never the best."""
+        if not self.metric.startswith(f"{kind}/"):
             return
-        self.last = {"metric": METRIC, "value": loss, "step": step, "on": self.on}
-        if self.best is None or loss < self.best["value"]:
-            self.best = self.last
+        value = float(measured[self.metric.removeprefix(f"{kind}/")])
+        self.since += 1
+        if not math.isfinite(value):
+            return
+        self.last = {"metric": self.metric, "value": value, "step": step, "on": self.on}
+        if self.best is None or _rank(self.last) < _rank(self.best):
+            self.best, self.since = self.last, 0
+
+    def told(self) -> str:
+        """Why nothing better is waited for."""
+        best = f"{self.best['value']:.4f} at step {self.best['step']}" if self.best else "no number so far"
+        return f"{self.metric} was best with {best}, and {self.since} measurements since were not better"
 
     def facts(self, step: int) -> dict[str, Any]:
         """What a checkpoint of this step keeps of them."""
         own = self.last if self.last and self.last["step"] == step else None
-        return {"score": own, "best": self.best}
+        return {"score": own, "best": self.best, "since_best": self.since}
+
+
+def _rank(score: dict[str, Any]) -> float:
+    """Lower is better."""
+    lower = score["metric"].split("/", 1)[1].startswith(LOWER_IS_BETTER)
+    return score["value"] if lower else -score["value"]
 
 
 def prune(root: Path, step: int, policy: CheckpointSection) -> None:
@@ -64,8 +84,8 @@ def prune(root: Path, step: int, policy: CheckpointSection) -> None:
 
 
 def best_step(root: Path) -> int | None:
-    """The step of the lowest validation loss of which a complete checkpoint is there."""
-    best = _by_loss(_complete(root))
+    """The step of the best measure of which a complete checkpoint is there."""
+    best = _by_score(_complete(root))
     return best[0].step if best else None
 
 
@@ -85,11 +105,12 @@ def _kept(whole: list[Checkpoint], step: int, policy: CheckpointSection) -> list
     kept = whole[-policy.keep_last :]
     if policy.keep_every:
         kept += [checkpoint for checkpoint in whole if checkpoint.step % policy.keep_every == 0]
-    return kept + _by_loss(whole)[: policy.keep_best]
+    return kept + _by_score(whole)[: policy.keep_best]
 
 
-def _by_loss(whole: list[Checkpoint]) -> list[Checkpoint]:
-    """Those with a validation loss on what the newest of them was validated on, the best first."""
-    scored = [checkpoint for checkpoint in whole if checkpoint.state.get("score")]
-    alike = [checkpoint for checkpoint in scored if checkpoint.state["score"]["on"] == scored[-1].state["score"]["on"]]
-    return sorted(alike, key=lambda checkpoint: checkpoint.state["score"]["value"])
+def _by_score(whole: list[Checkpoint]) -> list[Checkpoint]:
+    """Those with the measure that the newest of them has, on the same held-out data, the best first."""
+    scores = [(checkpoint, score) for checkpoint in whole if (score := checkpoint.state.get("score"))]
+    last = scores[-1][1] if scores else {}
+    alike = [pair for pair in scores if (pair[1]["metric"], pair[1]["on"]) == (last["metric"], last["on"])]
+    return [checkpoint for checkpoint, _ in sorted(alike, key=lambda pair: _rank(pair[1]))]

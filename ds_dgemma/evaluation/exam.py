@@ -3,6 +3,7 @@
 The ranks share the questions, and make the same calls. The n-th answer has the seed `seed + n`, on any topology.
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ds_dgemma.config import RunConfig
 from ds_dgemma.engine.ranks import RankLayout, gather, sum_over_ranks
+from ds_dgemma.errors import UserError
 from ds_dgemma.evaluation.answers import Said, said_of
 from ds_dgemma.evaluation.evaluate import manner, score
 from ds_dgemma.evaluation.questions import Question, prompt_ids, read_questions
@@ -49,6 +51,26 @@ class Exam:
         prompts = prompt_ids(questions, tokenizer, data, image_tokens)
         settings = read_settings(directory, own.sampler.model_dump())
         return cls(questions, prompts, task, settings, tokenizer, own.batch_size, config.seed)
+
+    @property
+    def digest(self) -> str:
+        """What is asked: the questions and their references."""
+        asked = "\n".join(f"{ids} {q.reference}" for ids, q in zip(self.prompts, self.questions, strict=True))
+        return f"{hashlib.sha256(asked.encode()).hexdigest()[:16]} {len(self.prompts)}"
+
+    def check_measure(self, metric: str) -> None:
+        """Refuse a measure that these questions would not give.
+
+        Raises:
+            UserError: `metric`, evaluation/NAME, is none that a best can be known by.
+        """
+        shares = summarise([score(self.task, question, "") for question in self.questions])
+        known = [name for name, value in shares.items() if isinstance(value, float)] + ["stopped", "steps_per_canvas"]
+        if metric.removeprefix("evaluation/") not in known:
+            raise UserError(
+                f"checkpoint.best_by: {metric} is nothing that this evaluation measures. It measures: "
+                f"{', '.join(known)}."
+            )
 
     def take(self, engine: Any, ranks: RankLayout) -> dict[str, Any]:
         """Answer all questions; shares by measure, and the manner of the answers. A collective."""

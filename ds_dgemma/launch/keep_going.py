@@ -90,12 +90,14 @@ def completed_step(config: RunConfig) -> int:
     """
     directory = config.run.dir
     try:
-        step = int(json.loads((directory / "complete.json").read_text())["step"])
+        complete = json.loads((directory / "complete.json").read_text())
+        step, patience = int(complete["step"]), complete.get("early_stopping_patience", 0)
         same = not same_run_problems(read_yaml(directory / "config.yaml"), config)
     except (UserError, OSError, ValueError, KeyError, TypeError):
         return 0
     there = (directory / f"checkpoints/step-{step:06d}").is_dir()
-    return step if same and there and step >= config.train.max_steps else 0
+    ended = step >= config.train.max_steps or 0 < config.train.early_stopping_patience == patience
+    return step if same and there and ended else 0
 
 
 def newest_step(run_dir: Path) -> int:

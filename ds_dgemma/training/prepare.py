@@ -42,7 +42,7 @@ class Prepared:
     examples: ExampleSet | StreamedExamples
     held_out: list[Example]  # empty when nothing is validated
     exam: Exam | None  # questions to answer while training
-    scores: Scores  # of the held-out examples
+    scores: Scores  # by which a checkpoint is the best
     resumed: StateReader | None
     facts: dict[str, Any]  # of the model and the data, kept in every checkpoint
 
@@ -50,6 +50,15 @@ class Prepared:
     def start(self) -> int:
         """Steps that are done."""
         return self.resumed.checkpoint.step if self.resumed else 0
+
+    def is_over(self, config: RunConfig) -> bool:
+        """Whether the run ended before: by its steps, or by its patience."""
+        return self.start >= config.train.max_steps or waited(self.scores, config)
+
+
+def waited(scores: Scores, config: RunConfig) -> bool:
+    """Whether nothing better came for as many measurements as the run has patience for."""
+    return 0 < config.train.early_stopping_patience <= scores.since
 
 
 def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
@@ -92,10 +101,13 @@ def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
         told += tell("validation", validation)
         held_out = [validation[i] for i in range(min(len(validation), config.validation.examples))]
         measured_on = f"{validation.digest} {len(held_out)} {config.validation.noise_levels}"
-    exam = None
+    exam, best_by = None, config.checkpoint.best_by
     if config.evaluation.every:
         images = image_tokens(tokenizer, (spec.image_token_id, spec.boi_token_id, spec.eoi_token_id))
         exam = Exam.of(config, directory, tokenizer, frozenset(images))
+        if best_by.startswith("evaluation/"):
+            exam.check_measure(best_by)
+            measured_on = exam.digest
     corruption = Corruption(config.objective, config.seed, text.vocab_size)
     build_cpu_adam(settings)
     if ranks.is_main:
@@ -112,7 +124,7 @@ def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
     }
     if resumed:
         check_same_data(config.data.named("train"), resumed.checkpoint, facts["data_digest"], facts["examples"])
-    scores = Scores.continued(measured_on, resumed.checkpoint if resumed else None)
+    scores = Scores.continued(best_by, measured_on, resumed.checkpoint if resumed else None)
     make_batch = partial(collate, corruption)
     return Prepared(settings, model, attention, make_batch, examples, held_out, exam, scores, resumed, facts)
 

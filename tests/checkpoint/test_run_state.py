@@ -243,15 +243,15 @@ def test_a_writer_killed_between_its_renames_loses_nothing(root):
 
 def kept(root: Path, losses: dict[int, float | None], **policy: Any) -> list[int]:
     """Which steps stay of a run with these validation losses that prunes after every checkpoint."""
-    scores = Scores("held-out")
+    scores = Scores("validation/loss", "held-out")
     for step, loss in losses.items():
         if loss is not None:
-            scores.add(step, loss)
+            scores.add("validation", step, {"loss": loss})
         step_directory(root, step).mkdir(parents=True)
         write_state(step_directory(root, step), {"step": step, **scores.facts(step)}, {})
         prune(root, step, CheckpointSection(every=1, **policy))
         restarted = open_state(step_directory(root, step)).checkpoint
-        scores = Scores.continued("held-out", restarted)  # as after a resume
+        scores = Scores.continued("validation/loss", "held-out", restarted)  # as after a resume
     assert scores.best is None or scores.best["value"] == min(loss for loss in losses.values() if loss is not None)
     return [step for step, _ in step_directories(root)]
 
@@ -277,7 +277,17 @@ def test_pruning_spares_the_last_whole_checkpoint_and_removes_damaged_newer_ones
 def test_a_loss_on_other_data_or_that_is_no_number_is_not_the_best(tmp_path):
     kept(tmp_path, {1: 1.0})
     checkpoint = open_state(step_directory(tmp_path, 1)).checkpoint
-    assert Scores.continued("held-out", checkpoint).best == checkpoint.state["score"]
-    scores = Scores.continued("other", checkpoint)
-    scores.add(2, float("nan"))
-    assert scores.facts(2) == {"score": None, "best": None}
+    assert Scores.continued("validation/loss", "held-out", checkpoint).best == checkpoint.state["score"]
+    scores = Scores.continued("validation/loss", "other", checkpoint)
+    scores.add("validation", 2, {"loss": float("nan")})
+    assert scores.facts(2) == {"score": None, "best": None, "since_best": 1}
+    assert Scores.continued("evaluation/solved", "held-out", checkpoint).best is None
+
+
+def test_of_shares_more_is_better_and_what_is_not_better_is_counted():
+    scores = Scores("evaluation/solved", "held-out")
+    for step, solved in enumerate((0.1, 0.5, 0.4, 0.5), start=1):
+        scores.add("evaluation", step, {"solved": solved, "stopped": 1.0})
+        scores.add("validation", step, {"loss": 1.0 / step})
+    assert scores.best is not None
+    assert (scores.best["step"], scores.since) == (2, 2)

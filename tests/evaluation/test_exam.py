@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 from ds_dgemma import cli
-from tests.training import train
+from ds_dgemma.config_file import load_config
+from ds_dgemma.errors import EXIT_USER_ERROR
+from ds_dgemma.launch.keep_going import completed_step
+from tests.training import start_ranks, train
 
 EXAM = ["evaluation.every=2", "evaluation.task=sudoku", "evaluation.examples=5", "evaluation.batch_size=2"]
 RUN = [
@@ -38,3 +41,28 @@ def test_shares_are_those_of_evaluate_on_the_checkpoint_on_any_topology(sudoku_r
     assert {measure: report[measure] for measure in ("examples", "solved", "cells", "blank_cells")}.items() <= one[
         0
     ].items()
+
+
+@pytest.mark.slow
+def test_a_run_that_gets_no_better_ends_and_is_complete(sudoku_run: Path, tmp_path: Path) -> None:
+    """An untrained model solves nothing, so the first measure stays the best; more patience goes on from there."""
+    run_dir = tmp_path / "run"
+    asked = [*EXAM, "evaluation.every=1", "evaluation.examples=2", f"data.validation={sudoku_run.parent}/train.jsonl"]
+    wanted = ["evaluation.sampler.max_denoising_steps=1", "checkpoint.best_by=evaluation/solved"]
+
+    def steps(patience: int) -> list[int]:
+        settings = [*asked, *wanted, f"train.early_stopping_patience={patience}"]
+        return [record["step"] for record in train(sudoku_run, run_dir, settings)]
+
+    assert steps(2) == [1, 2, 3]
+    assert json.loads((run_dir / "complete.json").read_text()) == {"step": 3, "early_stopping_patience": 2}
+    config = load_config(run_dir / "config.yaml")
+    assert completed_step(config) == 3
+    log = run_dir.with_suffix(".log").read_text()
+    assert "stopped early after step 3: evaluation/solved was best with 0.0000 at step 1, and 2 measurements" in log
+    assert steps(2) == [1, 2, 3]
+    assert steps(3) == [1, 2, 3, 4]
+    settings = [*asked, "checkpoint.best_by=evaluation/cell", f"run.dir={tmp_path}/other"]
+    (rank,) = start_ranks(sudoku_run, settings, 1, tmp_path / "log")
+    assert rank.wait(200) == EXIT_USER_ERROR
+    assert "It measures: solved, cells, blank_cells, stopped, steps_per_canvas." in (tmp_path / "log").read_text()
