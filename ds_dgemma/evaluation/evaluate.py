@@ -55,11 +55,16 @@ def evaluate(
         },
         "seed": seed,
         "sampler": found.settings.named(),
-        "samples": [
-            {"where": question.where, "reference": question.reference["content"], "answer": one.text, **made.shown()}
-            for question, one, made in zip(questions[:SAMPLES], said, scores, strict=False)
-        ],
+        "samples": samples(questions, said, scores),
     }
+
+
+def samples(questions: Sequence[Question], said: Sequence[Said], scores: Sequence[Score]) -> list[dict[str, Any]]:
+    """The first answers beside their references, with what they are worth."""
+    return [
+        {"where": question.where, "reference": question.reference["content"], "answer": one.text, **made.shown()}
+        for question, one, made in zip(questions[:SAMPLES], said, scores, strict=False)
+    ]
 
 
 def manner(said: list[Said], questions: Sequence[Question], tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:

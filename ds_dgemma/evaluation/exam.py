@@ -14,7 +14,7 @@ from ds_dgemma.config import RunConfig
 from ds_dgemma.engine.ranks import RankLayout, gather, sum_over_ranks
 from ds_dgemma.errors import UserError
 from ds_dgemma.evaluation.answers import Said, said_of
-from ds_dgemma.evaluation.evaluate import manner, score
+from ds_dgemma.evaluation.evaluate import manner, samples, score
 from ds_dgemma.evaluation.questions import Question, prompt_ids, read_questions
 from ds_dgemma.evaluation.sampler import Group, Sampler
 from ds_dgemma.evaluation.sampler_settings import SamplerSettings, ends_of, read_settings
@@ -73,7 +73,7 @@ class Exam:
             )
 
     def take(self, engine: Any, ranks: RankLayout) -> dict[str, Any]:
-        """Answer all questions; shares by measure, and the manner of the answers. A collective."""
+        """Answer all questions; shares by measure, the manner of the answers, and some of them. A collective."""
         engine.eval()
         any_rank = lambda holds: sum_over_ranks([holds], ranks.device)[0] > 0  # noqa: E731
         sampler = Sampler(engine.module.model, self.settings, ranks.device, any_rank)
@@ -92,4 +92,5 @@ class Exam:
         scores = [score(self.task, question, one.text) for question, one in zip(self.questions, ordered, strict=True)]
         report = summarise(scores)
         del report["groups"]
-        return {**report, **manner(ordered, self.questions, self.tokenizer)}
+        shown = samples(self.questions, ordered, scores)
+        return {**report, **manner(ordered, self.questions, self.tokenizer), "answers": shown}

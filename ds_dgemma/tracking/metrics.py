@@ -20,7 +20,7 @@ import torch
 
 from ds_dgemma.errors import UserError
 
-Record = Mapping[str, int | float | str]
+Record = Mapping[str, Any]
 START = "start"  # the kind of the first record: what a run computes with
 
 GIB = 2**30

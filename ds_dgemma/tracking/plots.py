@@ -72,8 +72,9 @@ def level_lines(records: list[Record]) -> list[Line]:
 
 def answer_lines(records: list[Record]) -> list[Line]:
     """Shares of a task, the share of answers that stop, and validation's share of right tokens."""
-    keys = dict.fromkeys(key for record in records if record.get("kind") == "evaluation" for key in record)
-    shares = [key for key in keys if key not in ("kind", "step", "examples", *MANNER)]
+    answered = [record for record in records if record.get("kind") == "evaluation"]
+    keys = dict.fromkeys(key for record in answered for key, value in record.items() if isinstance(value, float))
+    shares = [key for key in keys if key not in MANNER]
     lines = [Line(_curve(records, key, "evaluation"), key.replace("_", " "), points=True) for key in shares]
     return [*lines, Line(_curve(records, "accuracy", "validation"), "tokens denoised right", points=True)]
 

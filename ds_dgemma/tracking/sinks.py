@@ -21,6 +21,7 @@ from ds_dgemma.config import WandbSection
 from ds_dgemma.errors import UserError, first_fault
 from ds_dgemma.tracking.metrics import START, Record, StepMetrics, read_lines, to_line
 
+TABLES = ("answers",)  # rows rather than a number
 WANDB_START_SECONDS = 60
 WANDB_FINISH_SECONDS = 300
 
@@ -212,7 +213,7 @@ def _other_line(record: Record) -> str:
     shown = (
         f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}"
         for key, value in record.items()
-        if key not in ("kind", "step")
+        if key not in ("kind", "step", *TABLES)
     )
     return f"{record['kind']} at step {record['step']}: " + "  ".join(shown)
 
@@ -234,6 +235,7 @@ class WandbSink:
     def __init__(self, config: WandbSection, run_dir: Path, resolved_config: dict[str, Any]) -> None:
         import wandb  # slow to import and pointless when disabled
 
+        self._wandb = wandb
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4) + "\n")
@@ -268,12 +270,18 @@ class WandbSink:
             return
         prefix = f"{record['kind']}/" if "kind" in record else ""
         named = {
-            prefix + key: value for key, value in record.items() if key not in ("kind", "step") and value is not None
+            prefix + key: self._table(value) if key in TABLES else value
+            for key, value in record.items()
+            if key not in ("kind", "step") and value is not None
         }
         try:
             self._run.log(named, step=int(record["step"]))
         except Exception as error:  # any failure of a service that the training does not need
             self._give_up(error)
+
+    def _table(self, rows: list[dict[str, Any]]) -> Any:
+        columns: list[Any] = list(dict.fromkeys(name for row in rows for name in row))
+        return self._wandb.Table(columns=columns, data=[[row.get(name) for name in columns] for row in rows])
 
     def close(self, failed: bool) -> None:
         """Upload what is left, for a bounded time."""

@@ -207,10 +207,13 @@ def test_wandb_offline_keeps_the_run_id_and_survives_a_step_it_has_seen(tmp_path
             for step in steps:
                 tracker.track(metrics(step))
                 tracker.track({"kind": "validation", "step": step, "loss": 1.0})
+            tracker.track({"kind": "evaluation", "step": steps[-1], "exact": 1.0, "answers": [{"answer": "It is 7."}]})
             tracker.track(metrics(steps.start))  # older than what was logged: left out, not an error
     run_id = (tmp_path / "wandb_id").read_text().strip()
     written = [path.name for path in (tmp_path / "wandb").glob("offline-run-*/*.wandb")]
     assert written == [f"run-{run_id}.wandb"] * 2
+    tables = [json.loads(path.read_text()) for path in tmp_path.rglob("evaluation/answers*.table.json")]
+    assert [(table["columns"], table["data"]) for table in tables] == [(["answer"], [["It is 7."]])] * 2
     for path in filter(Path.is_file, tmp_path.rglob("*")):
         assert not [name for name, secret in secrets.items() if secret.encode() in path.read_bytes()], path
 
