@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "launch": {"engine"},
     "inspection": {"checkpoint", "data", "model", "objective"},
     "evaluation": {"checkpoint", "data", "engine", "model", "objective"},
+    "frameworks": {"evaluation", "data"},
 }
 LONGEST_FILE = 400  # lines of Python
 LARGEST_FILE = 500_000  # bytes

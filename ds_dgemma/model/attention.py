@@ -52,6 +52,7 @@ class Cache(NamedTuple):
     filled: tuple[int, ...]  # clean tokens before the call's
     is_canvas: bool  # the call's tokens of a document are a canvas, not clean
     padding: tuple[int, ...] = ()  # first tokens of each that nothing sees; on a CPU only
+    keys_only: bool = False  # nobody reads what else the layer makes of the tokens
 
 
 class Canvas(NamedTuple):
@@ -323,10 +324,8 @@ def _write(tokens: Tokens, kept: list[Tensor], new: list[Tensor]) -> None:
         read, begin = read + length, begin + room
 
 
-def _is_short(tokens: Tokens) -> bool:
-    assert tokens.cache is not None
-    longest = max(map(sum, zip(tokens.documents, tokens.cache.filled, strict=True)))
-    return max(tokens.documents) * longest <= MASK
+def _is_short(documents: tuple[int, ...], filled: tuple[int, ...]) -> bool:
+    return max(documents) * max(map(sum, zip(documents, filled, strict=True))) <= MASK
 
 
 def _masked(tokens: Tokens, window: int | None, query: Tensor, kept: list[Tensor], scale: float) -> Tensor:
@@ -384,10 +383,12 @@ def attention(
     flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
     if tokens.cache is not None and kept is not None:
         _write(tokens, kept, flat[1:])
+        if tokens.cache.keys_only:
+            return torch.zeros_like(query).transpose(1, 2), Attended(*flat[1:], flat[0], flat[0].new_empty(0))
     if kept and kept[0].ndim == 3:
         tokens = replace(tokens, kept_whole=True)
     queries, keys, values = flat
-    if tokens.cache is not None and kept and not query.is_cuda and _is_short(tokens):
+    if tokens.cache is not None and kept and not query.is_cuda and _is_short(tokens.documents, tokens.cache.filled):
         output = _masked(tokens, sliding_window, queries, kept, scaling)
         return output.unsqueeze(0), Attended(keys, values, output, output.new_empty(0))
     todo = _plan(tokens, sliding_window)

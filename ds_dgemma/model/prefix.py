@@ -10,6 +10,7 @@ Shapes: R documents or canvases of a call, L canvas tokens, N tokens of a call, 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 
@@ -62,16 +63,20 @@ class Prefix:
             hidden = stack.self_conditioning(hidden, torch.zeros_like(hidden) if soft_NH is None else soft_NH)
         places = [range(before, before + count) for before, count in zip(self.lengths, counts, strict=True)]
         position_1N = torch.tensor([list(chain.from_iterable(places))], device=self._device)
+        cache = Cache(self._rooms, tuple(self.lengths), is_canvas, self._padding)
         call = Call(
-            tokens=Tokens(counts, (), 0, cache=Cache(self._rooms, tuple(self.lengths), is_canvas, self._padding)),
+            tokens=Tokens(counts, (), 0, cache=cache),
             rotary={kind: stack.rotary_emb(hidden, position_1N, kind) for kind in set(stack.layer_types)},
             is_canvas_N1=torch.full((len(ids_N), 1), is_canvas, device=self._device),
             counted=0,
             dropout=None,
         )
         hidden = hidden[None]
-        for layer, kept in zip(stack.sweep_layers(), self._cache, strict=True):
-            (hidden,) = layer(hidden, job=partial(_block, layer, call, kept))
+        # of clean tokens only keys and values are read, so the last layer makes nothing else of them
+        last = replace(call, tokens=replace(call.tokens, cache=cache._replace(keys_only=not is_canvas)))
+        layers = list(stack.sweep_layers())
+        for number, (layer, kept) in enumerate(zip(layers, self._cache, strict=True), start=1):
+            (hidden,) = layer(hidden, job=partial(_block, layer, last if number == len(layers) else call, kept))
         return hidden[0]
 
 

@@ -75,6 +75,8 @@ class SweepLayer(nn.Module):
                 kept=kept,
                 known=known,
             )
+            if call.tokens.cache is not None and call.tokens.cache.keys_only:
+                return LayerOutput(hidden_1NH, hidden_1NH.new_empty(0), torch.empty(0), left)
             residual = hidden_1NH + self.post_attention_layernorm(attended)
             dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(residual)))
             flat = residual.flatten(0, -2)
