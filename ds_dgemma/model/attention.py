@@ -384,7 +384,7 @@ def attention(
     if tokens.cache is not None and kept is not None:
         _write(tokens, kept, flat[1:])
         if tokens.cache.keys_only:
-            return torch.zeros_like(query).transpose(1, 2), Attended(*flat[1:], flat[0], flat[0].new_empty(0))
+            return torch.zeros_like(query).transpose(1, 2), Attended(flat[1], flat[2], flat[0], flat[0].new_empty(0))
     if kept and kept[0].ndim == 3:
         tokens = replace(tokens, kept_whole=True)
     queries, keys, values = flat
