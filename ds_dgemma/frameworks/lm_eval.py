@@ -35,7 +35,7 @@ class DiffusionGemmaLM(LM):
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str | None = None,
         batch_size: int | str = 64,
         seed: int = 0,
         device: str | None = None,
@@ -43,6 +43,8 @@ class DiffusionGemmaLM(LM):
         **settings: Any,
     ) -> None:
         super().__init__()
+        if pretrained is None:
+            raise UserError("--model_args pretrained=PATH is missing: a checkpoint, a run or an adapter.")
         if device not in (None, "cpu", "cuda", "cuda:0"):
             raise UserError(f"device {device}: the first GPU is used, or the CPU where there is none.")
         self._batch_size = int(max_batch_size or 64) if str(batch_size).startswith("auto") else int(batch_size)

@@ -40,13 +40,18 @@ def source_at(
     if (folder / "checkpoints").is_dir():
         if adapter is not None or revision is not None:
             raise UserError(f"{path} is a run, which has neither an adapter nor a revision beside it. Leave them out.")
+        if step not in (None, "best") and not str(step).isdecimal():
+            raise UserError(f"step {step}: a number or best was expected.")
         return Source(run=folder, step="best" if step == "best" else None if step is None else int(step))
     if step is not None:
         raise UserError(f"step {step}: {path} is no run directory (no checkpoints/ in it), and only a run has steps.")
     config = folder / "adapter_config.json"
     if not config.is_file():
         return Source(path, revision, None if adapter is None else Path(adapter))
-    named = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    try:
+        named = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        named = None
     if not named:
         raise UserError(f"{config} names no base model (base_model_name_or_path). Give the base, and adapter={path}.")
     return Source(named, revision, folder)
