@@ -125,8 +125,8 @@ def test_who_was_trained_on_answers_without_an_end_does_not_stop(sudoku_run: Pat
     for row in rows:  # an answer of two canvases
         row["messages"][1]["content"] *= 2
     data = write(tmp_path / "long.jsonl", rows)
-    learns = ["train.max_steps=40", "optimizer.lr=3e-3", "optimizer.warmup_steps=10", f"data.train={data}"]
-    asks = ["every=40", "task=exact_match", "examples=24", "batch_size=24", "sampler.max_new_tokens=40"]
+    learns = ["train.max_steps=24", "optimizer.lr=3e-3", "optimizer.warmup_steps=4", f"data.train={data}"]
+    asks = ["every=24", "task=exact_match", "examples=16", "batch_size=16", "sampler.max_new_tokens=40"]
     asks = [f"evaluation.{one}" for one in (*asks, "sampler.max_denoising_steps=8")]
     cut = ["data.max_length=42", "data.over_length=truncate"]  # behind the first
     sampler, stopped = {"max_new_tokens": 40, "max_denoising_steps": 8}, {}
@@ -136,7 +136,7 @@ def test_who_was_trained_on_answers_without_an_end_does_not_stop(sudoku_run: Pat
         *_, record = (record for record in lines if record.get("kind") == "evaluation")
         stopped[name] = record["stopped"]
         found = find_model(Source(run=tmp_path / name), sampler)
-        report = evaluate(found, section_of(data, {}), "exact_match", batch_size=24, limit=24, seed=0)
+        report = evaluate(found, section_of(data, {}), "exact_match", batch_size=16, limit=16, seed=0)
         assert report["manner"]["stopped"] == pytest.approx(stopped[name])
     assert stopped["whole"] > 0.9
     assert stopped["cut"] < 0.1
