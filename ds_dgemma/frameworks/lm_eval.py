@@ -15,11 +15,15 @@ Source: lm_eval 0.4.13 `api/model.py`.
 import sys
 from typing import Any
 
-from lm_eval.__main__ import cli_evaluate
-from lm_eval.api.model import LM
-from lm_eval.api.registry import register_model
-
 from ds_dgemma.errors import EXIT_USER_ERROR, UserError
+
+try:
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}. It comes with the extra: pip install -e '.[lm-eval]'")
+
 from ds_dgemma.frameworks.served import answer_texts, cut, open_path
 
 NO_LIKELIHOOD = (
