@@ -30,7 +30,7 @@ NO_LIKELIHOOD = (
     "This task asks for log-likelihoods. DiffusionGemma denoises whole canvases and has no probability of a text to "
     "give; its encoder's next-token scores are those of another objective. Choose a task with generate_until."
 )
-USED = {"until", "max_gen_toks", "max_new_tokens", "do_sample"}
+USED = {"until", "max_gen_toks", "max_new_tokens"}
 
 
 @register_model("ds_dgemma")
@@ -52,7 +52,7 @@ class DiffusionGemmaLM(LM):
         if device not in (None, "cpu", "cuda", "cuda:0"):
             raise UserError(f"device {device}: the first GPU is used, or the CPU where there is none.")
         self._batch_size = int(max_batch_size or 64) if str(batch_size).startswith("auto") else int(batch_size)
-        self._seed, self._unused = int(seed), set[str]()
+        self._seed, self._told = int(seed), set[str]()
         self._model = open_path(pretrained, settings)
 
     @property
@@ -81,16 +81,17 @@ class DiffusionGemmaLM(LM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Answer every request, the n-th with the seed `seed + n`; text before the first of `until`."""
         made: dict[int, str] = {}
-        for most in sorted({_most(request.args[1]) or 0 for request in requests}):
-            rows = [n for n, request in enumerate(requests) if (_most(request.args[1]) or 0) == most]
+        wanted = [_most(request.args[1]) for request in requests]
+        for most in dict.fromkeys(wanted):
+            rows = [n for n, one in enumerate(wanted) if one == most]
             prompts = [self._ids(requests[n].args[0]) for n in rows]
             seeds = [self._seed + n for n in rows]
-            said = answer_texts(self._model, prompts, seeds, most or None, self._batch_size)
+            said = answer_texts(self._model, prompts, seeds, most, self._batch_size)
             for n, one in zip(rows, said, strict=True):
                 asked = requests[n].args[1]
                 self._tell_unused(asked)
                 until = asked.get("until") or []
-                made[n], _ = cut(one, most or None, [until] if isinstance(until, str) else until, self._model)
+                made[n], _ = cut(one, most, [until] if isinstance(until, str) else until, self._model)
                 self.cache_hook.add_partial("generate_until", requests[n].args, made[n])
         return [made[n] for n in range(len(requests))]
 
@@ -101,12 +102,12 @@ class DiffusionGemmaLM(LM):
         return tokenizer(whole, add_special_tokens=False)["input_ids"]
 
     def _tell_unused(self, asked: dict[str, Any]) -> None:
-        unused = asked.keys() - USED - self._unused - ({"temperature"} if not asked.get("do_sample") else set())
-        if unused or (asked.get("do_sample") and not self._unused):
-            self._unused |= unused | {"do_sample"}
+        greedy = set() if asked.get("do_sample") else {"do_sample", "temperature"}  # asks for nothing
+        if unused := asked.keys() - USED - greedy - self._told:
+            self._told |= unused
             print(
-                f"ds_dgemma: {', '.join(sorted(unused)) or 'do_sample'} not used: the sampler's settings are model "
-                "arguments (t_min, t_max, entropy_bound, ...).",
+                f"ds_dgemma: {', '.join(sorted(unused))} not used: the sampler's settings are model arguments (t_min, "
+                "t_max, entropy_bound, ...).",
                 file=sys.stderr,
             )
 

@@ -212,11 +212,16 @@ def _dress(axes: Axes, title: str, unit: str) -> None:
     axes.margins(x=0.01)
 
 
+def _last(records: list[Record]) -> Record:
+    """Of the newest step."""
+    return [record for record in records if "kind" not in record][-1]
+
+
 def _head(figure: Figure, names: list[str], records: list[list[Record]]) -> None:
     if len(names) > 1:
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
         return
-    last = [record for record in records[0] if "kind" not in record][-1]
+    last = _last(records[0])
     losses = f"diffusion {last['loss_diffusion']:.4f}    AR {last['loss_ar']:.4f}"
     figure.suptitle(f"{names[0]}    step {last['step']}    {losses}", fontsize=13)
 
@@ -228,7 +233,7 @@ def _page(figure: Figure, names: list[str], records: list[list[Record]]) -> str:
     keys = ("step", "loss", *NEEDED, "tokens_per_second")
     rows = []
     for name, run in zip(names, records, strict=True):
-        last = [record for record in run if "kind" not in record][-1]
+        last = _last(run)
         cells = [f"{last[key]:.6g}" if isinstance(last.get(key), int | float) else "" for key in keys]
         rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in (name, *cells)))
     head = "".join(f"<th>{html.escape(key.replace('_', ' '))}</th>" for key in ("run", *keys))

@@ -269,12 +269,12 @@ class WandbSink:
         if self._broken or int(record["step"]) < self._run.step:
             return
         prefix = f"{record['kind']}/" if "kind" in record else ""
-        named = {
-            prefix + key: self._table(value) if key in TABLES else value
-            for key, value in record.items()
-            if key not in ("kind", "step") and value is not None
-        }
         try:
+            named = {
+                prefix + key: self._table(value) if key in TABLES else value
+                for key, value in record.items()
+                if key not in ("kind", "step") and value is not None
+            }
             self._run.log(named, step=int(record["step"]))
         except Exception as error:  # any failure of a service that the training does not need
             self._give_up(error)
