@@ -1,7 +1,8 @@
 """Example and Batch: the two containers between data, objective and model.
 
 Shapes: D documents, S clean tokens of all documents, one behind another, A targets of the AR loss, C scored canvases,
-L canvas tokens, M canvases that get a first guess. Nothing is padded. A batch holds its noise already: the objective
+L canvas tokens, M canvases that get a first guess; I images of P patches with D numbers each, K tokens that stand for
+them. Nothing is padded but patches. A batch holds its noise already: the objective
 that reads it draws nothing. What decides the shape of a computation is there as host integers too, so no device is
 asked.
 """
@@ -31,6 +32,29 @@ class Place(NamedTuple):
     number: int  # in its span
 
 
+class Image(NamedTuple):
+    """An image in a document."""
+
+    start: int  # position of its first soft token; the tokens that mark its begin and its end stand around them
+    tokens: int  # soft tokens
+    file: str
+    digest: str  # of the file's bytes
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The images of a batch, in reading order."""
+
+    blocks: tuple[tuple[int, int, int], ...]  # [I] document, its first soft token and the one behind, on the host
+    place_K: torch.Tensor  # int64, the clean tokens that stand for them
+    pixel_values_IPD: torch.Tensor  # fp32
+    position_IP2: torch.Tensor  # int64, column and row of a patch; -1: padding
+
+    def to(self, device: torch.device | str) -> "Pictures":
+        """Copy the tensors to `device`."""
+        return replace(self, **_moved(self, device))
+
+
 @dataclass(frozen=True)
 class Example:
     """One document as tokens. The last span is filled with EOS to a whole number of canvases; where another is filled,
@@ -45,6 +69,7 @@ class Example:
     eos_id: int
     is_cut: bool = False  # its last span goes on: no EOS follows
     starts_anywhere: bool = False  # running text: its canvases are cut from another token in every epoch
+    images: tuple[Image, ...] = ()
 
     @property
     def canvases(self) -> tuple[Place, ...]:
@@ -100,6 +125,7 @@ class Batch:
     coin_M: torch.Tensor  # bool
     sample_ids: tuple[int, ...]  # [D]
     noise_levels: tuple[float, ...]  # [C] to the last bit, on the host
+    pictures: Pictures | None = None  # None: no document has images
 
     def with_coins(self, coin_C: torch.Tensor) -> "Batch":
         """The same batch with other self-conditioning coins, bool [C] on the CPU."""
@@ -115,12 +141,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copy the tensors to `device`."""
-        moved = {
-            field.name: value.to(device, non_blocking=True)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), torch.Tensor)
-        }
-        return replace(self, **moved)
+        return replace(self, **_moved(self, device), pictures=self.pictures and self.pictures.to(device))
 
     def canvases_of(self, document: int) -> list[int]:
         """The numbers of a document's canvases."""
@@ -140,3 +161,11 @@ class Batch:
     def tokens(self) -> int:
         """Tokens read by the model: clean ones, and those of scored canvases."""
         return self.clean_ids_S.numel() + self.canvas_ids_CL.numel()
+
+
+def _moved(held: "Batch | Pictures", device: torch.device | str) -> dict[str, torch.Tensor]:
+    return {
+        field.name: value.to(device, non_blocking=True)
+        for field in fields(held)
+        if isinstance(value := getattr(held, field.name), torch.Tensor)
+    }
