@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-from ds_dgemma.model import attention, sweep
-from ds_dgemma.model.attention import Tokens
+from ds_dgemma.model import attention, parts, sweep
+from ds_dgemma.model.parts import Tokens
 from ds_dgemma.model.sweep import Call, Sweep
 from tests.mistakes import CASE, LENGTH, MISTAKES, Run, mistake
 from tests.parity import open_float64, step_float64
@@ -157,13 +157,14 @@ def the_canvas_is_causal(run: Run):
 
 def change_parts(run: Run, name: str, wrong: Callable[..., Any]) -> None:
     """Cut attention into parts with `wrong` in the place of one of the functions that do."""
-    run.patch.setattr(attention, name, wrong)
-    run.patch.setattr(attention, "_plan", lambda tokens, window: tuple(attention.parts(tokens, window)))
+    for module in (attention, parts):
+        run.patch.setattr(module, name, wrong, raising=module is parts)
+    run.patch.setattr(attention, "plan", lambda tokens, window: tuple(parts.parts(tokens, window)))
 
 
 def change_visible(run: Run, change: Callable[[int, int, int], tuple[int, int]]) -> None:
     """Let `change` (start, begin, end) say which clean tokens a canvas sees on sliding layers."""
-    right = attention.visible
+    right = parts.visible
 
     def wrong(start: int, window: int | None) -> tuple[int, int]:
         begin, end = right(start, window)
@@ -193,9 +194,9 @@ def a_canvas_reads_the_end_of_its_document(run: Run):
     change_visible(run, lambda start, begin, end: (clean - (end - begin), clean))
 
 
-def change_clean_parts(run: Run, change: Callable[[attention.Part], attention.Part | None]) -> None:
+def change_clean_parts(run: Run, change: Callable[[parts.Part], parts.Part | None]) -> None:
     """Let `change` spoil or leave out parts of the clean tokens' attention on sliding layers."""
-    right = attention._clean_parts
+    right = parts._clean_parts
 
     def wrong(documents: tuple[int, ...], window: int | None):
         spoilt = right(documents, window) if window is None else map(change, right(documents, window))

@@ -22,7 +22,7 @@ from math import prod
 from operator import or_
 from typing import Any
 
-from ds_dgemma.model.attention import visible
+from ds_dgemma.model.parts import visible
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
 from ds_dgemma.model.sweep import Checkpointing

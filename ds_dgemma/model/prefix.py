@@ -17,8 +17,8 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from ds_dgemma.model.attention import Cache, Tokens
 from ds_dgemma.model.norm import literal_norms
+from ds_dgemma.model.parts import Cache, Tokens
 from ds_dgemma.model.stack import DiffusionGemmaStack, SweepLayer
 from ds_dgemma.model.sweep import Call
 from ds_dgemma.model.vocabulary import WeightGradient

@@ -30,8 +30,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ds_dgemma.model.attention import Attended, Canvas, Tokens, keep, keep_all
+from ds_dgemma.model.attention import Attended, keep, keep_all
 from ds_dgemma.model.dropout import Sections
+from ds_dgemma.model.parts import Canvas, Tokens
 from ds_dgemma.model.routing import ExpertLoads
 
 Checkpointing = Literal["full", "selective", "none"]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ds_dgemma.config import LossName
 from ds_dgemma.data.batch import Batch
-from ds_dgemma.model.attention import Canvas
+from ds_dgemma.model.parts import Canvas
 from ds_dgemma.model.routing import ExpertLoads, balance_loss
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack

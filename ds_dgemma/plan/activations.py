@@ -16,7 +16,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from ds_dgemma.model.attention import Canvas
+from ds_dgemma.model.parts import Canvas
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack, SweepLayer
 from ds_dgemma.model.sweep import Call, Calls, Checkpointing, LayerPass, Places, make_calls

@@ -18,10 +18,10 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from ds_dgemma.model.attention import Canvas
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.kernel_choice import choose, disagreement, is_installed, problem_on, torchs_own
 from ds_dgemma.model.kernels import EFFICIENT, PACKAGES, Kernel, Problem, efficient_fits
+from ds_dgemma.model.parts import Canvas
 from ds_dgemma.model.stack import DiffusionGemmaStack, SweepLayer
 from ds_dgemma.model.sweep import Places, make_calls
 from tests.gpu import shapes

@@ -26,10 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_dgemma.engine.expert_parallel import place_experts
 from ds_dgemma.model import attention
-from ds_dgemma.model.attention import Canvas
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.kernel_choice import torchs_own
 from ds_dgemma.model.kernels import HALF, LOG_BLOCK, VECTOR_BYTES, Kernel, Problem, lies_in_vectors
+from ds_dgemma.model.parts import Canvas
 from ds_dgemma.model.stack import DiffusionGemmaStack
 from ds_dgemma.model.sweep import Calls, Places, make_calls
 from tests.gpu import shapes
@@ -244,7 +244,7 @@ def attend_backward(stack: DiffusionGemmaStack, calls: Calls, number: int) -> No
 
     query, out, grad = (some(own.num_attention_heads, own.head_dim) for _ in range(3))
     key, value = (some(own.num_key_value_heads, own.head_dim) for _ in range(2))
-    todo = attention._plan(tokens, stack.window if kind == "sliding_attention" else None)
+    todo = attention.plan(tokens, stack.window if kind == "sliding_attention" else None)
     saved = (query, key, value, out, some(own.num_attention_heads, dtype=torch.float32))
     context = SimpleNamespace(
         kernel=attention.kernel_for("auto", query, key), todo=todo, scale=1.0, saved_tensors=saved

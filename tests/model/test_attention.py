@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ds_dgemma.model.attention import Attended, Canvas, Tokens, attention, keep, keep_all, parts
+from ds_dgemma.model.attention import Attended, attention, keep, keep_all
+from ds_dgemma.model.parts import Canvas, Image, Tokens, parts
 from tests.reference.masks import attention_masks, clean_and_canvases
 
 HEADS, KV_HEADS, SIZE = 4, 2, 8
@@ -23,7 +24,13 @@ def draw(seed: int) -> tuple[Tokens, int]:
         start = lambda: pick.choice([0, 2, clean - 1, clean, clean // 2, pick.randint(0, clean)])  # noqa: B023, E731
         canvases += [Canvas(document, start()) for _ in range(pick.randint(0, 2))]
     canvases = canvases or [Canvas(0, 1)]
-    return Tokens(documents, tuple(canvases), pick.randint(1, 6)), pick.choice([1, 2, 3, 5, 8, lengths[0], 50])
+    borders = [sorted(pick.sample(range(clean + 1), 2 * pick.randint(0, 1 + (clean > 2)))) for clean in documents]
+    images = [
+        Image(document, *pair) for document, at in enumerate(borders) for pair in zip(at[::2], at[1::2], strict=True)
+    ]
+    rule = pick.choice(["generate", "sliding"])
+    tokens = Tokens(documents, tuple(canvases), pick.randint(1, 6), images=tuple(images), image_rule=rule)
+    return tokens, pick.choice([1, 2, 3, 5, 8, lengths[0], 50])
 
 
 def attend(tokens: Tokens, window: int | None, inputs: list[Tensor], **more) -> tuple[Tensor, Attended]:
@@ -42,13 +49,14 @@ def under_a_mask(mask: Tensor, inputs: list[Tensor]) -> Tensor:
     return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value).transpose(0, 1)
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(40))
 def test_parts_equal_dense_masks_and_kept_keys_equal_those_in_the_call(seed: int):
     tokens, window = draw(seed)
     torch.manual_seed(seed)
     count = tokens.clean_total + len(tokens.canvases) * tokens.length
     inputs = [torch.randn(count, n, SIZE, dtype=torch.float64, requires_grad=True) for n in (HEADS, KV_HEADS, KV_HEADS)]
-    masks = attention_masks(clean_and_canvases(tokens.documents, tokens.canvases, tokens.length), window)
+    layout = clean_and_canvases(tokens.documents, tokens.canvases, tokens.length, tokens.images)
+    masks = attention_masks(layout, window, tokens.image_rule)
     for kind, limit in (("full_attention", None), ("sliding_attention", window)):
         output, attended = attend(tokens, limit, inputs)
         expected = under_a_mask(masks[kind], inputs)

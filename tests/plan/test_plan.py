@@ -15,8 +15,8 @@ from ds_dgemma.checkpoint.export import export_run
 from ds_dgemma.cli import main
 from ds_dgemma.config_file import load_config
 from ds_dgemma.errors import UserError
-from ds_dgemma.model.attention import Canvas
 from ds_dgemma.model.flops import batch_work, forward_flops
+from ds_dgemma.model.parts import Canvas
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.sweep import Places, make_calls
 from ds_dgemma.plan.activations import trace

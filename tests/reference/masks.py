@@ -3,7 +3,8 @@
 The encoder (causal, clean tokens) and the decoder (bidirectional, canvas tokens) share their weights, and a canvas
 token reads the same layer's clean keys. So both modes fit in one sequence, and one mask tells them apart:
 
-- clean -> clean: causal, and on sliding layers within the window (itself included), in the same document;
+- clean -> clean: causal, and on sliding layers within the window (itself included), in the same document; and inside
+  an image by one of two rules. generate: all of it, on every layer. sliding: on sliding layers what lies behind, too;
 - canvas -> clean: what lies before its canvas's start; on sliding layers only the last `window - 1` of those, the
   same for every token of the canvas;
 - canvas -> canvas: all of the same canvas, even when it is longer than the window. Nothing else reads a canvas.
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-CLEAN = -1
+CLEAN = NO_IMAGE = -1
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class TokenLayout:
     document_T: torch.Tensor  # int64
     canvas_T: torch.Tensor  # int64, number of the token's canvas, CLEAN for clean tokens
     start_T: torch.Tensor  # int64, position where the token's canvas begins; unused for clean tokens
+    image_T: torch.Tensor | None = None  # int64, number of the token's image, NO_IMAGE for others
 
     @property
     def is_canvas_T(self) -> torch.Tensor:
@@ -36,18 +38,27 @@ class TokenLayout:
         return self.canvas_T != CLEAN
 
 
-def clean_and_canvases(documents: Sequence[int], canvases: Sequence[tuple[int, int]], length: int) -> TokenLayout:
-    """Lay out documents of so many clean tokens, then canvases of `length`, each of a document and a start."""
+def clean_and_canvases(
+    documents: Sequence[int],
+    canvases: Sequence[tuple[int, int]],
+    length: int,
+    images: Sequence[tuple[int, int, int]] = (),
+) -> TokenLayout:
+    """Lay out documents of so many clean tokens, then canvases of `length`, each of a document and a start; `images`
+    are of a document, from a token to another.
+    """
     tokens = [(position, number, CLEAN, 0) for number, clean in enumerate(documents) for position in range(clean)]
     tokens += [
         (start + offset, document, number, start)
         for number, (document, start) in enumerate(canvases)
         for offset in range(length)
     ]
-    return TokenLayout(*torch.tensor(tokens).T)
+    of_token = {(image[0], place): n for n, image in enumerate(images) for place in range(*image[1:])}
+    numbers = [of_token.get((d, p), NO_IMAGE) if canvas == CLEAN else NO_IMAGE for p, d, canvas, _ in tokens]
+    return TokenLayout(*torch.tensor(tokens).T, torch.tensor(numbers))
 
 
-def attention_masks(layout: TokenLayout, window: int) -> dict[str, torch.Tensor]:
+def attention_masks(layout: TokenLayout, window: int, rule: str = "generate") -> dict[str, torch.Tensor]:
     """Bool masks [T, T] (query, key; True sees), by transformers' layer type.
 
     Three clean tokens a b c and a canvas x y that starts at position 2 (so it may not read c, its own clean text),
@@ -75,4 +86,11 @@ def attention_masks(layout: TokenLayout, window: int) -> dict[str, torch.Tensor]
         same_canvas | (key(position) > query(start) - window),
         key(position) > query(position) - window,
     )
-    return {"full_attention": full, "sliding_attention": full & in_window}
+    sliding = full & in_window
+    if layout.image_T is not None:
+        image = layout.image_T
+        same_image = (query(image) == key(image)) & (key(image) != NO_IMAGE)
+        if rule == "generate":
+            return {"full_attention": full | same_image, "sliding_attention": sliding | same_image}
+        sliding |= same_image & (key(position) > query(position))
+    return {"full_attention": full, "sliding_attention": sliding}
