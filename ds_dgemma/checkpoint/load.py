@@ -93,6 +93,14 @@ def materialise(
                 setattr(owner, name, reader.read(places[prefix + name].tensor).to(device, torch.float32))
     stack.to(device)  # what was never on meta: rotary frequencies, counters
 
+    def read_vision(tensor: str, real: torch.Tensor) -> bool:
+        if tensor in reader:
+            reader.read_into(real.view(-1), Place(tensor), 0, real.numel())
+            reader.close()
+        return tensor in reader
+
+    stack.vision.read = read_vision  # when an image comes
+
 
 def _decoder_scalar(place: Place, reader: WeightReader) -> Place:
     """The decoder's layer scalar where the encoder's is missing."""

@@ -1,8 +1,8 @@
 """Our parameters and buffers <-> transformers' tensors: one table, both directions.
 
-Ours are named as below transformers' `model.decoder.`, with two exceptions: DeepSpeed's expert layer keeps gate and
-up apart (w1, w3; w2 is down) and only this rank's experts; and the encoder's layer scalar sits beside the
-decoder's.
+Ours are named as below transformers' `model.decoder.`, with three exceptions: DeepSpeed's expert layer keeps gate and
+up apart (w1, w3; w2 is down) and only this rank's experts; the encoder's layer scalar sits beside the decoder's; and
+a vision embedding that is trained is the encoder's.
 """
 
 import fnmatch
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 DECODER = "model.decoder."
 DECODER_LAYERS = "model.decoder.layers."
 ENCODER = "model.encoder.language_model."
+EMBED_VISION = "embed_vision."
+ENCODER_EMBED_VISION = "model.encoder.embed_vision."
 ENCODER_LAYERS = "model.encoder.language_model.layers."
 _EXPERT = re.compile(r"(?P<layer>layers\.\d+\.experts)\.experts\.(?P<part>w1|w2|w3)$")
 _EXPERT_ADAPTER = re.compile(r"(?P<layer>layers\.\d+\.experts)\.experts\.(?P<part>(?:gate_up|down)_proj\.lora_[AB])$")
@@ -53,6 +55,12 @@ def checkpoint_name(name: str) -> str:
         return f"{DECODER}{match['layer']}.{tensor}"
     if match := _EXPERT_ADAPTER.match(name):
         return f"{DECODER}{match['layer']}.{match['part']}"
+    return _outer_name(name)
+
+
+def _outer_name(name: str) -> str:
+    if name.startswith(EMBED_VISION):
+        return ENCODER_EMBED_VISION + name.removeprefix(EMBED_VISION)
     return DECODER + name
 
 
@@ -89,7 +97,7 @@ def place_of(name: str, shape: tuple[int, ...], expert_rank: int = 0) -> Place:
         tensor = "down_proj" if match["part"] == "w2" else "gate_up_proj"
         first = shape[1] if match["part"] == "w3" else 0
         return Place(f"{DECODER}{match['layer']}.{tensor}", experts, (first, first + shape[1]))
-    return Place(DECODER + name)
+    return Place(_outer_name(name))
 
 
 def tied_to(tensor: str) -> str | None:
@@ -106,8 +114,10 @@ def tied_to(tensor: str) -> str | None:
 
 def sources_of(tensor: str) -> tuple[str, ...] | None:
     """Our parameters that make up a checkpoint tensor, in the order of its rows; None for what we do not train
-    (vision, buffers).
+    (the vision tower, buffers).
     """
+    if tensor.startswith(ENCODER_EMBED_VISION):
+        return (f"model.{EMBED_VISION}{tensor.removeprefix(ENCODER_EMBED_VISION)}",)
     if not tensor.startswith(DECODER) or tensor.endswith(".layer_scalar"):
         return None
     name = "model." + tensor.removeprefix(DECODER)

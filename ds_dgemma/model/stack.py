@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
 from ds_dgemma.model.dropout import PartDropout
+from ds_dgemma.model.parts import ImageRule
 from ds_dgemma.model.routing import expert_load, weights_of
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.sweep import Call, Checkpointing, LayerOutput
+from ds_dgemma.model.vision import EMBEDDING, Vision
 from ds_dgemma.model.vocabulary import TiedVocabulary
 
 LANGUAGE = ("model.decoder.", "model.encoder.language_model.", "lm_head.")  # names in transformers' model
@@ -98,14 +100,24 @@ class DiffusionGemmaStack(nn.Module):
     `model.decoder`. `sweep.Sweep` runs it.
     """
 
-    def __init__(self, source: DiffusionGemmaForBlockDiffusion, activation_checkpointing: Checkpointing) -> None:
+    def __init__(
+        self,
+        source: DiffusionGemmaForBlockDiffusion,
+        activation_checkpointing: Checkpointing,
+        image_rule: ImageRule,
+        trains_vision_embedding: bool,
+    ) -> None:
         super().__init__()
-        decoder, encoder = source.model.decoder, source.model.encoder.language_model
+        outer: Any = source.model.encoder
+        decoder, encoder = source.model.decoder, outer.language_model
         text = text_spec(source.config)
         self.config: DiffusionGemmaConfig = source.config
+        inside = (*LANGUAGE, EMBEDDING) if trains_vision_embedding else LANGUAGE
         self.outside = {  # shapes of the checkpoint's other parameters, the vision tower's
-            name: tuple(p.shape) for name, p in source.named_parameters() if not name.startswith(LANGUAGE)
+            name: tuple(p.shape) for name, p in source.named_parameters() if not name.startswith(inside)
         }
+        self.image_rule: ImageRule = image_rule
+        self.vision = Vision(source.config, outer.vision_tower, None if trains_vision_embedding else outer.embed_vision)
         self.layer_types: tuple[str, ...] = tuple(text.layer_types)
         self.window: int = text.sliding_window
         self.activation_checkpointing: Checkpointing = activation_checkpointing
@@ -115,6 +127,7 @@ class DiffusionGemmaStack(nn.Module):
         self.embed_tokens = TiedVocabulary(
             embedding, softcap=text.final_logit_softcapping, embed_scale=embedding.scalar_embed_scale
         )
+        self.embed_vision = outer.embed_vision if trains_vision_embedding else None
         self.self_conditioning = decoder.self_conditioning
         self.layers = nn.ModuleList(
             SweepLayer(layer, twin, kind, self.dropout)
@@ -122,6 +135,16 @@ class DiffusionGemmaStack(nn.Module):
         )
         self.norm = decoder.norm
         self.rotary_emb = decoder.rotary_emb
+
+    def image_features(self, images: tuple[Tensor, Tensor] | None, like: Tensor) -> Tensor | None:
+        """What stands in the place of image tokens, [K, H], of `pixel_values_IPD` and `position_IP2`; None: nothing.
+
+        A projection that is trained is called without images too: under ZeRO-3 all ranks gather it, or none.
+        """
+        if images is None and self.embed_vision is None:
+            return None
+        soft = self.vision.soft_tokens(*images, like) if images else like.new_empty(0, self.vision.features)
+        return soft if self.embed_vision is None else self.embed_vision(soft)
 
     def sweep_layers(self) -> Iterable[SweepLayer]:
         """The layers in order."""

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from ds_dgemma.model.attention import Attended, keep, keep_all
 from ds_dgemma.model.dropout import Sections
-from ds_dgemma.model.parts import Canvas, Tokens
+from ds_dgemma.model.parts import Canvas, Image, Tokens
 from ds_dgemma.model.routing import ExpertLoads
 
 Checkpointing = Literal["full", "selective", "none"]
@@ -69,6 +69,7 @@ class Places:
     start_C: Tensor  # int64
     guessed: tuple[int, ...]  # canvases that get a first guess
     guessed_M: Tensor
+    images: tuple[Image, ...] = ()
 
     @classmethod
     def on(
@@ -110,6 +111,7 @@ class Calls:
 def make_calls(stack: Any, places: Places, balances: bool, like: Tensor) -> Calls:
     """All calls of a micro-batch; `like` has the type and device of the hidden states; `balances`: routers are."""
     documents, canvases, L = places.documents, places.canvases, places.length
+    seen = {"images": places.images, "image_rule": stack.image_rule}
     guesses = tuple(canvases[number] for number in places.guessed)
     n, c, device = sum(documents), len(canvases) * L, like.device
     # Clean tokens, canvases, and once more the canvases that are guessed: a call takes some of these.
@@ -133,11 +135,11 @@ def make_calls(stack: Any, places: Places, balances: bool, like: Tensor) -> Call
 
     guesses_behind = torch.cat([number_N[at_clean], number_N[at_guesses]])
     return Calls(
-        clean=call(Tokens(documents, (), L), at_clean, n, (of_clean,)),
+        clean=call(Tokens(documents, (), L, **seen), at_clean, n, (of_clean,)),
         guesses=call(Tokens(documents, guesses, L, reads_clean=False), at_guesses, 0, (of_guess,)),
-        clean_and_guesses=call(Tokens(documents, guesses, L), guesses_behind, n, (of_clean, of_guess)),
+        clean_and_guesses=call(Tokens(documents, guesses, L, **seen), guesses_behind, n, (of_clean, of_guess)),
         canvases=call(Tokens(documents, canvases, L, reads_clean=False), at_canvases, c, (of_canvas,)),
-        all=call(Tokens(documents, canvases, L), at_all, n + c, (of_clean, of_canvas)),
+        all=call(Tokens(documents, canvases, L, **seen), at_all, n + c, (of_clean, of_canvas)),
         checkpointing=stack.activation_checkpointing,
     )
 
@@ -149,7 +151,8 @@ class Sweep:
         self._loads = loads
         self._calls = make_calls(stack, places, loads is not None, like)
         self._norm = stack.norm
-        self._trains_before = _trains(stack.embed_tokens) or _trains(stack.self_conditioning)
+        before = (stack.embed_tokens, stack.self_conditioning, stack.embed_vision)
+        self._trains_before = any(_trains(module) for module in before if module is not None)
         self._passes = [
             LayerPass(
                 layer=layer,

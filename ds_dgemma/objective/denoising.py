@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ds_dgemma.config import LossName
 from ds_dgemma.data.batch import Batch
-from ds_dgemma.model.parts import Canvas
+from ds_dgemma.model.parts import Canvas, Image
 from ds_dgemma.model.routing import ExpertLoads, balance_loss
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
@@ -135,12 +135,16 @@ class DenoisingObjective(nn.Module):
             start_C=batch.canvas_start_C,
             guessed=batch.guessed,
             guessed_M=batch.guessed_M,
+            images=tuple(Image(*block) for block in batch.pictures.blocks) if batch.pictures else (),
         )
         with torch.no_grad():
             ids = torch.cat([batch.clean_ids_S, batch.canvas_ids_CL[batch.guessed_M].flatten()])
             inputs, _ = self.model.embed_tokens.embed(ids, None, self.chunk, WeightGradient())
             clean, guess = inputs[:n], inputs[n:]
             guess = block(guess, torch.zeros_like(guess))
+        place_images = self._images(batch, inputs)
+        with torch.no_grad():
+            clean = place_images(clean)
         sweep = Sweep(self.model, places, inputs, loads)
         guess = sweep.read(clean, guess, differentiates=torch.is_grad_enabled())
 
@@ -151,5 +155,15 @@ class DenoisingObjective(nn.Module):
         soft = soft.unflatten(0, (len(batch.guessed), -1)) * batch.coin_M[:, None, None].to(soft.dtype)
         soft = torch.zeros_like(canvas).index_copy(0, batch.guessed_M, soft)
         canvas = block(with_gradient(canvas, block).flatten(0, 1), soft.flatten(0, 1))
-        clean, canvas = sweep.denoise(inputs[:n], canvas)
+        clean, canvas = sweep.denoise(place_images(inputs[:n]), canvas)
         return clean, canvas.view(*batch.canvas_ids_CL.shape, -1)
+
+    def _images(self, batch: Batch, like: Tensor) -> Callable[[Tensor], Tensor]:
+        """What puts the images into clean tokens [S, H]."""
+        pictures = batch.pictures
+        pixels = None if pictures is None else (pictures.pixel_values_IPD, pictures.position_IP2)
+        features_KH = self.model.image_features(pixels, like)
+        if features_KH is None:
+            return lambda clean_SH: clean_SH
+        place_K = batch.clean_ids_S.new_empty(0) if pictures is None else pictures.place_K
+        return lambda clean_SH: clean_SH.index_copy(0, place_K, features_KH.to(clean_SH.dtype))
