@@ -1,11 +1,12 @@
 """Hold the backbone and the objective against numbers that unmodified transformers made.
 
-    python tests/parity.py DIR [--lora] [--dtype float32|float64] [--ep 2] [--verbose]
+    python tests/parity.py DIR [--lora] [--images] [--dtype float32|float64] [--ep 2] [--verbose]
 
 DIR holds cases, each a folder with `model/` (a transformers checkpoint), `case.safetensors` (a batch and what is
 expected of it) and `grad_norms.json`; `tests/reference/fixtures.py` makes such a folder. Every case runs with three
 sets of self-conditioning coins. --lora takes the cases with a `lora.safetensors`, an adapter of PEFT's on the model
-(`tests/reference/lora.py`), reads it as training continues one, and compares the adapter's gradients too.
+(`tests/reference/lora.py`), reads it as training continues one, and compares the adapter's gradients too. Cases with
+images have `pixel_values` [I, P, D], `image_position_ids` [I, P, 2], `image_of_row` [I] and `image_mask` [B, S] too.
 
 float32 (default): as training would, ZeRO-3 and expert parallelism on DeepSpeed, in one process or in `--ep` processes
 that this script starts itself. Experts that do not divide by their number are split over fewer, which the case's line
@@ -87,6 +88,7 @@ def open_float64(model: Path, train_router: bool, lora: LoraSection | None = Non
         place_experts(stack, size=1, rank=0, grouped=False)
     reader, make_real = WeightReader(model), plain(torch.float64, "cpu")
     materialise(stack, reader, find_places(stack, reader), make_real, device="cpu")
+    stack.vision.open(torch.device("cpu"), torch.float64)
     if lora is not None:
         from ds_dgemma.engine.adapters import attach_adapters, choose_adapters
 
@@ -242,6 +244,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", type=Path)
     parser.add_argument("--lora", action="store_true", help="the cases with an adapter, with it")
+    parser.add_argument("--images", action="store_true", help="the cases are with images")
     parser.add_argument("--dtype", choices=list(TOLERANCES), default="float32")
     parser.add_argument("--ep", type=int, default=1, help="ranks and expert-parallel size")
     parser.add_argument("--stage", type=int, choices=range(4), default=3, help="ZeRO stage")
@@ -263,6 +266,8 @@ def main(argv: list[str]) -> int:
         if not directories:
             raise UserError(f"{args.cases} holds no case: no */{file} there.")
         cases = [read_case(directory) for directory in directories]
+        if without := [case.directory.name for case in cases if args.images and "image_mask" not in case.tensors]:
+            raise UserError(f"--images: {', '.join(without)} in {args.cases} has no image_mask.")
         cases = [read_lora(case) for case in cases] if args.lora else cases
         if args.dtype == "float64":
             return run_cases(cases, RankLayout(0, 1, 0, 1, 1), args)

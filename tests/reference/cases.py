@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -19,11 +20,12 @@ from torch import Tensor
 from ds_dgemma.checkpoint.adapter import to_peft
 from ds_dgemma.checkpoint.names import DECODER, checkpoint_name
 from ds_dgemma.checkpoint.weights import WeightReader
-from ds_dgemma.data.batch import Batch
+from ds_dgemma.data.batch import Batch, Pictures
 from ds_dgemma.engine.ranks import RankLayout
 from ds_dgemma.errors import UserError, first_line
 from ds_dgemma.model.spec import read_spec
 
+OF_IMAGES = ("pixel_values", "image_position_ids", "image_of_row")  # an entry an image, not a row
 COINS = ("none", "all", "mixed")
 QUANTITIES = ("diffusion loss", "AR loss", "pass-2 logits", "encoder lse", "gradient norm", "gradient")
 # absolute for losses and logits (largest element), relative for gradient norms and elements (of adapters only)
@@ -153,11 +155,13 @@ def to_batch(tensors: dict[str, Tensor], coins: str, rows: slice = slice(None)) 
     """`rows` of a case's batch in our container; no rows: the first one, with nothing in it that counts."""
     counts = rows.start is None or rows.start < rows.stop
     picked = rows if counts else slice(0, 1)
-    part = {name: value[picked] for name, value in tensors.items() if not name.startswith("expected")}
+    of_rows = {name: value for name, value in tensors.items() if not name.startswith(("expected", *OF_IMAGES))}
+    part = {name: value[picked] for name, value in of_rows.items()}
     valid, start = part["attention_mask"].bool(), part["canvas_start"]
     documents = tuple(valid.sum(1).tolist())
     position_S = torch.cat([torch.arange(length) for length in documents])
-    ar_place_A = position_S.nonzero().flatten()
+    is_image_S = part["image_mask"][valid] if "image_mask" in part else torch.zeros_like(position_S, dtype=torch.bool)
+    ar_place_A = ((position_S > 0) & ~is_image_S).nonzero().flatten()
     return Batch(
         clean_ids_S=part["input_ids"][valid],
         position_S=position_S,
@@ -175,7 +179,26 @@ def to_batch(tensors: dict[str, Tensor], coins: str, rows: slice = slice(None)) 
         coin_M=torch.empty(0, dtype=torch.bool),
         sample_ids=tuple(range(len(start))),
         noise_levels=(),
+        pictures=_pictures(tensors, picked, is_image_S, documents),
     ).with_coins(part[f"coins.{coins}"])
+
+
+def _pictures(
+    tensors: dict[str, Tensor], rows: slice, is_image_S: Tensor, documents: tuple[int, ...]
+) -> Pictures | None:
+    """The images of `rows`, in reading order; None: there are none."""
+    if not is_image_S.any():
+        return None
+    blocks = []
+    for document, mask in enumerate(is_image_S.split(documents)):
+        edges = F.pad(mask.int(), (1, 1)).diff()
+        pairs = zip(*(edges.eq(step).nonzero().flatten().tolist() for step in (1, -1)), strict=True)
+        blocks += [(document, begin, end) for begin, end in pairs]
+    row_I = tensors["image_of_row"]
+    numbers = range(*rows.indices(len(tensors["input_ids"])))
+    mine = torch.tensor([row in numbers for row in row_I.tolist()])
+    pixels, position = (tensors[name][mine] for name in OF_IMAGES[:2])
+    return Pictures(tuple(blocks), is_image_S.nonzero().flatten(), pixels, position)
 
 
 def compare(seen: Observed, case: Case, coins: str, dtype: str, rows: slice = slice(None)) -> list[float]:
@@ -185,7 +208,11 @@ def compare(seen: Observed, case: Case, coins: str, dtype: str, rows: slice = sl
     canvas_logits, logsumexp = read_hidden(seen.hidden_NH, case, rows)
     wrong_logits = canvas_logits - expected[f"expected.{coins}.pass2_logits"][rows]
     has_next = expected["attention_mask"][rows, 1:].bool()
+    if "image_mask" in expected:
+        has_next &= ~expected["image_mask"][rows, 1:]
     known = expected.get("expected.encoder_logsumexp")  # LoRA cases have none
+    if (hidden_BSH := expected.get("expected.encoder_hidden")) is not None:
+        known = logits_of(hidden_BSH, case).logsumexp(-1)
     wrong_logsumexp = logsumexp - known[rows, :-1][has_next] if known is not None else logsumexp.new_empty(0)
     differences: tuple[float, ...] = (
         abs(seen.diffusion_nll / diffusion_tokens - float(expected[f"expected.{coins}.diffusion_loss"])),
@@ -198,14 +225,19 @@ def compare(seen: Observed, case: Case, coins: str, dtype: str, rows: slice = sl
     return [math.inf if math.isnan(difference) else difference for difference in differences]
 
 
+def logits_of(hidden: Tensor, case: Case) -> Tensor:
+    """Logits [..., V] of hidden states, through the checkpoint's embedding."""
+    weight = WeightReader(case.directory / "model").read(DECODER + "embed_tokens.weight").to(hidden)
+    cap = case.text.final_logit_softcapping
+    return (torch.tanh(hidden @ weight.t() / cap) * cap).cpu()
+
+
 def read_hidden(hidden_NH: Tensor, case: Case, rows: slice) -> tuple[Tensor, Tensor]:
     """Canvas logits [B, L, V] and the encoder's log-sum-exp [A] of `rows`, through the checkpoint's embedding."""
     canvas = case.tensors["canvas_ids"][rows]
     if not len(canvas):  # the rank computed a row that counts for nothing
         return torch.empty(*canvas.shape, case.text.vocab_size), torch.empty(0)
-    weight = WeightReader(case.directory / "model").read(DECODER + "embed_tokens.weight").to(hidden_NH)
-    cap = case.text.final_logit_softcapping
-    logits = (torch.tanh(hidden_NH @ weight.t() / cap) * cap).cpu()
+    logits = logits_of(hidden_NH, case)
     return logits[: canvas.numel()].view(*canvas.shape, -1), logits[canvas.numel() :].logsumexp(-1)
 
 
