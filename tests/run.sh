@@ -23,7 +23,8 @@ check() {
 check format ruff format --check --quiet .
 check lint ruff check --quiet .
 check types pyright
-check tests python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+# one more than CI has cores: many a test waits for processes that it started
+check tests python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
 
 ((${#failed[@]} == 0)) && exit
 printf 'failed: %s\n' "${failed[*]}"

@@ -85,10 +85,10 @@ def slow_step(model: Any, batch: Batch, weights: TokenWeights) -> Tensor:
         for canvas, (document, start) in enumerate(batch.canvases):
             if document == number:
                 coin = bool(batch.self_condition_C[canvas])
-                logits = canvas_logits(model, tokens[:start], batch.canvas_ids_CL[canvas], coin)
+                logits = canvas_logits(model, tokens[:start], batch.canvas_ids_CL[canvas], coin, {})
                 nll = F.cross_entropy(logits, batch.target_ids_CL[canvas], reduction="none")
                 loss = loss + (nll * of_canvas[canvas]).sum()
-        following = encoder_logits(model, tokens)
+        following = encoder_logits(model, tokens, {})
         for place, weight in zip(batch.ar_place_A.tolist(), of_pair.tolist(), strict=True):
             if behind < place < behind + length:
                 own = place - behind

@@ -4,14 +4,15 @@
 
 Nothing of ours takes part, not even a mask: every example runs alone and unpadded. Its canvas meets just what
 `generate()` would show it, the tokens before the canvas in transformers' own cache; its autoregressive loss comes from
-a second run over all of its tokens. The losses are means over the tokens of the batch; one backward through both gives
-the gradients.
+a second run over all of its tokens. Images are read under the masks that `generate()` makes. The losses are means over
+the tokens of the batch; one backward through both gives the gradients.
 
 Each case is a folder for `tests/parity.py`. B examples, S padded length, L canvas length, V vocabulary:
 
 - `model/`: a transformers checkpoint, fp32, with no scale or norm equal to one;
 - `case.safetensors`: `input_ids`, `attention_mask` [B, S]; `canvas_start` [B]; `canvas_ids`, `target_ids`,
   `canvas_loss_mask` [B, L]; `coins.NAME` [B] for three sets of self-conditioning coins;
+  with images `image_mask` [B, S], `pixel_values` [I, P, D], `image_position_ids` [I, P, 2] and `image_of_row` [I];
   `expected.encoder_logsumexp` [B, S]; and for each set of coins
   `expected.NAME.diffusion_loss`, `.ar_loss` [1], `.pass2_logits` [B, L, V];
 - `grad_norms.json`: {coins: {checkpoint tensor: norm of its gradient}}, parameters without a gradient left out.
@@ -37,6 +38,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from tests.reference.float64 import DoublePrecision
 
+PATCH, POOL = 4, 3  # pixels of a patch's side, patches of a soft token's
+MOST_PATCHES = 108
 Model = Any  # DiffusionGemmaForBlockDiffusion, whose submodules' types are not declared
 PAD, EOS = 0, 1
 LAYER_TYPES = {"S": "sliding_attention", "F": "full_attention"}
@@ -49,6 +52,7 @@ class Row:
     prompt: int
     response: int
     canvas: int = 0
+    images: tuple[tuple[int, int], ...] = ()  # in the prompt: where the token that begins one is, and its soft tokens
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,12 @@ CASES = {
     "many_experts": Case(experts=12, top_k=3, heads=6, kv_heads=3, layers="SFF", same_scalars=True, seed=2),
     "one_expert_each": Case(top_k=1, experts=6, vocabulary=131, layers="FF", extra_padding=0, seed=3),
     "one_row": Case(rows=(Row(11, 13, 1),), experts=5, layers="SSSF", hidden=32, kv_heads=1, seed=4),
+    "images": Case(  # one is longer than the window, some lie across its edges
+        rows=(Row(30, 5, 0, ((2, 10), (14, 2))), Row(9, 14, 1), Row(21, 8, 0, ((11, 6),)), Row(25, 20, 2, ((0, 4),))),
+        layers="SSF",
+        train_router=False,
+        seed=6,
+    ),
     "three_rows": Case(rows=(Row(1, 1), Row(40, 3), Row(6, 17, 1)), window=5, seed=5),
 }
 
@@ -159,6 +169,10 @@ def make_batch(case: Case) -> dict[str, Tensor]:
     for row in case.rows:
         assert row.canvas * L < row.response, "the denoised canvas lies behind the response"
         text = torch.randint(3, case.vocabulary - 3, (row.prompt + row.response,), generator=draw)
+        for at, soft in row.images:
+            text[at : at + soft + 2] = torch.tensor(
+                [case.vocabulary - 3, *[case.vocabulary - 1] * soft, case.vocabulary - 2]
+            )
         tokens.append(F.pad(text, (0, -row.response % L), value=EOS))
     S = max(map(len, tokens)) + case.extra_padding
     start = torch.tensor([row.prompt + row.canvas * L for row in case.rows])
@@ -170,8 +184,9 @@ def make_batch(case: Case) -> dict[str, Tensor]:
     supervised = torch.ones(B, L, dtype=torch.bool)
     if case.holes:
         supervised[0, 3] = supervised[-1, L - 2 :] = False
+    ids = torch.stack([F.pad(text, (0, S - len(text)), value=PAD) for text in tokens])
     return {
-        "input_ids": torch.stack([F.pad(text, (0, S - len(text)), value=PAD) for text in tokens]),
+        "input_ids": ids,
         "attention_mask": torch.stack([(torch.arange(S) < len(text)).long() for text in tokens]),
         "canvas_start": start,
         "canvas_ids": noised,
@@ -180,27 +195,82 @@ def make_batch(case: Case) -> dict[str, Tensor]:
         "coins.none": torch.zeros(B, dtype=torch.bool),
         "coins.all": torch.ones(B, dtype=torch.bool),
         "coins.mixed": torch.arange(B) % 2 == 0,
+        **(
+            make_images(case, draw) | {"image_mask": ids == case.vocabulary - 1}
+            if any(r.images for r in case.rows)
+            else {}
+        ),
     }
 
 
-def canvas_logits(model: Model, before: Tensor, canvas: Tensor, coin: bool) -> Tensor:
+def make_images(case: Case, draw: torch.Generator) -> dict[str, Tensor]:
+    """Random pixels, two soft tokens high; the rest of an image's patches is padding."""
+    images = [(number, soft) for number, row in enumerate(case.rows) for _, soft in row.images]
+    pixels = torch.zeros(len(images), MOST_PATCHES, 3 * PATCH**2)
+    position = torch.full((len(images), MOST_PATCHES, 2), -1)
+    for number, (_, soft) in enumerate(images):
+        grid = torch.cartesian_prod(torch.arange(2 * POOL), torch.arange(soft // 2 * POOL)).flip(1)  # column, row
+        pixels[number, : len(grid)] = torch.rand(len(grid), 3 * PATCH**2, generator=draw)
+        position[number, : len(grid)] = grid
+    row_I = torch.tensor([row for row, _ in images])
+    return {"pixel_values": pixels, "image_position_ids": position, "image_of_row": row_I}
+
+
+def images_of(batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
+    """What the encoder takes for a row's images; nothing where it has none."""
+    mine = batch["image_of_row"] == row if "image_of_row" in batch else torch.zeros(1, dtype=torch.bool)
+    if not mine.any():
+        return {}
+    return {
+        "pixel_values": batch["pixel_values"][mine].double(),
+        "image_position_ids": batch["image_position_ids"][mine],
+    }
+
+
+def encode(model: Model, tokens: Tensor, images: dict[str, Tensor]) -> tuple[Tensor, DynamicCache]:
+    """The encoder's hidden states [S, H] and its cache, as `generate()` prepares them for a prompt with images."""
+    encoder, cache = model.model.encoder, DynamicCache(config=model.config.text_config)
+    mask = encoder.create_masks_for_generate(
+        config=model.config,
+        inputs_embeds=torch.empty(1, len(tokens), 0, dtype=torch.float64),
+        attention_mask=torch.ones_like(tokens)[None],
+        past_key_values=cache,
+        position_ids=torch.arange(len(tokens))[None],
+        mm_token_type_ids=(tokens == model.config.image_token_id)[None].long(),
+    )
+    output = encoder(input_ids=tokens[None], attention_mask=mask, past_key_values=cache, **images)
+    return output.last_hidden_state[0], cache
+
+
+def canvas_logits(model: Model, before: Tensor, canvas: Tensor, coin: bool, images: dict[str, Tensor]) -> Tensor:
     """Logits [L, V] of one canvas after the tokens `before` it, with self-conditioning when the coin says so."""
-    encode = {"input_ids": before[None], "decoder_input_ids": canvas[None]}
-    cache = lambda: DynamicCache(config=model.config.text_config)  # noqa: E731
+
+    def denoise(**conditions: Tensor) -> Tensor:
+        if images:
+            cache = encode(model, before, images)[1]
+            return model(decoder_input_ids=canvas[None], past_key_values=cache, **conditions).logits
+        cache = DynamicCache(config=model.config.text_config)
+        prompt = {"input_ids": before[None], "decoder_input_ids": canvas[None]}
+        return model(**prompt, past_key_values=cache, **conditions).logits
+
     if not coin:
-        return model(**encode, past_key_values=cache()).logits[0]
+        return denoise()[0]
     with torch.no_grad():
-        guess = model(**encode, past_key_values=cache()).logits
-    return model(**encode, past_key_values=cache(), self_conditioning_logits=guess).logits[0]
+        guess = denoise()
+    return denoise(self_conditioning_logits=guess)[0]
 
 
-def encoder_logits(model: Model, tokens: Tensor) -> Tensor:
+def encoder_logits(model: Model, tokens: Tensor, images: dict[str, Tensor]) -> Tensor:
     """The encoder's next-token logits [S, V]; the forward offers only its hidden states, the head is applied here."""
-    canvas = tokens.new_zeros(1, 1)  # the forward wants one; it changes nothing in the encoder
-    cache = DynamicCache(config=model.config.text_config)
-    output = model(input_ids=tokens[None], decoder_input_ids=canvas, past_key_values=cache)
+    if images:
+        hidden, _ = encode(model, tokens, images)
+    else:
+        canvas = tokens.new_zeros(1, 1)  # the forward wants one; it changes nothing in the encoder
+        cache = DynamicCache(config=model.config.text_config)
+        output = model(input_ids=tokens[None], decoder_input_ids=canvas, past_key_values=cache)
+        hidden = output.encoder_last_hidden_state[0]
     cap = model.config.text_config.final_logit_softcapping
-    return torch.tanh(model.lm_head(output.encoder_last_hidden_state[0]) / cap) * cap
+    return torch.tanh(model.lm_head(hidden) / cap) * cap
 
 
 def step(model: Model, batch: dict[str, Tensor], coins: str) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -210,11 +280,13 @@ def step(model: Model, batch: dict[str, Tensor], coins: str) -> tuple[dict[str, 
     with DoublePrecision():
         for b, coin in enumerate(batch[f"coins.{coins}"].tolist()):
             text = batch["input_ids"][b, : batch["attention_mask"][b].sum()]
-            logits.append(canvas_logits(model, text[: batch["canvas_start"][b]], batch["canvas_ids"][b], coin))
+            images, before = images_of(batch, b), text[: batch["canvas_start"][b]]
+            logits.append(canvas_logits(model, before, batch["canvas_ids"][b], coin, images))
             nll = F.cross_entropy(logits[-1], batch["target_ids"][b], reduction="none")
             canvas_nll.append(nll[batch["canvas_loss_mask"][b]])
-            following = encoder_logits(model, text)
-            pair_nll.append(F.cross_entropy(following[:-1], text[1:], reduction="none"))
+            following = encoder_logits(model, text, images)
+            learned = text[1:] != model.config.image_token_id
+            pair_nll.append(F.cross_entropy(following[:-1], text[1:], reduction="none")[learned])
             padding = batch["input_ids"].shape[1] - len(text)
             logsumexp.append(F.pad(following.detach().logsumexp(-1), (0, padding)))
         diffusion, ar = torch.cat(canvas_nll).mean(), torch.cat(pair_nll).mean()
