@@ -86,6 +86,10 @@ class DataSection(Section):
     chat_template_kwargs: dict[str, Any] = Field(
         default={}, description="variables of the chat template, such as enable_thinking; a row's own come first"
     )
+    allow_urls: bool = Field(default=False, description="fetch images that rows name by http(s) address")
+    max_soft_tokens: Literal[70, 140, 280, 560, 1120] | None = Field(
+        default=None, description="most tokens of an image; null: as the checkpoint's processor says"
+    )
     max_length: int = Field(default=4096, ge=2, le=10**7, description="tokens of prompt, response and fill together")
     over_length: Literal["drop", "truncate", "error"] = Field(
         default="drop",

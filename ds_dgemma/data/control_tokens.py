@@ -19,7 +19,6 @@ ControlTokenPolicy = Literal["error", "text", "allow"]
 ROLE = "role"  # a word of the template's, which may well be a token of its own
 FIRST_MARK = 0xF0000  # private use: this and the number of the token
 MARKS = re.compile("[\U000f0000-\U0010ffff]")
-TEXT_ONLY = "Images, video and audio are not trained on yet: leave this row out, or put what it shows into the text."
 THOUGHT = re.compile("think|thought|channel|reason")
 
 
@@ -122,7 +121,10 @@ def checked(
     for token in image_tokens:
         if token in together:
             where = next(name for name, text in _named(brought) if token in text)
-            raise BadRow(f"{where} holds {token}, which stands for an image. {TEXT_ONLY}")
+            raise BadRow(
+                f"{where} holds {token}, which stands for an image: take it out of the text. "
+                "An image is a part of the content, {type: image, path: ...}."
+            )
     if policy == "allow" or next(control.within(together), None) is None:
         return brought
     if policy == "error":

@@ -9,14 +9,16 @@ example file in ds_configs/examples/, a test.
 """
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 from ds_dgemma.config_data import ColumnsSection, FormatName
 from ds_dgemma.data.columns import Row, list_columns, map_columns
 from ds_dgemma.data.messages import (
+    IMAGES,
     MEDIA,
+    MISPLACED,
     TEXT_ONLY,
     WEIGHTS,
     BadRow,
@@ -32,7 +34,9 @@ from ds_dgemma.data.messages import (
     parsed,
     read_message,
     weight_of,
+    words_of,
 )
+from ds_dgemma.data.pictures import Origin, place, take_column
 from ds_dgemma.data.turns import IGNORE, Turns, history_of, list_of, pair_of, said, string, turn_list, with_system
 
 SYSTEM = ("system", "system_prompt")
@@ -67,6 +71,7 @@ class Conversation:
     weights: list[float | None]  # of each message, by the row's own word; None: it says nothing
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    has_images: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,10 +97,12 @@ def read_row(record: dict[str, Any], layout: Layout) -> tuple[Conversation | Tex
         BadRow: what is wrong with it.
     """
     row = _without(record, layout.ignore) if layout.ignore else dict(record)
+    column: list[Origin] = []
     if not MEDIA.isdisjoint(row):
+        column = take_column(row)
         for key in MEDIA & row.keys():
             if row[key]:
-                raise BadRow(f"has {key}. {TEXT_ONLY}")
+                raise BadRow(f"has {key}. {MISPLACED if key in IMAGES else TEXT_ONLY}")
     if layout.columns is not None:
         name = "data.columns"
         read = _conversation(row, map_columns(row, layout.columns), reads_system=False)
@@ -106,6 +113,11 @@ def read_row(record: dict[str, Any], layout: Layout) -> tuple[Conversation | Tex
         else:
             _demand(row, name)
         read = FORMATS[name](row)
+    if isinstance(read, Conversation):
+        messages, has_images = place(read.messages, column)
+        read = replace(read, messages=messages, has_images=has_images) if has_images else read
+    elif column:
+        raise BadRow(f"{column[0].name} stands beside running text, which has no place for it. Give a conversation.")
     unread = _left_over(row, read, name) if row else []
     for key in record.keys() - row.keys() - layout.ignore - {*TOOLS}:
         unread += [f"{key}' {name}" for name in sorted(keys_not_read(record[key]) - layout.ignore)]
@@ -320,7 +332,7 @@ def _stands_in(value: Any, read: Conversation | Text) -> bool:
     """Whether the words are those of a message: then they are not lost."""
     if not isinstance(value, str) or isinstance(read, Text):
         return False
-    return any(value.strip() == message["content"].strip() for message in read.messages)
+    return any(value.strip() == words_of(message["content"]).strip() for message in read.messages)
 
 
 def _way_out(key: str, name: str) -> str:

@@ -58,8 +58,9 @@ def check_context(messages: list[Message], tools: list[dict[str, Any]] | None, r
             hint = "Put the name into the content, or name it in data.ignore to leave it out."
             raise _left_out(f"messages[{number}].name", message["name"], rendered, hint)
         if role != "assistant":
-            text = message["content"]
-            if text.strip() not in rendered and not _tool_stands(role, text, rendered):
+            for text in _texts(message["content"]):
+                if text.strip() in rendered or _tool_stands(role, text, rendered):
+                    continue
                 hint = f"It has no place for role {role}: " + (
                     "change the template, or put this text into the first user's message."
                     if role in ("system", "developer")
@@ -80,6 +81,10 @@ def check_context(messages: list[Message], tools: list[dict[str, Any]] | None, r
         if not stands(name, rendered):
             hint = "It does not tell the model of tools: a template that does is needed, or a row without tools."
             raise _left_out(f"tools[{number}]", name, rendered, hint)
+
+
+def _texts(content: str | list[dict[str, Any]]) -> list[str]:
+    return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
 
 
 def stands(text: str, rendered: str) -> bool:

@@ -1,7 +1,7 @@
 """One message of a row, checked and brought into the form that chat templates read; and the order of messages.
 
-A message has role, content (a string, "" where there is none) and, where given, reasoning_content, tool_calls
-(arguments an object), tool_responses, tool_call_id, name. Other spellings become these; whatever else holds words is
+A message has role, content (a string, "" where there is none; parts where it has images) and, where given,
+reasoning_content, tool_calls (arguments an object), tool_responses, tool_call_id, name. Other spellings become these; whatever else holds words is
 refused by name.
 """
 
@@ -38,7 +38,10 @@ DECIDING_OF_A_TURN = DECIDING | listed(
 MEDIA = frozenset(
     [kind + ending for kind in ("image", "video", "audio") for ending in ("", "s", "_url", "_urls")] + ["input_audio"]
 )
-TEXT_ONLY = "Images, video and audio are not trained on yet: leave this row out, or put what it shows into the text."
+TEXT_ONLY = "Video and audio are not trained on: leave this row out, or put what it shows into the text."
+MISPLACED = "An image is a part of a message's content, {type: image, path: ...}, or stands in the row's column images."
+IMAGE_PARTS = ("image", "image_url")
+IMAGES = frozenset(("image", "images", "image_url", "image_urls"))
 # what other models write around thoughts and calls; here it would be learned as text
 FOREIGN = ("<think>", "<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<function=")
 EMPTY = (None, "", [], {})
@@ -77,11 +80,13 @@ def read_message(raw: Any, name: str, content_name: str | None = None) -> tuple[
     _refuse_unknown(raw, READ, name)
     message, weight = _with_extras(raw, role, name, content_name)
     content = message["content"]
+    if role == "assistant" and isinstance(content, list):
+        raise BadRow(f"{content_name} has an image, though it is the assistant's: answers are text.")
     if role == "assistant" and not content.strip() and not ("tool_calls" in message or "tool_responses" in message):
         if "reasoning_content" in message:
             raise BadRow(f"{name} is an answer that is a thought only: nothing is said. Give it a content.")
         raise BadRow(f"{content_name} is empty, though it is the assistant's: nothing to learn.")
-    check_text(content, content_name)
+    check_text(words_of(content), content_name)
     return message, weight
 
 
@@ -108,7 +113,7 @@ def _with_extras(raw: dict[str, Any], role: str, name: str, content_name: str) -
             raise BadRow(f"{name} has no content; its keys are: {', '.join(raw)}.")
         raise BadRow(f"{content_name} is null, expected a string.")
     content = raw.get("content")
-    message: Message = {"role": role, "content": "" if content is None else _text(content, content_name)}
+    message: Message = {"role": role, "content": "" if content is None else _content(content, content_name)}
     extras = {"reasoning_content": thought, "tool_calls": calls, "tool_responses": responses}
     message |= {key: value for key, value in extras.items() if value}
     for key in ("tool_call_id", "name"):
@@ -130,7 +135,7 @@ def _refuse_unknown(raw: dict[str, Any], known: frozenset[str], name: str) -> No
         if value in EMPTY:
             continue
         if key in MEDIA:
-            raise BadRow(f"{name} has {key}. {TEXT_ONLY}")
+            raise BadRow(f"{name} has {key}. {MISPLACED if key in IMAGES else TEXT_ONLY}")
         if decides(key, DECIDING_OF_A_TURN):
             raise BadRow(
                 f"{name} has {key}, which may say what is learned and is not known. Write weight (0 to 1) on each "
@@ -170,25 +175,31 @@ def decides(key: str, words: frozenset[str] = DECIDING) -> bool:
     return not words.isdisjoint(part.lower() for part in re.split(r"(?<=[a-z])(?=[A-Z])|[_\W]+", key))
 
 
-def _text(content: Any, name: str) -> str:
+def words_of(content: str | list[dict[str, Any]]) -> str:
+    """The words of a content, images left out."""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def _content(content: Any, name: str) -> str | list[dict[str, Any]]:
+    """A text; or, where it has images, a list of parts, which `pictures.py` reads on."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise BadRow(f"{name} is {kind_of(content)}, expected a string.")
     if any(isinstance(part, dict) and "role" in part for part in content):
         raise BadRow(f"{name} is a list of messages, expected a string.")
-    parts = []
     for part in content:
         if not isinstance(part, dict):
             raise BadRow(f"{name} has a part that is {kind_of(part)}, expected {{type: text, text: ...}}.")
         kind = str(part.get("type"))
+        if kind in IMAGE_PARTS:
+            continue
         if kind in MEDIA:
             raise BadRow(f"{name} has a part of type {kind}. {TEXT_ONLY}")
         if kind != "text" or not isinstance(part.get("text"), str):
-            raise BadRow(f"{name} has a part of type {kind}, only text was expected.")
+            raise BadRow(f"{name} has a part of type {kind}, only text and image were expected.")
         _refuse_unknown(part, frozenset(("type", "text")), f"a part of {name}")
-        parts.append(part["text"])
-    return "".join(parts)
+    return content if any(part["type"] in IMAGE_PARTS for part in content) else words_of(content)
 
 
 def _thought(raw: dict[str, Any], name: str) -> str | None:

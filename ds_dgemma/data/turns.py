@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ds_dgemma.data.messages import BadRow, Message, kind_of, parsed, read_message
+from ds_dgemma.data.messages import BadRow, Message, kind_of, parsed, read_message, words_of
 
 Turns = list[tuple[Message, float | None]]  # each with what the row says that it counts for
 IGNORE = "or name it in data.ignore to leave it out"
@@ -71,7 +71,7 @@ def with_system(turns: Turns, words: str) -> Turns:
     first = turns[0][0]
     if first["role"] not in ("system", "developer"):
         return [said("system", words, "system"), *turns]
-    if first["content"].strip() != words.strip():
+    if words_of(first["content"]).strip() != words.strip():
         raise BadRow(
             f"the row's system text is another than that of its first message, which is from {first['role']}. Keep "
             f"one of them, {IGNORE} (system)."

@@ -1,0 +1,207 @@
+"""Image files: found, checked, measured in soft tokens, and made into patches by the checkpoint's own processor.
+
+What a row brings as bytes, or an address that is fetched, is kept once in a folder under `HF_HOME`, named by its
+content, so every image is a file. Patches are made when a batch is (280 soft tokens are 7.7 MB of them), and the file
+must then still be what was measured.
+
+Shapes: P patches with D numbers each. Source: transformers `image_processing_pil_gemma4.py`.
+"""
+
+import hashlib
+import io
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.request import urlopen
+
+import numpy as np
+from huggingface_hub.constants import HF_HOME
+from PIL import Image as Pillow
+from transformers import AutoImageProcessor, PreTrainedTokenizerFast
+from transformers.image_utils import load_image
+from transformers.models.gemma4.image_processing_pil_gemma4 import get_aspect_ratio_preserving_size
+
+from ds_dgemma.data.batch import Image
+from ds_dgemma.data.messages import BadRow
+from ds_dgemma.data.pictures import Origin, is_url
+from ds_dgemma.errors import UserError, first_line
+
+FOLDER = Path(HF_HOME) / "ds_dgemma" / "images"
+MOST_PIXELS = 2**26
+MOST_BYTES = 2**26  # of an address that is fetched
+SECONDS = 30
+
+
+class Measured(NamedTuple):
+    """An image that was found good."""
+
+    tokens: int  # soft ones
+    file: str
+    digest: str  # of the file's bytes
+    width: int  # pixels
+    height: int
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """How images are read for one checkpoint."""
+
+    directory: Path  # of the checkpoint
+    tokens: tuple[str, ...]  # the tokenizer's for an image, its begin and its end
+    allow_urls: bool = False
+    max_soft_tokens: int | None = None  # None: the processor's own
+    folder: Path = FOLDER
+
+    @cached_property
+    def processor(self) -> Any:
+        """The checkpoint's.
+
+        Raises:
+            UserError: it has none, or it is of another kind.
+        """
+        if len(self.tokens) != 3:
+            raise UserError(f"the tokenizer of {self.directory} has no tokens for images, so rows may not have any.")
+        try:
+            # Pillow's, also where torchvision is installed: rows must not depend on what else is
+            processor: Any = AutoImageProcessor.from_pretrained(self.directory, backend="pil")
+        except Exception as error:  # transformers raises many kinds; each means that there is no usable one
+            raise UserError(
+                f"{self.directory} has no image processor, but rows have images: {first_line(error)}. Copy "
+                "processor_config.json or preprocessor_config.json of the model beside it."
+            ) from error
+        if not hasattr(processor, "max_soft_tokens"):
+            raise UserError(f"{self.directory} has a {type(processor).__name__}; Gemma 4's image processor is needed.")
+        if self.max_soft_tokens:
+            processor.max_soft_tokens = self.max_soft_tokens
+        return processor
+
+    @property
+    def settings(self) -> str:
+        """Equal settings, equal soft tokens and patches."""
+        return self.processor.to_json_string() + str(self.allow_urls)
+
+    def written(self, tokens: int) -> str:
+        """An image as the tokenizer reads it, as transformers' `Gemma4Processor` writes it."""
+        image, begin, end = self.tokens
+        return f"{begin}{image * tokens}{end}"
+
+    def find(self, origin: Origin) -> Measured:
+        """Check an image and measure it.
+
+        Raises:
+            BadRow: it is missing, broken, animated, too large or of a shape that the processor refuses.
+        """
+        data = self._bytes(origin)
+        digest = hashlib.sha256(data).hexdigest()
+        width, height = _checked(data, origin)
+        tokens = self._soft_tokens(width, height, origin)
+        is_file = isinstance(origin.address, str) and not is_url(origin.address)
+        file = str(origin.address) if is_file else self._kept(data, digest)
+        return Measured(tokens, file, digest, width, height)
+
+    def patches(self, image: Image) -> tuple[np.ndarray, np.ndarray]:
+        """Patches [P, D] in fp32, and their columns and rows [P, 2]; padding is cut off.
+
+        Raises:
+            UserError: the file is not what it was when rows were read.
+        """
+        return _patches(self, image)
+
+    def _bytes(self, origin: Origin) -> bytes:
+        if isinstance(origin.address, bytes):
+            return origin.address
+        if is_url(origin.address):
+            return self._fetched(origin)
+        try:
+            return Path(origin.address).read_bytes()
+        except OSError as error:
+            raise BadRow(f"{origin.name}: no image {origin.address}: {error.strerror or error}.") from error
+
+    def _fetched(self, origin: Origin) -> bytes:
+        if not self.allow_urls:
+            raise BadRow(
+                f"{origin.name} is {origin.address!s:.80}, which would be fetched. Set data.allow_urls: true, or give "
+                "a file."
+            )
+        try:
+            with urlopen(str(origin.address), timeout=SECONDS) as answer:
+                data = answer.read(MOST_BYTES + 1)
+        except (OSError, ValueError) as error:
+            raise BadRow(f"{origin.name}: {origin.address!s:.80} cannot be fetched: {first_line(error)}.") from error
+        if len(data) > MOST_BYTES:
+            raise BadRow(f"{origin.name}: {origin.address!s:.80} has over {MOST_BYTES // 2**20} MiB.")
+        return data
+
+    def _kept(self, data: bytes, digest: str) -> str:
+        path = self.folder / digest
+        if not path.exists():
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
+                    file.write(data)
+                os.replace(file.name, path)
+            except OSError as error:
+                raise UserError(
+                    f"images of rows cannot be kept in {self.folder}: {error.strerror or error}. Set HF_HOME to a "
+                    "writable folder with room."
+                ) from error
+        return str(path)
+
+    def _soft_tokens(self, width: int, height: int, origin: Origin) -> int:
+        own = self.processor
+        pool, patch = own.pooling_kernel_size, own.patch_size
+        try:
+            high, wide = get_aspect_ratio_preserving_size(height, width, patch, own.max_soft_tokens * pool**2, pool)
+        except ValueError as error:
+            raise BadRow(f"{origin.name}: {width} x {height} pixels, which the processor refuses: {error}") from error
+        return (high // patch) * (wide // patch) // pool**2
+
+
+@lru_cache(maxsize=64)
+def _patches(files: ImageFiles, image: Image) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        data = Path(image.file).read_bytes()
+    except OSError as error:
+        raise UserError(f"{image.file}: an image of the data is gone: {error.strerror or error}.") from error
+    if hashlib.sha256(data).hexdigest() != image.digest:
+        raise UserError(f"{image.file}: this image has changed since the rows were read. Start again to read it anew.")
+    with _opened(data) as picture:
+        # as transformers' processors load images: turned by EXIF, in RGB
+        made = files.processor(load_image(picture), return_tensors="np")
+    pixels, position = made["pixel_values"][0], made["image_position_ids"][0]
+    if (tokens := int(made["num_soft_tokens_per_image"][0])) != image.tokens:
+        raise UserError(f"{image.file}: {tokens} soft tokens, but the rows were read with {image.tokens}.")
+    return np.asarray(pixels, np.float32), np.asarray(position, np.int64)
+
+
+def _checked(data: bytes, origin: Origin) -> tuple[int, int]:
+    """Width and height of an image, as it is seen: turned by its EXIF mark."""
+    where = f"{origin.name}: {origin.address}" if isinstance(origin.address, str) else origin.name
+    try:
+        with _opened(data) as picture:
+            if (frames := getattr(picture, "n_frames", 1)) > 1:
+                raise BadRow(f"{where} has {frames} frames: a still image was expected.")
+            if picture.width * picture.height > MOST_PIXELS:
+                raise BadRow(
+                    f"{where} has {picture.width} x {picture.height} pixels, at most {MOST_PIXELS // 2**20} million "
+                    "were expected: scale it down."
+                )
+            return load_image(picture).size
+    except (OSError, SyntaxError, ValueError, Pillow.DecompressionBombError) as error:
+        raise BadRow(f"{where} is no image, or a broken one: {first_line(error)}.") from error
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Pillow.Image]:
+    with Pillow.open(io.BytesIO(data)) as picture:
+        yield picture
+
+
+def beside(tokenizer: PreTrainedTokenizerFast, tokens: tuple[str, ...], data: Any) -> ImageFiles:
+    """Images for the checkpoint that a tokenizer was loaded from, by the settings of `config_data.DataSection`."""
+    return ImageFiles(Path(tokenizer.name_or_path), tokens, data.allow_urls, data.max_soft_tokens)
