@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from ds_dgemma.data.batch import Example, Span
+from ds_dgemma.data.batch import Example, Image, Span
 
 OverLength = Literal["drop", "truncate", "error"]
 ArTokens = Literal["all", "learned"]
@@ -58,11 +58,12 @@ class Cut:
         scored_from: int = 1,
         is_cut: bool = False,
         starts_anywhere: bool = False,
+        images: Sequence[Image] = (),
     ) -> Example:
         """Lay out a document whose last span ends it, filled with EOS to whole canvases of that span.
 
         `scored_from`: tokens before it are no targets of the AR loss, for another document of the row has them.
-        `is_cut`: the last span goes on, and gets no EOS.
+        `is_cut`: the last span goes on, and gets no EOS. Soft tokens of images are no targets of the AR loss.
         """
         last = spans[-1]
         length = len(ids) - last.start + (not is_cut and ids[-1] != self.eos_id)
@@ -73,6 +74,8 @@ class Cut:
             ar_weight_S[span.start : span.end] = span.weight
         ar_weight_S[last.end :] = last.weight
         ar_weight_S[: max(scored_from, 1)] = 0.0
-        return Example(
-            sample_id, tokens_S, tuple(spans), ar_weight_S, self.canvas_length, self.eos_id, is_cut, starts_anywhere
-        )
+        seen = tuple(image for image in images if image.start < last.start)
+        for image in seen:
+            ar_weight_S[image.start : image.start + image.tokens] = 0.0
+        length, eos = self.canvas_length, self.eos_id
+        return Example(sample_id, tokens_S, tuple(spans), ar_weight_S, length, eos, is_cut, starts_anywhere, seen)

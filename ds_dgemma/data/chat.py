@@ -24,6 +24,7 @@ from ds_dgemma.data.drafter import Drafter
 from ds_dgemma.data.drafts import Draft
 from ds_dgemma.data.encoding import Encoder, TokenizedText
 from ds_dgemma.data.formats import BadRow, Conversation, Message, Text
+from ds_dgemma.data.image_files import Measured
 from ds_dgemma.data.rendering import ChatTemplate, as_templates_read
 
 
@@ -36,6 +37,7 @@ class Document:
     spans: tuple[Span, ...]  # in order; the last has a weight. One of weight 0 is an answer that is not to be learned
     scored_from: int  # tokens before it are AR targets in another document of the row
     starts_anywhere: bool  # running text
+    images: tuple[tuple[int, Measured], ...] = ()  # each with the place of its first soft token
 
 
 class _Tokens(NamedTuple):
@@ -62,7 +64,7 @@ def tokenize_rows(
             drafts += [(place, draft) for draft in drafter.drafts(data)]
         except BadRow as problem:
             bad[place] = problem
-    writer = _Writer(drafter.tokenizer)
+    writer = _Writer(drafter.tokenizer, drafter.image_token)
     while drafts:  # once, and again for answers whose borders are no token borders
         alone = []
         for (place, draft), tokens in zip(drafts, writer.encode([draft for _, draft in drafts]), strict=True):
@@ -98,7 +100,8 @@ def prompt_text(
 class _Writer:
     """Drafts to documents."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, image_token: str | None):
+        self._image_id = image_token and tokenizer.convert_tokens_to_ids(image_token)
         self._encoder = Encoder(tokenizer, control_tokens_of(tokenizer))
         bos: Any = tokenizer.bos_token_id
         self._bos: list[int] = [] if bos is None else [bos]
@@ -169,7 +172,19 @@ class _Writer:
         spans.sort()
         shared = max((_shared(tokens.ids, other.ids) for other in others), default=1)
         first = next(span.start for span in spans if span.weight)
-        return Document(row, tokens.ids, tuple(spans), max(min(shared, first), 1), False), alone
+        images = self._images(tokens.ids, draft.images)
+        return Document(row, tokens.ids, tuple(spans), max(min(shared, first), 1), False, images), alone
+
+    def _images(self, ids: list[int], images: Sequence[Measured]) -> tuple[tuple[int, Measured], ...]:
+        """Those of a row's images that are in a document, each with its place."""
+        found, behind = [], 0
+        for image in images:
+            if self._image_id not in ids[behind:]:
+                break
+            start = ids.index(self._image_id, behind)
+            found.append((start, image))
+            behind = start + image.tokens
+        return tuple(found)
 
 
 def _shared(ids: list[int], others: list[int]) -> int:

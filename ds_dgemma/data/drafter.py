@@ -13,6 +13,9 @@ from ds_dgemma.data.control_tokens import ControlTokenPolicy, checked, control_t
 from ds_dgemma.data.declarations import Unseen, unseen_parts
 from ds_dgemma.data.drafts import Chat, Draft, Learned
 from ds_dgemma.data.formats import BadRow, Conversation, Text
+from ds_dgemma.data.image_files import ImageFiles, Measured
+from ds_dgemma.data.messages import Message
+from ds_dgemma.data.pictures import image_parts, origins
 from ds_dgemma.data.recipes import Recipes
 from ds_dgemma.data.rendering import ChatTemplate, Render, as_templates_read
 
@@ -28,20 +31,27 @@ class Drafter:
         learn: Learn,
         policy: ControlTokenPolicy,
         variables: dict[str, Any],
-        image_tokens: Collection[str] = (),
+        images: ImageFiles | None = None,
         ignore: Collection[str] = (),
     ):
+        """`images`: how those of rows are read; None: the model has no tokens for any."""
         self.tokenizer = tokenizer
         self.unread: Counter[str] = Counter()  # parts of tools' declarations that are not shown and say nothing
         self._learn: Learn = learn
         self._policy: ControlTokenPolicy = policy
         self._variables = variables
-        self._image_tokens = image_tokens
+        self._images = images
+        self._image_tokens: Collection[str] = images.tokens if images else ()
         self._ignore = ignore
         self._unseen: dict[tuple[str, str], list[Unseen]] = {}
         self._control = control_tokens_of(tokenizer)
         self._template: ChatTemplate | None = None  # running text needs none
         self._recipes: Recipes | None = None
+
+    @property
+    def image_token(self) -> str | None:
+        """What stands for a soft token of an image."""
+        return next(iter(self._image_tokens), None)
 
     def drafts(self, data: Conversation | Text) -> list[Draft]:
         """The documents of a row; the one that ends with its last learned answer first.
@@ -53,7 +63,7 @@ class Drafter:
         if isinstance(data, Text):
             return [self._running(data.text)]
         template = self._template = self._template or ChatTemplate(self.tokenizer, self._variables)
-        if data.tools is None and not data.template_kwargs:
+        if data.tools is None and not data.template_kwargs and not data.has_images:
             self._recipes = self._recipes or Recipes(
                 *template.without_tools(), self._control, self._image_tokens, self._by
             )
@@ -69,11 +79,38 @@ class Drafter:
         kept = checked(brought, self._control, self._policy, self._image_tokens)
         messages = as_templates_read(kept["messages"])
         render = render or template.for_row(kept["tools"], kept["chat_template_kwargs"])
+        found = self._find(data) if data.has_images else []
+        if found:
+            render = self._with_images(render, found)
         if kept["tools"]:
             self._check_tools(kept["tools"], kept["chat_template_kwargs"])
         answers = answers_of(messages, data.weights, render)
         weights = learned_weights(answers, self._learn)
-        return Chat(kept["tools"], answers, weights, render, self._control, kept is not brought).drafts()
+        return Chat(kept["tools"], answers, weights, render, self._control, kept is not brought, found).drafts()
+
+    def _find(self, data: Conversation) -> list[Measured]:
+        if self._images is None:
+            raise BadRow("has images, and this model has no tokens for them.")
+        return [self._images.find(origin) for origin in origins(data.messages)]
+
+    def _with_images(self, render: Render, found: list[Measured]) -> Render:
+        """A rendering in which every image has as many tokens as it takes."""
+        files = self._images
+        assert files
+        place = files.tokens[0]
+
+        def expanded(messages: list[Message], add_generation_prompt: bool) -> str:
+            first, *others = render(messages, add_generation_prompt).split(place)
+            count = sum(1 for _ in image_parts(messages))
+            if len(others) != count:
+                raise BadRow(
+                    f"the chat template writes {len(others)} of {count} images: it has no place for one in such a "
+                    "message. Change the template, or the row."
+                )
+            pieces = zip(found, others, strict=False)
+            return first + "".join(files.written(image.tokens) + text for image, text in pieces)
+
+        return expanded
 
     def _check_tools(self, tools: list[dict[str, Any]], variables: dict[str, Any]) -> None:
         """Refuse declarations with words that the template does not show, and note other parts."""

@@ -5,13 +5,14 @@ and response begin that document; where the template writes it differently once 
 drops earlier thoughts), it gets a document of its own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ds_dgemma.data.answers import Answer
 from ds_dgemma.data.control_tokens import ControlTokens
 from ds_dgemma.data.formats import BadRow, Message
+from ds_dgemma.data.image_files import Measured
 from ds_dgemma.data.left_out import check_answer, check_context, stands
 from ds_dgemma.data.rendering import Render, split
 
@@ -56,6 +57,7 @@ class Draft:
     alone: "Callable[[Learned], Draft] | None" = None  # a document that ends with an earlier answer; None: running text
     hidden: bool = False  # control tokens are hidden in it
     tail: Tail | None = None
+    images: Sequence[Measured] = ()  # of the row, in order; those of the prompt are the first
 
     def takes(self, answer: Learned) -> bool:
         """Whether an earlier answer and all before it begin this document."""
@@ -75,6 +77,7 @@ class Chat:
     render: Render
     control: ControlTokens
     hidden: bool
+    images: Sequence[Measured] = ()
 
     def drafts(self) -> list[Draft]:
         """Every learned answer in a document."""
@@ -98,7 +101,7 @@ class Chat:
             if weight == 0:
                 unlearned.append(Unlearned(*self._place(answer, last.prompt), number))
             number += bool(weight)
-        return Draft(last, unlearned=unlearned, alone=self.draft, hidden=self.hidden)
+        return Draft(last, unlearned=unlearned, alone=self.draft, hidden=self.hidden, images=self.images)
 
     def _learned(self, place: int, number: int) -> Learned:
         answer = self.answers[place]

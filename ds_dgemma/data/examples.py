@@ -11,7 +11,7 @@ from ds_dgemma.data.batch import Example, Span
 from ds_dgemma.data.canvas import Cut
 from ds_dgemma.data.reading import SHOWN
 from ds_dgemma.data.sources import Source
-from ds_dgemma.data.token_cache import Documents, span_counts
+from ds_dgemma.data.token_cache import Documents, images_of, span_counts
 from ds_dgemma.errors import UserError, counted
 
 ROW_BITS = 40  # of a sample id; above them stands the source's number
@@ -87,7 +87,10 @@ class SourceExamples:
         room = int(self.length_N[index])
         is_cut = last.end + int(ids[last.end - 1] != self.cut.eos_id) > room
         last = last._replace(end=min(last.end, room))
-        return self.cut.example(sample, ids[: last.end], [*others, last], int(entry["scored_from"]), is_cut)
+        images = images_of(self.documents, document)
+        return self.cut.example(
+            sample, ids[: last.end], [*others, last], int(entry["scored_from"]), is_cut, images=images
+        )
 
     def _spans(self, document: int) -> list[Span]:
         table, found = self.documents.documents, self.documents.spans

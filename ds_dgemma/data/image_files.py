@@ -22,13 +22,15 @@ from urllib.request import urlopen
 import numpy as np
 from huggingface_hub.constants import HF_HOME
 from PIL import Image as Pillow
-from transformers import AutoImageProcessor, PreTrainedTokenizerFast
+from transformers import AutoImageProcessor, DiffusionGemmaConfig, PreTrainedTokenizerFast
 from transformers.image_utils import load_image
 from transformers.models.gemma4.image_processing_pil_gemma4 import get_aspect_ratio_preserving_size
 
+from ds_dgemma.config_data import DataSection
 from ds_dgemma.data.batch import Image
 from ds_dgemma.data.messages import BadRow
 from ds_dgemma.data.pictures import Origin, is_url
+from ds_dgemma.data.tokenizer import image_tokens
 from ds_dgemma.errors import UserError, first_line
 
 FOLDER = Path(HF_HOME) / "ds_dgemma" / "images"
@@ -176,7 +178,8 @@ def _patches(files: ImageFiles, image: Image) -> tuple[np.ndarray, np.ndarray]:
     pixels, position = made["pixel_values"][0], made["image_position_ids"][0]
     if (tokens := int(made["num_soft_tokens_per_image"][0])) != image.tokens:
         raise UserError(f"{image.file}: {tokens} soft tokens, but the rows were read with {image.tokens}.")
-    return np.asarray(pixels, np.float32), np.asarray(position, np.int64)
+    is_real = (position >= 0).all(-1)
+    return np.asarray(pixels[is_real], np.float32), np.asarray(position[is_real], np.int64)
 
 
 def _checked(data: bytes, origin: Origin) -> tuple[int, int]:
@@ -202,6 +205,7 @@ def _opened(data: bytes) -> Iterator[Pillow.Image]:
         yield picture
 
 
-def beside(tokenizer: PreTrainedTokenizerFast, tokens: tuple[str, ...], data: Any) -> ImageFiles:
-    """Images for the checkpoint that a tokenizer was loaded from, by the settings of `config_data.DataSection`."""
+def image_files(tokenizer: PreTrainedTokenizerFast, spec: DiffusionGemmaConfig, data: DataSection) -> ImageFiles:
+    """How images are read for the checkpoint that a tokenizer was loaded from."""
+    tokens = image_tokens(tokenizer, (spec.image_token_id, spec.boi_token_id, spec.eoi_token_id))
     return ImageFiles(Path(tokenizer.name_or_path), tokens, data.allow_urls, data.max_soft_tokens)

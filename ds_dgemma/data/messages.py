@@ -1,8 +1,8 @@
 """One message of a row, checked and brought into the form that chat templates read; and the order of messages.
 
 A message has role, content (a string, "" where there is none; parts where it has images) and, where given,
-reasoning_content, tool_calls (arguments an object), tool_responses, tool_call_id, name. Other spellings become these; whatever else holds words is
-refused by name.
+reasoning_content, tool_calls (arguments an object), tool_responses, tool_call_id, name. Other spellings become these;
+whatever else holds words is refused by name.
 """
 
 import json

@@ -7,12 +7,12 @@ from transformers import DiffusionGemmaConfig, PreTrainedTokenizerFast
 from ds_dgemma.config import RunConfig
 from ds_dgemma.data.canvas import Cut
 from ds_dgemma.data.examples import ExampleSet, examples_of
+from ds_dgemma.data.image_files import image_files
 from ds_dgemma.data.order import Arrangement, Order
 from ds_dgemma.data.rows import RowReader
 from ds_dgemma.data.sources import Split, open_sources
 from ds_dgemma.data.streaming import StreamedExamples
 from ds_dgemma.data.token_cache import DEFAULT_FOLDER, tokenized_rows
-from ds_dgemma.data.tokenizer import image_tokens
 from ds_dgemma.errors import UserError
 
 
@@ -27,7 +27,7 @@ def open_readers(
     canvas_length, eos_id, data = spec.canvas_length, tokenizer.eos_token_id, config.data
     assert isinstance(canvas_length, int)
     assert isinstance(eos_id, int)
-    images = image_tokens(tokenizer, (spec.image_token_id, spec.boi_token_id, spec.eoi_token_id))
+    images = image_files(tokenizer, spec, data)
     readers = tuple(RowReader(source, tokenizer, data, images) for source in open_sources(data, split))
     return readers, Cut(data.max_length, data.over_length, canvas_length, eos_id, config.objective.ar_tokens)
 

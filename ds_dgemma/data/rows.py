@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,10 +12,11 @@ from transformers import PreTrainedTokenizerFast
 from ds_dgemma.config_data import DataSection
 from ds_dgemma.data.chat import Document, tokenize_rows
 from ds_dgemma.data.drafter import Drafter
+from ds_dgemma.data.image_files import ImageFiles
 from ds_dgemma.data.reading import Reading
 from ds_dgemma.data.sources import Chunk, Source, read_rows
 
-FORMAT = 3  # raise it when what is made of a row changes
+FORMAT = 4  # raise it when what is made of a row changes
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class RowReader:
     source: Source
     tokenizer: PreTrainedTokenizerFast
     data: DataSection
-    image_tokens: Collection[str]
+    images: ImageFiles
 
     @property
     def digest(self) -> str:
@@ -40,7 +40,7 @@ class RowReader:
             data.invalid,
             data.control_tokens,
             data.chat_template_kwargs,
-            sorted(self.image_tokens),
+            [self.images.tokens, self.images.allow_urls, self.images.max_soft_tokens],
             tokenizer.backend_tokenizer.to_str(),
             tokenizer.chat_template,
             {name: str(token) for name, token in tokenizer.special_tokens_map.items()},  # templates read them
@@ -51,7 +51,7 @@ class RowReader:
         """The documents of a piece of work, and what was seen in it."""
         reading, documents, drafter = Reading(), [], self._drafter
         drafter.unread.clear()
-        for made in tokenize_rows(list(read_rows(chunk, self.source.layout, reading)), drafter):
+        for made in tokenize_rows(list(read_rows(chunk, self.source, reading)), drafter):
             if isinstance(made, Document):
                 documents.append(made)
             else:
@@ -64,7 +64,7 @@ class RowReader:
         """It learns what the template does, so it is kept from piece to piece."""
         data, ignore = self.data, self.source.layout.ignore
         policy, variables = data.control_tokens, data.chat_template_kwargs
-        return Drafter(self.tokenizer, self.source.learn, policy, variables, self.image_tokens, ignore)
+        return Drafter(self.tokenizer, self.source.learn, policy, variables, self.images, ignore)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_drafter"}  # compiled templates stay here

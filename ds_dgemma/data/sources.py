@@ -9,7 +9,7 @@ import glob
 import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -19,6 +19,7 @@ from ds_dgemma.config_data import DataSection, Learn, SourceSection
 from ds_dgemma.data.formats import Conversation, Layout, Text, read_row
 from ds_dgemma.data.json_files import JsonArray, JsonLines, NumberedRows, opens_an_array
 from ds_dgemma.data.messages import BadRow, foreign_marks, names_within
+from ds_dgemma.data.pictures import placed_in
 from ds_dgemma.data.reading import Reading
 from ds_dgemma.data.tables import csv_file, hub_dataset, parquet_file, saved_dataset
 from ds_dgemma.errors import UserError, did_you_mean, told
@@ -113,6 +114,11 @@ class Source:
         part, own = self._place(row)
         return part.where(own)
 
+    def folder(self, row: int) -> Path:
+        """Where the paths in a row begin: beside its file; of a hub dataset, where the run was started."""
+        path = self._place(row)[0].path
+        return Path.cwd() if path is None else path.resolve().parent
+
     @cached_property
     def _starts(self) -> list[int]:
         return list(accumulate((part.count() if self.streaming else len(part) for part in self.parts), initial=0))
@@ -136,8 +142,9 @@ def open_sources(data: DataSection, split: Split) -> list[Source]:
     return [_open(entry, data, split) for entry in entries]
 
 
-def read_rows(chunk: Chunk, layout: Layout, reading: Reading) -> Iterator[tuple[int, Conversation | Text]]:
+def read_rows(chunk: Chunk, source: Source, reading: Reading) -> Iterator[tuple[int, Conversation | Text]]:
     """Yield a chunk's good rows; note in `reading` the bad ones, and the keys that are not read."""
+    layout = source.layout
     for row, record in chunk.rows(reading):
         if isinstance(record, BadRow):
             continue  # noted already
@@ -151,6 +158,8 @@ def read_rows(chunk: Chunk, layout: Layout, reading: Reading) -> Iterator[tuple[
         if unread:
             reading.unread.update(unread)
         if isinstance(read, Conversation):
+            if read.has_images:
+                read = replace(read, messages=placed_in(read.messages, source.folder(row)))
             reading.foreign.update(foreign_marks(read.messages))
         yield row, read
 

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -26,6 +26,7 @@ from huggingface_hub.constants import HF_HOME
 from rich.console import Console
 from rich.progress import Progress
 
+from ds_dgemma.data.batch import Image
 from ds_dgemma.data.chat import Document
 from ds_dgemma.data.reading import Reading, settle
 from ds_dgemma.data.rows import RowReader
@@ -36,9 +37,24 @@ from ds_dgemma.errors import UserError
 PARALLEL_FROM = 20_000  # rows; fewer are done before worker processes are up
 MAX_WORKERS = 16
 DEFAULT_FOLDER = Path(HF_HOME) / "ds_dgemma" / "tokens"
-TOKENS, DOCUMENTS, SPANS, TOLD = "tokens.bin", "documents.npy", "spans.npy", "told.json"
+TOKENS, DOCUMENTS, SPANS, IMAGES, NAMES = "tokens.bin", "documents.npy", "spans.npy", "images.npy", "names.npy"
+TOLD = "told.json"
 DOCUMENT = np.dtype(
-    [("row", "i8"), ("start", "i8"), ("length", "i4"), ("scored_from", "i4"), ("first_span", "i8"), ("is_text", "?")]
+    [
+        ("row", "i8"),
+        ("start", "i8"),
+        ("length", "i4"),
+        ("scored_from", "i4"),
+        ("first_span", "i8"),
+        ("is_text", "?"),
+        ("first_image", "i8"),
+    ]
+)
+IMAGE = np.dtype(
+    [
+        *(("start", "i4"), ("tokens", "i4"), ("digest", "S64")),
+        *(("name_start", "i8"), ("name_length", "i4"), ("size", "i8"), ("changed", "i8")),  # of its file
+    ]
 )
 SPAN = np.dtype([("start", "i4"), ("end", "i4"), ("weight", "f4"), ("number", "i4")])
 
@@ -63,6 +79,35 @@ class Documents(Protocol):
         """Of all documents, int32."""
         ...
 
+    @property
+    def images(self) -> np.ndarray:
+        """Of all documents, IMAGE."""
+        ...
+
+    @property
+    def names(self) -> np.ndarray:
+        """The names of the images' files, one behind another, uint8."""
+        ...
+
+
+def images_of(held: Documents, document: int) -> tuple[Image, ...]:
+    """The images of a document."""
+    if not len(held.images):
+        return ()
+    first = int(held.documents[document]["first_image"])
+    last = document + 1 == len(held.documents)
+    end = len(held.images) if last else int(held.documents[document + 1]["first_image"])
+    return tuple(_image(held, entry) for entry in held.images[first:end])
+
+
+def _image(held: Documents, entry: np.void) -> Image:
+    return Image(int(entry["start"]), int(entry["tokens"]), _name(held, entry), entry["digest"].decode())
+
+
+def _name(held: Documents, entry: np.void) -> str:
+    start = int(entry["name_start"])
+    return os.fsdecode(held.names[start : start + int(entry["name_length"])].tobytes())
+
 
 def span_counts(held: Documents) -> np.ndarray:
     """How many spans each document has."""
@@ -76,6 +121,8 @@ class Held:
     documents: np.ndarray
     spans: np.ndarray
     tokens: np.ndarray
+    images: np.ndarray
+    names: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -95,6 +142,14 @@ class Stored:
     @property
     def tokens(self) -> np.ndarray:
         return _tokens(self.folder / TOKENS)
+
+    @property
+    def images(self) -> np.ndarray:
+        return _table(self.folder / IMAGES)
+
+    @property
+    def names(self) -> np.ndarray:
+        return _table(self.folder / NAMES)
 
     @property
     def told(self) -> list[str]:
@@ -124,6 +179,8 @@ def tokenized_rows(reader: RowReader, split: Split, shows: bool, cache: Path = D
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_suffix(".lock")):
+            if folder.exists() and not _as_they_were(Stored(folder)):
+                shutil.rmtree(folder)
             if not folder.exists():
                 _write(folder, reader, split, shows)
         return Stored(folder)
@@ -136,8 +193,21 @@ def tokenized_rows(reader: RowReader, split: Split, shows: bool, cache: Path = D
 
 def held_rows(reader: RowReader, chunk: Chunk) -> tuple[Held, Reading]:
     """Tokenize some rows of a source, and keep them in memory."""
-    tokens, documents, spans, reading = _tokenize_chunk(chunk, reader)
-    return Held(_with_starts(documents), spans, tokens), reading
+    made, reading = _tokenize_chunk(chunk, reader)
+    return _together([made]), reading
+
+
+def _as_they_were(stored: Stored) -> bool:
+    """Whether the files of all images have the size and the date that they had."""
+    return all((entry["size"], entry["changed"]) == _stamp(_name(stored, entry)) for entry in stored.images)
+
+
+def _stamp(file: str) -> tuple[int, int]:
+    try:
+        status = os.stat(file)
+    except OSError:
+        return (-1, -1)
+    return status.st_size, status.st_mtime_ns
 
 
 @contextmanager
@@ -154,9 +224,11 @@ def _locked(path: Path) -> Iterator[None]:
 def _write(folder: Path, reader: RowReader, split: Split, shows: bool) -> None:
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        documents, spans, reading = _tokenize(reader, beside / TOKENS, shows)
+        pieces, reading = _tokenize(reader, beside / TOKENS, shows)
         told = settle([(reader.source, reading)], split, reader.data.invalid)
-        for name, table in ((DOCUMENTS, _with_starts(np.concatenate(documents))), (SPANS, np.concatenate(spans))):
+        made = _together(pieces)
+        tables = {DOCUMENTS: made.documents, SPANS: made.spans, IMAGES: made.images, NAMES: made.names}
+        for name, table in tables.items():
             with (beside / name).open("wb") as file:
                 np.save(file, table)
                 _sync(file)
@@ -169,32 +241,37 @@ def _write(folder: Path, reader: RowReader, split: Split, shows: bool) -> None:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _with_starts(documents: np.ndarray) -> np.ndarray:
-    """Documents behind one another; `first_span` held how many spans each has."""
-    documents["start"] = np.cumsum(documents["length"], dtype=np.int64) - documents["length"]
-    documents["first_span"] = np.cumsum(documents["first_span"]) - documents["first_span"]
-    return documents
+def _together(pieces: list[Held]) -> Held:
+    """Documents behind one another; `first_span` and `first_image` held how many each has."""
+    documents, spans, tokens, images, names = (
+        np.concatenate([getattr(piece, name) for piece in pieces])
+        for name in ("documents", "spans", "tokens", "images", "names")
+    )
+    for begin, size in (("start", "length"), ("first_span", "first_span"), ("first_image", "first_image")):
+        documents[begin] = np.cumsum(documents[size], dtype=np.int64) - documents[size]
+    images["name_start"] = np.cumsum(images["name_length"], dtype=np.int64) - images["name_length"]
+    return Held(documents, spans, tokens, images, names)
 
 
-def _tokenize(reader: RowReader, path: Path, shows: bool) -> tuple[list[np.ndarray], list[np.ndarray], Reading]:
+def _tokenize(reader: RowReader, path: Path, shows: bool) -> tuple[list[Held], Reading]:
     source = reader.source
     workers = min(len(os.sched_getaffinity(0)), MAX_WORKERS) if len(source) >= PARALLEL_FROM else 0
     made = map_in_order(partial(_tokenize_chunk, reader=reader), source.chunks(), workers)
-    documents, spans, reading = [np.empty(0, DOCUMENT)], [np.empty(0, SPAN)], Reading()
+    no_tokens = np.empty(0, np.int32)
+    pieces, reading = [_held([], no_tokens)], Reading()
     console = Console(stderr=True)
     with (
         path.open("wb") as file,
         Progress(console=console, transient=True, disable=not (shows and console.is_terminal)) as progress,
     ):
         task = progress.add_task(f"tokenizing {source.name}", total=len(source))
-        for tokens, document_table, span_table, read in made:
-            tokens.tofile(file)
-            documents.append(document_table)
-            spans.append(span_table)
+        for piece, read in made:
+            piece.tokens.tofile(file)
+            pieces.append(replace(piece, tokens=no_tokens))
             reading.add(read)
             progress.advance(task, read.rows)
         _sync(file)
-    return documents, spans, reading
+    return pieces, reading
 
 
 def _sync(file: BinaryIO) -> None:
@@ -202,15 +279,31 @@ def _sync(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _tokenize_chunk(chunk: Chunk, reader: RowReader) -> tuple[np.ndarray, np.ndarray, np.ndarray, Reading]:
-    """Return the chunk's tokens in one row, DOCUMENT with counts for `first_span`, SPAN, and what was read."""
+def _tokenize_chunk(chunk: Chunk, reader: RowReader) -> tuple[Held, Reading]:
+    """The chunk's documents, with counts for `first_span` and `first_image`, and what was read."""
     documents, reading = reader.read(chunk)
     ids = np.array([token for document in documents for token in document.ids], dtype=np.int32)
+    return _held(documents, ids), reading
+
+
+def _held(documents: list[Document], ids: np.ndarray) -> Held:
     table = [_entry(document) for document in documents]
     spans = [tuple(span) for document in documents for span in document.spans]
-    return ids, np.array(table, dtype=DOCUMENT), np.array(spans, dtype=SPAN), reading
+    images = [image for document in documents for image in document.images]
+    names = [os.fsencode(image.file) for _, image in images]
+    entries = [
+        (start, image.tokens, image.digest.encode(), 0, len(name), *_stamp(image.file))
+        for (start, image), name in zip(images, names, strict=True)
+    ]
+    return Held(
+        documents=np.array(table, dtype=DOCUMENT),
+        spans=np.array(spans, dtype=SPAN),
+        tokens=ids,
+        images=np.array(entries, dtype=IMAGE),
+        names=np.frombuffer(b"".join(names), np.uint8),
+    )
 
 
 def _entry(document: Document) -> tuple[Any, ...]:
-    length, spans = len(document.ids), len(document.spans)
-    return document.row, 0, length, document.scored_from, spans, document.starts_anywhere
+    length, spans, images = len(document.ids), len(document.spans), len(document.images)
+    return document.row, 0, length, document.scored_from, spans, document.starts_anywhere, images

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from ds_dgemma.data.batch import Batch, Example
+from ds_dgemma.data.batch import Batch, Example, Pictures
+from ds_dgemma.data.image_files import ImageFiles
 from ds_dgemma.objective.corruption import Corruption
 
 
-def collate(corruption: Corruption, examples: Sequence[tuple[Example, int]]) -> Batch:
-    """Make the micro-batch of `(example, epoch)` pairs."""
+def collate(corruption: Corruption, examples: Sequence[tuple[Example, int]], images: ImageFiles | None = None) -> Batch:
+    """Make the micro-batch of `(example, epoch)` pairs; `images`: what reads theirs."""
     documents = [example for example, _ in examples]
     canvases = [
         (number, canvas)
@@ -44,4 +46,28 @@ def collate(corruption: Corruption, examples: Sequence[tuple[Example, int]]) -> 
         coin_M=nobody.bool(),
         sample_ids=tuple(example.sample_id for example in documents),
         noise_levels=levels,
+        pictures=_pictures(documents, images),
     ).with_coins(torch.tensor([canvas.self_condition for canvas in noisy]))
+
+
+def _pictures(documents: Sequence[Example], files: ImageFiles | None) -> Pictures | None:
+    """The images of all documents; None: there are none."""
+    found = [(number, image) for number, example in enumerate(documents) for image in example.images]
+    if not found:
+        return None
+    assert files, "documents have images, and nothing reads them"
+    patches = [files.patches(image) for _, image in found]
+    most = max(len(pixels) for pixels, _ in patches)
+    first_D = np.cumsum([0, *(len(example.tokens_S) for example in documents)])
+    places = [np.arange(image.tokens) + first_D[number] + image.start for number, image in found]
+    return Pictures(
+        blocks=tuple((number, image.start, image.start + image.tokens) for number, image in found),
+        place_K=torch.from_numpy(np.concatenate(places)),
+        pixel_values_IPD=torch.stack([padded(pixels, most, 0.0) for pixels, _ in patches]),
+        position_IP2=torch.stack([padded(position, most, -1) for _, position in patches]),
+    )
+
+
+def padded(values_PX: np.ndarray, length: int, value: float) -> torch.Tensor:
+    """Rows of `value` behind the others."""
+    return F.pad(torch.from_numpy(values_PX), (0, 0, 0, length - len(values_PX)), value=value)

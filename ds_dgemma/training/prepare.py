@@ -13,6 +13,7 @@ from ds_dgemma.checkpoint.weights import local_directory, model_digest
 from ds_dgemma.config import RunConfig
 from ds_dgemma.data.batch import Batch, Example
 from ds_dgemma.data.examples import ExampleSet
+from ds_dgemma.data.image_files import image_files
 from ds_dgemma.data.read import open_stream, order_of, read_split
 from ds_dgemma.data.stream import Share, Stream
 from ds_dgemma.data.streaming import Cursor, StreamedBatches, StreamedExamples
@@ -125,7 +126,7 @@ def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
     if resumed:
         check_same_data(config.data.named("train"), resumed.checkpoint, facts["data_digest"], facts["examples"])
     scores = Scores.continued(best_by, measured_on, resumed.checkpoint if resumed else None)
-    make_batch = partial(collate, corruption)
+    make_batch = partial(collate, corruption, images=image_files(tokenizer, spec, config.data))
     return Prepared(settings, model, attention, make_batch, examples, held_out, exam, scores, resumed, facts)
 
 
