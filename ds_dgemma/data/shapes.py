@@ -1,6 +1,6 @@
 """Pictures of coloured shapes, as conversations: a task that needs the image, with answers that can be checked.
 
-A picture is 96 x 96 pixels, four cells of 48; in each stands one shape, of a size and at a place of its own. The answer
+A picture is 64 x 64 pixels, four cells of 32; in each stands one shape, of a size and at a place of its own. The answer
 names the cells row by row, a letter for the colour and one for the kind: `RcGsBtYx` is a red circle, a green square, a
 blue triangle and a yellow cross. There are 24 of each cell, 331,776 of all four: a guess is right in one of that many.
 
@@ -31,8 +31,8 @@ COLOURS = {
 }
 KINDS = "cstx"  # circle, square, triangle, cross
 BACKGROUND = (128, 128, 128)
-CELL = 48  # pixels
-SMALLEST, LARGEST = 30, 42  # pixels, of a shape
+CELL = 32  # pixels
+SMALLEST, LARGEST = 20, 28  # pixels, of a shape
 QUESTION = "What is where?"
 HELD_OUT = 0.1
 PICTURE_NAME = re.compile(r"\d{6,}\.png")

@@ -1,7 +1,7 @@
 """What preset `shapes` of a tiny checkpoint has beside its text model: a vision tower whose random weights are of use.
 
-Gemma 4's tower and image processor, small: patches of 4 x 4 pixels, 3 x 3 of them a soft token. A square image becomes
-96 x 96 pixels and 64 soft tokens; an image of that size is not rescaled.
+Gemma 4's tower and image processor, small: patches of 4 x 4 pixels, 2 x 2 of them a soft token. A square image becomes
+64 x 64 pixels and 64 soft tokens; an image of that size is not rescaled.
 
 The tower stays as it is in training, so it must not lose what an image shows. transformers' own initialisation does: a
 patch gives numbers near 0, a position gives 1, and a layer adds 1, whatever it sees. Here a patch weighs most.
@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import DiffusionGemmaForBlockDiffusion, Gemma4ImageProcessorPil
 
-PATCH, POOLING = 4, 3  # pixels; patches
+PATCH, POOLING = 4, 2  # pixels; patches
 SOFT_TOKENS = 70  # of an image at most; the processor allows no less
 POSITION_STD = 0.2  # of a patch's number for its column or row, beside 1 for its pixels
 LAYER_SCALE = 0.3  # what an attention or MLP adds, beside the same 1
