@@ -41,6 +41,14 @@ def make_sudoku(args: argparse.Namespace) -> None:
     print(f"{args.out}: {args.count} puzzles of {args.split}, {args.size}x{args.size}")
 
 
+def make_shapes(args: argparse.Namespace) -> None:
+    """Make pictures of coloured shapes, with questions and answers as JSONL."""
+    from ds_dgemma.data.shapes import write_shapes
+
+    write_shapes(args.split, args.count, args.seed, args.out)
+    print(f"{args.out}: {args.count} pictures of {args.split}")
+
+
 def plan(args: argparse.Namespace) -> int:
     """Tell the memory, time and traffic of a run before it is started, and whether it fits (else exit code 1)."""
     from rich.console import Console
@@ -131,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     tiny = _add(commands, "make-tiny", make_tiny)
-    tiny.add_argument("--preset", choices=["sudoku4", "text"], required=True)
+    tiny.add_argument("--preset", choices=["sudoku4", "shapes", "text"], required=True)
     tiny.add_argument("--out", type=Path, required=True, metavar="DIR")
     tiny.add_argument("--text", type=Path, metavar="FILE", help="preset text: JSONL or text to train the tokenizer on")
     tiny.add_argument("--vocab-size", type=int, metavar="N", help="preset text: tokens, image tokens included (4096)")
@@ -145,6 +153,12 @@ def parser() -> argparse.ArgumentParser:
     sudoku.add_argument("--symbols", choices=["digits", "letters"], default="digits")
     sudoku.add_argument("--seed", type=_seed, default=0)
     sudoku.add_argument("--out", type=Path, required=True, metavar="F.jsonl")
+
+    shapes = _add(commands, "make-shapes", make_shapes)
+    shapes.add_argument("--split", choices=["train", "test"], required=True)
+    shapes.add_argument("--count", type=int, required=True, metavar="N")
+    shapes.add_argument("--seed", type=_seed, default=0)
+    shapes.add_argument("--out", type=Path, required=True, metavar="F.jsonl", help="the pictures go to a folder F")
 
     inspect_ = _add(commands, "inspect", inspect)
     inspect_.add_argument("--config", type=Path, required=True, metavar="YAML", help="the run's config")

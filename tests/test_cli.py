@@ -9,7 +9,18 @@ import pytest
 
 from ds_dgemma import cli
 
-COMMANDS = ("make-tiny", "make-sudoku", "export", "evaluate", "generate", "chat", "plot", "replay", "config-reference")
+COMMANDS = (
+    "make-tiny",
+    "make-sudoku",
+    "make-shapes",
+    "export",
+    "evaluate",
+    "generate",
+    "chat",
+    "plot",
+    "replay",
+    "config-reference",
+)
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
@@ -43,6 +54,7 @@ def test_a_puzzle_file_is_made_and_evaluated_from_the_shell_up(
     [
         ["make-sudoku", "--split", "test", "--count", "0", "--out", "x.jsonl"],
         ["make-sudoku", "--split", "test", "--count", "3", "--out", "/dev/null/x.jsonl"],
+        ["make-shapes", "--split", "test", "--count", "3", "--out", "/dev/null/x.jsonl"],
         ["make-tiny", "--preset", "text", "--out", "model"],
         ["evaluate", "--model", "absent/model", "--data", "absent.jsonl", "--task", "sudoku"],
         ["generate", "--model", "./absent", "--prompt", "hello"],

@@ -7,6 +7,8 @@ does, `<|turn>role\\ncontent<turn|>\\n`.
 
 - `sudoku4`: a character is a token (digits, letters A to I, `.`), a role is one, and the template leaves out
   the newlines: a 4x4 puzzle is 22 prompt tokens, its answer 16 digits and `<turn|>` in a canvas of 20.
+- `shapes`: characters and turns likewise, with letters for words; a vision tower that works and an image processor
+  (`tiny_vision.py`), and a template that takes images among the parts of a content.
 - `text`: byte-level BPE trained on a file, so no text is unknown and decoding gives back every byte. A
   newline is always a token of its own: no merge reaches across the border between prompt and answer. Its template
   (`text_template.jinja`) has tools and thoughts.
@@ -26,6 +28,7 @@ from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, 
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import DiffusionGemmaGenerationConfig
 
 from ds_dgemma.errors import UserError, first_line
+from ds_dgemma.tools import tiny_vision
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Shape:
 
 SHAPES = {
     "sudoku4": Shape(128, 256, 4, 4, 16, 8, 2, 64, window=64, canvas=20, new_tokens=20),
+    "shapes": Shape(128, 256, 4, 4, 16, 8, 2, 64, window=128, canvas=12, new_tokens=12),
     "text": Shape(256, 512, 6, 4, 32, 8, 2, 128, window=128, canvas=64, new_tokens=256),
 }
 
@@ -66,6 +70,10 @@ SUDOKU_TEMPLATE = (
     "{{ '<|turn>' + ('model' if message.role == 'assistant' else message.role) + message.content + '<turn|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|turn>model' }}{% endif %}"
 )
+CHARACTERS = {
+    "sudoku4": (SUDOKU_CHARACTERS, SUDOKU_TEMPLATE),
+    "shapes": (tiny_vision.CHARACTERS, tiny_vision.TEMPLATE),
+}
 TEXT_TEMPLATE = Path(__file__).with_name("text_template.jinja")
 TEXT_VOCABULARY = 4096
 SMALLEST_TEXT_VOCABULARY = len(TEXT_CONTROL_TOKENS) + 256 + len(IMAGE_TOKENS)  # every byte is a token
@@ -85,14 +93,17 @@ def make_tiny(
         UserError: `out` may not be written or replaced, or an argument does not fit the preset.
     """
     _check_out(out, force)
-    tokenizer = _sudoku_tokenizer(text, vocab_size) if preset == "sudoku4" else text_tokenizer(text, vocab_size)
-    model = _random_model(SHAPES[preset], tokenizer, seed)
+    tokenizer = text_tokenizer(text, vocab_size) if preset == "text" else _tokenizer(preset, text, vocab_size)
+    sees = preset == "shapes"
+    model = _random_model(SHAPES[preset], tokenizer, seed, sees)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as part:
             fresh, old = Path(part, "new"), Path(part, "old")
             model.save_pretrained(fresh)
             tokenizer.save_pretrained(fresh)
+            if sees:
+                tiny_vision.image_processor().save_pretrained(fresh)
             if out.exists():
                 out.rename(old)
             fresh.rename(out)
@@ -109,10 +120,12 @@ def _check_out(out: Path, force: bool) -> None:
         raise UserError(f"--out {out} is no checkpoint, so --force does not replace it. Name a new directory.")
 
 
-def _random_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> DiffusionGemmaForBlockDiffusion:
+def _random_model(
+    shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int, sees: bool
+) -> DiffusionGemmaForBlockDiffusion:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = DiffusionGemmaForBlockDiffusion(_config(shape, len(tokenizer)))
+        model = DiffusionGemmaForBlockDiffusion(_config(shape, len(tokenizer), sees))
         decoder: Any = model.model.decoder
         for layer in decoder.layers:
             # Experts with near-equal scores swap places by rounding alone, and a run would depend on its topology.
@@ -121,6 +134,8 @@ def _random_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -
             # choice, in which rounding grows. These give 1, as dividing by sqrt(head_dim) does elsewhere.
             for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
                 torch.nn.init.constant_(norm.weight, layer.self_attn.head_dim**-0.25)
+        if sees:
+            tiny_vision.initialise_vision(model)
     end_of_turn = tokenizer.convert_tokens_to_ids(END_OF_TURN)
     model.generation_config = DiffusionGemmaGenerationConfig(
         max_new_tokens=shape.new_tokens,
@@ -131,7 +146,7 @@ def _random_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -
     return model
 
 
-def _config(shape: Shape, vocab_size: int) -> DiffusionGemmaConfig:
+def _config(shape: Shape, vocab_size: int, sees: bool) -> DiffusionGemmaConfig:
     text: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": shape.hidden,
@@ -149,12 +164,16 @@ def _config(shape: Shape, vocab_size: int) -> DiffusionGemmaConfig:
         "sliding_window": shape.window,
         "max_position_embeddings": 4096,
     }
-    return small_config(text, shape.canvas)
+    return small_config(text, shape.canvas, tiny_vision.VISION if sees else None)
 
 
-def small_config(text: dict[str, Any], canvas_length: int) -> DiffusionGemmaConfig:
-    """transformers' config of a text model, with the smallest vision tower; ids of image tokens end the vocabulary."""
-    vision: dict[str, Any] = {  # transformers builds the tower always
+def small_config(
+    text: dict[str, Any], canvas_length: int, vision: dict[str, Any] | None = None
+) -> DiffusionGemmaConfig:
+    """transformers' config of a text model, by default with the smallest vision tower; ids of image tokens end the
+    vocabulary.
+    """
+    smallest: dict[str, Any] = {  # transformers builds the tower always
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 1,
@@ -166,7 +185,7 @@ def small_config(text: dict[str, Any], canvas_length: int) -> DiffusionGemmaConf
     }
     return DiffusionGemmaConfig(
         text_config={**text, "use_bidirectional_attention": "vision"},  # as released: only image tokens look ahead
-        vision_config=vision,
+        vision_config=vision or smallest,
         canvas_length=canvas_length,
         boi_token_id=text["vocab_size"] - 3,
         eoi_token_id=text["vocab_size"] - 2,
@@ -174,16 +193,18 @@ def small_config(text: dict[str, Any], canvas_length: int) -> DiffusionGemmaConf
     )
 
 
-def _sudoku_tokenizer(text: Path | None, vocab_size: int | None) -> PreTrainedTokenizerFast:
+def _tokenizer(preset: str, text: Path | None, vocab_size: int | None) -> PreTrainedTokenizerFast:
+    """One token a character."""
     if text is not None or vocab_size is not None:
-        raise UserError("--text and --vocab-size belong to --preset text; the vocabulary of sudoku4 is fixed.")
-    vocabulary = [*CONTROL_TOKENS, *ROLES, *SUDOKU_CHARACTERS, UNKNOWN, *IMAGE_TOKENS]
+        raise UserError(f"--text and --vocab-size belong to --preset text; the vocabulary of {preset} is fixed.")
+    characters, template = CHARACTERS[preset]
+    vocabulary = [*CONTROL_TOKENS, *ROLES, *characters, UNKNOWN, *IMAGE_TOKENS]
     ids = {token: number for number, token in enumerate(vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     _mark_special(tokenizer, [*CONTROL_TOKENS, *ROLES, UNKNOWN, *IMAGE_TOKENS])
-    return _with_template(tokenizer, SUDOKU_TEMPLATE, unk_token=UNKNOWN)
+    return _with_template(tokenizer, template, unk_token=UNKNOWN)
 
 
 def text_tokenizer(text: Path | None, vocab_size: int | None) -> PreTrainedTokenizerFast:
