@@ -73,6 +73,14 @@ class ModelSection(Section):
         description="patterns of checkpoint parameter names that are not trained: `*.experts.*`, "
         "`*.embed_tokens.weight`; a regular expression after `re:`",
     )
+    image_attention: Literal["generate", "sliding"] = Field(
+        default="generate",
+        description="which tokens of an image see each other. generate: all, on every layer, as transformers' "
+        "generate() has it; sliding: all, on sliding layers within the window, as Gemma 4 and Google's code have it",
+    )
+    train_vision_embedding: bool = Field(
+        default=False, description="train what projects the vision tower's output; the tower itself is frozen"
+    )
     missing_encoder_scalars: Literal["error", "copy_decoder"] = Field(
         default="error",
         description="a checkpoint without the encoder's layer scalars is refused, or gets the decoder's",

@@ -328,6 +328,8 @@ def _cross_section_problems(config: RunConfig, source: _Source) -> Iterator[Prob
                 "with lora the base is frozen. Remove it, or adapt the routers: add router.proj to "
                 "lora.target_modules.",
             )
+        if config.model.train_vision_embedding:
+            yield problem("model.train_vision_embedding", "with lora the base is frozen. Remove one of them.")
         if config.model.freeze:
             yield problem(
                 "model.freeze",

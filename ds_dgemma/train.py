@@ -87,7 +87,7 @@ def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tra
             {
                 "kind": "validation",
                 "step": 0,
-                **validate(engine, prepared.held_out, objective.vocab_size, config, ranks),
+                **validate(engine, prepared.held_out, objective.vocab_size, config, ranks, prepared.images),
             }
         )
     for step in range(prepared.start + 1, last + 1):
@@ -98,7 +98,7 @@ def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tra
         if spike := spikes.look(step, done.metrics.loss):
             tracker.track(spike)
         if prepared.held_out and (step == last or due(step, config.validation.every)):
-            losses = validate(engine, prepared.held_out, objective.vocab_size, config, ranks)
+            losses = validate(engine, prepared.held_out, objective.vocab_size, config, ranks, prepared.images)
             tracker.track({"kind": "validation", "step": step, **losses})
             prepared.scores.add("validation", step, losses)
         if prepared.exam and (step == last or due(step, config.evaluation.every)):

@@ -266,10 +266,13 @@ DATA: dict[str, tuple[Break, list[str]]] = {
     "number for a content": (row(chat(QUESTION, {**ANSWER, "content": 3})), ["broken.jsonl:3", "is a number"]),
     "half a surrogate": (row(chat({**QUESTION, "content": "\ud800"}, ANSWER)), ["broken.jsonl:3", "surrogate"]),
     "tool calls": (row(chat(QUESTION, {**ANSWER, "tool_calls": [1]})), ["broken.jsonl:3", "tool_calls"]),
-    "images": (row({**chat(QUESTION, ANSWER), "images": ["a.png"]}), ["broken.jsonl:3", "has images"]),
+    "images": (
+        row({**chat(QUESTION, ANSWER), "images": ["a.png"]}),
+        ["broken.jsonl:3", "no image", "a.png: No such file"],
+    ),
     "an image's place": (
         row(chat({**QUESTION, "content": "<|image|>"}, ANSWER)),
-        ["broken.jsonl:3: messages[0].content holds <|image|>", "not trained on yet"],
+        ["broken.jsonl:3: messages[0].content holds <|image|>", "stands for an image: take it out"],
     ),
     "response over the limit": (
         setting("data.max_length=20", "data.over_length=error"),

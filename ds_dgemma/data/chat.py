@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
-from ds_dgemma.data.batch import Span
+from ds_dgemma.data.batch import Image, Span
 from ds_dgemma.data.control_tokens import control_tokens_of
 from ds_dgemma.data.drafter import Drafter
 from ds_dgemma.data.drafts import Draft
 from ds_dgemma.data.encoding import Encoder, TokenizedText
 from ds_dgemma.data.formats import BadRow, Conversation, Message, Text
-from ds_dgemma.data.image_files import Measured
+from ds_dgemma.data.image_files import ImageFiles, Measured, place_images
+from ds_dgemma.data.pictures import origins
 from ds_dgemma.data.rendering import ChatTemplate, as_templates_read
 
 
@@ -37,7 +38,7 @@ class Document:
     spans: tuple[Span, ...]  # in order; the last has a weight. One of weight 0 is an answer that is not to be learned
     scored_from: int  # tokens before it are AR targets in another document of the row
     starts_anywhere: bool  # running text
-    images: tuple[tuple[int, Measured], ...] = ()  # each with the place of its first soft token
+    images: tuple[Image, ...] = ()
 
 
 class _Tokens(NamedTuple):
@@ -87,21 +88,25 @@ def prompt_text(
     tokenizer: PreTrainedTokenizerFast,
     tools: list[dict[str, Any]] | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
-) -> str:
-    """What `generate` is given to answer `messages`.
+    images: ImageFiles | None = None,
+) -> tuple[str, list[Measured]]:
+    """What `generate` is given to answer `messages`, and their images.
 
     Raises:
-        BadRow: the template does not render them.
+        BadRow: the template does not render them, or an image cannot be read.
     """
     render = ChatTemplate(tokenizer, chat_template_kwargs or {}).for_row(tools, {})
-    return render(as_templates_read(messages), True)
+    found = [images.find(origin) for origin in origins(messages)] if images else []
+    if images and found:
+        render = images.rendering(render, found)
+    return render(as_templates_read(messages), True), found
 
 
 class _Writer:
     """Drafts to documents."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, image_token: str | None):
-        self._image_id = image_token and tokenizer.convert_tokens_to_ids(image_token)
+        self._image_id: Any = image_token and tokenizer.convert_tokens_to_ids(image_token)
         self._encoder = Encoder(tokenizer, control_tokens_of(tokenizer))
         bos: Any = tokenizer.bos_token_id
         self._bos: list[int] = [] if bos is None else [bos]
@@ -172,19 +177,8 @@ class _Writer:
         spans.sort()
         shared = max((_shared(tokens.ids, other.ids) for other in others), default=1)
         first = next(span.start for span in spans if span.weight)
-        images = self._images(tokens.ids, draft.images)
+        images = place_images(tokens.ids, self._image_id, draft.images) if draft.images else ()
         return Document(row, tokens.ids, tuple(spans), max(min(shared, first), 1), False, images), alone
-
-    def _images(self, ids: list[int], images: Sequence[Measured]) -> tuple[tuple[int, Measured], ...]:
-        """Those of a row's images that are in a document, each with its place."""
-        found, behind = [], 0
-        for image in images:
-            if self._image_id not in ids[behind:]:
-                break
-            start = ids.index(self._image_id, behind)
-            found.append((start, image))
-            behind = start + image.tokens
-        return tuple(found)
 
 
 def _shared(ids: list[int], others: list[int]) -> int:

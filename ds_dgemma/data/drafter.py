@@ -14,8 +14,7 @@ from ds_dgemma.data.declarations import Unseen, unseen_parts
 from ds_dgemma.data.drafts import Chat, Draft, Learned
 from ds_dgemma.data.formats import BadRow, Conversation, Text
 from ds_dgemma.data.image_files import ImageFiles, Measured
-from ds_dgemma.data.messages import Message
-from ds_dgemma.data.pictures import image_parts, origins
+from ds_dgemma.data.pictures import origins
 from ds_dgemma.data.recipes import Recipes
 from ds_dgemma.data.rendering import ChatTemplate, Render, as_templates_read
 
@@ -81,7 +80,8 @@ class Drafter:
         render = render or template.for_row(kept["tools"], kept["chat_template_kwargs"])
         found = self._find(data) if data.has_images else []
         if found:
-            render = self._with_images(render, found)
+            assert self._images
+            render = self._images.rendering(render, found)
         if kept["tools"]:
             self._check_tools(kept["tools"], kept["chat_template_kwargs"])
         answers = answers_of(messages, data.weights, render)
@@ -92,25 +92,6 @@ class Drafter:
         if self._images is None:
             raise BadRow("has images, and this model has no tokens for them.")
         return [self._images.find(origin) for origin in origins(data.messages)]
-
-    def _with_images(self, render: Render, found: list[Measured]) -> Render:
-        """A rendering in which every image has as many tokens as it takes."""
-        files = self._images
-        assert files
-        place = files.tokens[0]
-
-        def expanded(messages: list[Message], add_generation_prompt: bool) -> str:
-            first, *others = render(messages, add_generation_prompt).split(place)
-            count = sum(1 for _ in image_parts(messages))
-            if len(others) != count:
-                raise BadRow(
-                    f"the chat template writes {len(others)} of {count} images: it has no place for one in such a "
-                    "message. Change the template, or the row."
-                )
-            pieces = zip(found, others, strict=False)
-            return first + "".join(files.written(image.tokens) + text for image, text in pieces)
-
-        return expanded
 
     def _check_tools(self, tools: list[dict[str, Any]], variables: dict[str, Any]) -> None:
         """Refuse declarations with words that the template does not show, and note other parts."""

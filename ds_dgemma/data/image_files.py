@@ -11,7 +11,7 @@ import hashlib
 import io
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -28,8 +28,8 @@ from transformers.models.gemma4.image_processing_pil_gemma4 import get_aspect_ra
 
 from ds_dgemma.config_data import DataSection
 from ds_dgemma.data.batch import Image
-from ds_dgemma.data.messages import BadRow
-from ds_dgemma.data.pictures import Origin, is_url
+from ds_dgemma.data.messages import BadRow, Message
+from ds_dgemma.data.pictures import Origin, image_parts, is_url
 from ds_dgemma.data.tokenizer import image_tokens
 from ds_dgemma.errors import UserError, first_line
 
@@ -37,6 +37,8 @@ FOLDER = Path(HF_HOME) / "ds_dgemma" / "images"
 MOST_PIXELS = 2**26
 MOST_BYTES = 2**26  # of an address that is fetched
 SECONDS = 30
+
+Render = Callable[[list[Message], bool], str]  # as in `rendering.py`
 
 
 class Measured(NamedTuple):
@@ -91,6 +93,25 @@ class ImageFiles:
         """An image as the tokenizer reads it, as transformers' `Gemma4Processor` writes it."""
         image, begin, end = self.tokens
         return f"{begin}{image * tokens}{end}"
+
+    def rendering(self, render: Render, found: Sequence[Measured]) -> Render:
+        """A rendering in which every image has as many tokens as it takes.
+
+        Raises:
+            BadRow: while rendering, where the template leaves an image out.
+        """
+
+        def expanded(messages: list[Message], add_generation_prompt: bool) -> str:
+            first, *others = render(messages, add_generation_prompt).split(self.tokens[0])
+            if len(others) != (count := sum(1 for _ in image_parts(messages))):
+                raise BadRow(
+                    f"the chat template writes {len(others)} of {count} images: it has no place for one in such a "
+                    "message. Change the template, or the row."
+                )
+            pieces = zip(found, others, strict=False)
+            return first + "".join(self.written(image.tokens) + text for image, text in pieces)
+
+        return expanded
 
     def find(self, origin: Origin) -> Measured:
         """Check an image and measure it.
@@ -203,6 +224,19 @@ def _checked(data: bytes, origin: Origin) -> tuple[int, int]:
 def _opened(data: bytes) -> Iterator[Pillow.Image]:
     with Pillow.open(io.BytesIO(data)) as picture:
         yield picture
+
+
+def place_images(ids: Sequence[int], image_id: int, found: Sequence[Measured]) -> tuple[Image, ...]:
+    """Those of a conversation's images that are in a document, which has the first of its messages."""
+    placed, behind = [], 0
+    for image in found:
+        try:
+            start = ids.index(image_id, behind)
+        except ValueError:
+            break
+        placed.append(Image(start, image.tokens, image.file, image.digest))
+        behind = start + image.tokens
+    return tuple(placed)
 
 
 def image_files(tokenizer: PreTrainedTokenizerFast, spec: DiffusionGemmaConfig, data: DataSection) -> ImageFiles:

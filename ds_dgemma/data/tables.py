@@ -108,15 +108,28 @@ class Table:
         return f"{self.name} row {row}"
 
     def _read_columns(self, dataset: "Dataset | IterableDataset") -> "Dataset | IterableDataset":
-        """Leave out ignored columns, and refuse those that would be decoded as images, video or audio."""
+        """Leave out ignored columns, refuse video and audio, and keep images as the files that they are."""
         if ignored := [name for name in dataset.column_names or () if name in self._ignore]:
             dataset = dataset.remove_columns(ignored)
         for name, feature in (dataset.features or {}).items():
-            if type(feature).__name__ in ("Image", "Audio", "Video"):
+            if (as_files := _image_files(feature)) is not None:
+                dataset = dataset.cast_column(name, as_files)
+            if type(feature).__name__ in ("Audio", "Video"):
                 raise UserError(
                     f"{self.name} has a column {name}. {TEXT_ONLY} If the text stands alone, name it in data.ignore."
                 )
         return dataset
+
+
+def _image_files(feature: Any) -> Any:
+    """The type of a column of images, or of lists of them, that are not decoded; None: it is no such column."""
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+        return datasets.List(datasets.Image(decode=False))
+    return None
 
 
 def csv_file(path: Path, name: str, ignore: frozenset[str]) -> Table:

@@ -290,10 +290,10 @@ def _held(documents: list[Document], ids: np.ndarray) -> Held:
     table = [_entry(document) for document in documents]
     spans = [tuple(span) for document in documents for span in document.spans]
     images = [image for document in documents for image in document.images]
-    names = [os.fsencode(image.file) for _, image in images]
+    names = [os.fsencode(image.file) for image in images]
     entries = [
-        (start, image.tokens, image.digest.encode(), 0, len(name), *_stamp(image.file))
-        for (start, image), name in zip(images, names, strict=True)
+        (image.start, image.tokens, image.digest.encode(), 0, len(name), *_stamp(image.file))
+        for image, name in zip(images, names, strict=True)
     ]
     return Held(
         documents=np.array(table, dtype=DOCUMENT),

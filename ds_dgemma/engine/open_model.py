@@ -26,6 +26,7 @@ from ds_dgemma.engine.trainable import freeze, trained_names
 from ds_dgemma.errors import UserError
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.kernel_choice import Wanted, choose_all, problem_on
+from ds_dgemma.model.parts import ImageRule
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
 from ds_dgemma.model.sweep import Checkpointing
@@ -69,6 +70,8 @@ def outline_run(
         train_router=config.model.train_router,
         activation_checkpointing=config.train.activation_checkpointing,
         attention_kernel=config.model.attention,
+        image_rule=config.model.image_attention,
+        train_vision_embedding=config.model.train_vision_embedding,
         copy_decoder_scalars=config.model.missing_encoder_scalars == "copy_decoder",
         frozen=config.model.freeze,
         lora=config.lora.model_copy(update={"path": None}) if config.lora and resumed else config.lora,
@@ -84,6 +87,8 @@ def outline_model(
     train_router: bool = False,
     activation_checkpointing: Checkpointing = "full",
     attention_kernel: Wanted = "auto",
+    image_rule: ImageRule = "generate",
+    train_vision_embedding: bool = False,
     copy_decoder_scalars: bool = False,
     frozen: Sequence[str] = (),
     lora: LoraSection | None = None,
@@ -106,6 +111,8 @@ def outline_model(
         train_router=train_router,
         activation_checkpointing=activation_checkpointing,
         attention_kernel=attention_kernel,
+        image_rule=image_rule,
+        train_vision_embedding=train_vision_embedding,
     )
     place_experts(stack, size, ranks.expert_rank, grouped_matmul)
     reader = WeightReader(directory)

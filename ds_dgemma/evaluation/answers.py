@@ -41,7 +41,7 @@ def answer_prompts(
     Raises:
         UserError: the model's scores are no numbers.
     """
-    sampler = Sampler(model.stack, model.found.settings, model.device)
+    sampler = Sampler(model.stack, model.found.settings, model.device, images=model.found.images)
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # alike ones need fewer calls
     batches = [by_length[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
     said: dict[int, Said] = {}

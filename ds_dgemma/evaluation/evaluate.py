@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -38,8 +39,9 @@ def evaluate(
     questions = read_questions(data, limit)
     for question in questions:  # a record of another task is refused before minutes are spent on answers
         score(task, question, "", group_by)
-    prompts = prompt_ids(questions, found.tokenizer, data, found.image_tokens)
-    model = load_model(found)
+    images = replace(found.images, allow_urls=data.allow_urls, max_soft_tokens=data.max_soft_tokens)
+    prompts = prompt_ids(questions, found.tokenizer, data, images)
+    model = load_model(replace(found, images=images))
     began = time.monotonic()
     said = answer_prompts(model, prompts, batch_size, range(seed, seed + len(prompts)))
     seconds = time.monotonic() - began

@@ -11,12 +11,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from ds_dgemma.config import RunConfig
+from ds_dgemma.data.image_files import ImageFiles
 from ds_dgemma.engine.ranks import RankLayout, gather, sum_over_ranks
 from ds_dgemma.errors import UserError
 from ds_dgemma.evaluation.answers import Said, said_of
 from ds_dgemma.evaluation.evaluate import manner, samples, score
 from ds_dgemma.evaluation.questions import Question, prompt_ids, read_questions
-from ds_dgemma.evaluation.sampler import Group, Sampler
+from ds_dgemma.evaluation.sampler import Group, Prompt, Sampler
 from ds_dgemma.evaluation.sampler_settings import SamplerSettings, ends_of, read_settings
 from ds_dgemma.evaluation.scores import summarise
 from ds_dgemma.evaluation.tasks import Task, find_task
@@ -27,17 +28,16 @@ class Exam:
     """Held-out questions with their prompts, and how they are answered."""
 
     questions: list[Question]
-    prompts: list[list[int]]
+    prompts: list[Prompt]
     task: Task
     settings: SamplerSettings
     tokenizer: PreTrainedTokenizerFast
     batch_size: int
     seed: int
+    images: ImageFiles
 
     @classmethod
-    def of(
-        cls, config: RunConfig, directory: Path, tokenizer: PreTrainedTokenizerFast, image_tokens: frozenset[str]
-    ) -> "Exam":
+    def of(cls, config: RunConfig, directory: Path, tokenizer: PreTrainedTokenizerFast, images: ImageFiles) -> "Exam":
         """What a config asks for.
 
         Raises:
@@ -48,14 +48,17 @@ class Exam:
         task, questions = find_task(own.task), read_questions(data, own.examples, "validation")
         for question in questions:
             score(task, question, "")
-        prompts = prompt_ids(questions, tokenizer, data, image_tokens)
+        prompts = prompt_ids(questions, tokenizer, data, images)
         settings = read_settings(directory, own.sampler.model_dump())
-        return cls(questions, prompts, task, settings, tokenizer, own.batch_size, config.seed)
+        return cls(questions, prompts, task, settings, tokenizer, own.batch_size, config.seed, images)
 
     @property
     def digest(self) -> str:
         """What is asked: the questions and their references."""
-        asked = "\n".join(f"{ids} {q.reference}" for ids, q in zip(self.prompts, self.questions, strict=True))
+        asked = "\n".join(
+            f"{ids} {q.reference}" + "".join(image.digest for image in ids.images)
+            for ids, q in zip(self.prompts, self.questions, strict=True)
+        )
         return f"{hashlib.sha256(asked.encode()).hexdigest()[:16]} {len(self.prompts)}"
 
     def check_measure(self, metric: str) -> None:
@@ -76,7 +79,7 @@ class Exam:
         """Answer all questions; shares by measure, the manner of the answers, and some of them. A collective."""
         engine.eval()
         any_rank = lambda holds: sum_over_ranks([holds], ranks.device)[0] > 0  # noqa: E731
-        sampler = Sampler(engine.module.model, self.settings, ranks.device, any_rank)
+        sampler = Sampler(engine.module.model, self.settings, ranks.device, any_rank, self.images)
         stops = ends_of(self.settings, self.tokenizer)
         said: dict[int, Said] = {}
         mine = list(range(ranks.rank, len(self.prompts), ranks.world))

@@ -3,9 +3,11 @@
 from typing import Any
 
 from ds_dgemma.data.chat import prompt_text
-from ds_dgemma.data.messages import BadRow, Message
+from ds_dgemma.data.image_files import place_images
+from ds_dgemma.data.messages import BadRow, Message, words_of
 from ds_dgemma.errors import UserError
 from ds_dgemma.evaluation.open_model import Found
+from ds_dgemma.evaluation.sampler import Prompt
 
 
 def message_ids(
@@ -14,21 +16,19 @@ def message_ids(
     name: str,
     tools: list[dict[str, Any]] | None = None,
     variables: dict[str, Any] | None = None,
-) -> list[int]:
+) -> Prompt:
     """What is put before the answer to messages that a user typed; `name` is what errors call them.
 
     Raises:
-        UserError: a message that is more than text, or text without a token.
+        UserError: text without a token, or an image that cannot be read.
     """
     tokenizer = found.tokenizer
     for message in messages:
-        for token in found.image_tokens:
-            if token in message["content"]:
-                raise UserError(
-                    f"{name} holds {token}, which stands for an image. Only text is answered: leave it out."
-                )
+        for token in found.images.tokens:
+            if token in words_of(message["content"]):
+                raise UserError(f"{name} holds {token}, which stands for an image: leave it out of the text.")
     try:
-        text = prompt_text(messages, tokenizer, tools, variables)
+        text, images = prompt_text(messages, tokenizer, tools, variables, found.images)
     except BadRow as problem:
         raise UserError(f"{name}: {problem}") from problem
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -37,4 +37,6 @@ def message_ids(
             f"{name}: the tokenizer of {found.source} has no token for a part of it, which would become "
             f"{tokenizer.unk_token}. Change the text."
         )
-    return ids
+    image_id: Any = tokenizer.convert_tokens_to_ids(found.images.tokens[0]) if images else None
+    placed = place_images(ids, image_id, images)
+    return Prompt(ids, placed)

@@ -10,12 +10,15 @@ from ds_dgemma.config_data import DataSection
 from ds_dgemma.data.chat import Document, tokenize_rows
 from ds_dgemma.data.drafter import Drafter
 from ds_dgemma.data.formats import Conversation
+from ds_dgemma.data.image_files import ImageFiles
 from ds_dgemma.data.messages import BadRow, Message, read_message
+from ds_dgemma.data.pictures import place, placed_in, take_column
 from ds_dgemma.data.reading import Reading, settle
 from ds_dgemma.data.sources import Source, Split, open_sources, read_rows
 from ds_dgemma.errors import UserError
 from ds_dgemma.evaluation.open_model import Found
 from ds_dgemma.evaluation.prompts import message_ids
+from ds_dgemma.evaluation.sampler import Prompt
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def _read(source: Source, limit: int | None, split: Split) -> list[Question]:
     found, reading = [], Reading()
     for chunk in source.chunks() if limit != 0 else ():
         records = dict(chunk.rows())
-        for row, read in read_rows(chunk, source.layout, reading):
+        for row, read in read_rows(chunk, source, reading):
             if not isinstance(read, Conversation):
                 raise UserError(f"{source.where(row)}: a text has no answer to compare with. Give conversations.")
             record = records[row]
@@ -59,24 +62,25 @@ def _read(source: Source, limit: int | None, split: Split) -> list[Question]:
 
 
 def prompt_ids(
-    questions: list[Question], tokenizer: PreTrainedTokenizerFast, data: DataSection, image_tokens: frozenset[str]
-) -> list[list[int]]:
+    questions: list[Question], tokenizer: PreTrainedTokenizerFast, data: DataSection, images: ImageFiles
+) -> list[Prompt]:
     """What is put before the answers, token for token as training has it.
 
     Raises:
         UserError: a conversation that training would refuse.
     """
-    drafter = Drafter(tokenizer, "last", data.control_tokens, data.chat_template_kwargs, image_tokens, data.ignore)
+    drafter = Drafter(tokenizer, "last", data.control_tokens, data.chat_template_kwargs, images, data.ignore)
     prompts = []
     for made in tokenize_rows([(n, question.conversation) for n, question in enumerate(questions)], drafter):
         if not isinstance(made, Document):
             row, problem = made
             raise UserError(f"{questions[row].where}: {problem}")
-        prompts.append(made.ids[: made.spans[-1].start])
+        start = made.spans[-1].start
+        prompts.append(Prompt(made.ids[:start], made.images))
     return prompts
 
 
-def read_prompts(file: Path, found: Found) -> tuple[list[dict[str, Any]], list[list[int]]]:
+def read_prompts(file: Path, found: Found) -> tuple[list[dict[str, Any]], list[Prompt]]:
     """The rows of a JSONL file, and the prompts in them: `prompt` (text), or `messages` that end with the user or a
     tool; with the row's `tools` and `chat_template_kwargs`.
 
@@ -95,6 +99,7 @@ def read_prompts(file: Path, found: Found) -> tuple[list[dict[str, Any]], list[l
             raise UserError(f"{where}: no prompt (a text) or messages (a list) in it; it has: {', '.join(record)}.")
         try:
             read = [read_message(turn, f"messages[{number}]")[0] for number, turn in enumerate(messages)]
+            read = placed_in(place(read, take_column(dict(record)))[0], source.folder(row))
         except BadRow as problem:
             raise UserError(f"{where}: {problem}") from problem
         if read[-1]["role"] == "assistant":

@@ -23,13 +23,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ds_dgemma.data.batch import Image
+from ds_dgemma.data.image_files import ImageFiles
 from ds_dgemma.evaluation.sampler_settings import SamplerSettings
 from ds_dgemma.model.attention import MASK
 from ds_dgemma.model.prefix import Prefix
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
+from ds_dgemma.objective.collate import patches_of
 
 LOGITS = 2**28  # bytes of them that are made at once
+
+
+class Prompt(list[int]):
+    """Token ids, with the images among them."""
+
+    def __init__(self, ids: Sequence[int], images: tuple[Image, ...] = ()) -> None:
+        super().__init__(ids)
+        self.images = images
 
 
 class Group(NamedTuple):
@@ -71,6 +82,7 @@ class _Row:
 
     number: int  # of its document
     read_next: list[int]  # tokens
+    images: tuple[Image, ...] = ()  # among them
     answer: Answer = field(default_factory=Answer)
     canvas_L: Tensor = field(default_factory=lambda: torch.empty(0))
     soft_LH: Tensor | None = None
@@ -123,9 +135,13 @@ class Sampler:
         settings: SamplerSettings,
         device: torch.device,
         any_rank: Callable[[bool], bool] = bool,
+        images: ImageFiles | None = None,
     ) -> None:
-        """`any_rank`: whether it holds on any of the ranks that share the model, which must make the same calls."""
+        """`any_rank`: whether it holds on any of the ranks that share the model, which must make the same calls;
+        `images`: what reads those of prompts.
+        """
         self._stack, self._settings, self._device, self._any_rank = stack, settings, device, any_rank
+        self._images = images
         self._vocabulary = text_spec(stack.config).vocab_size
         length = stack.config.canvas_length
         assert isinstance(length, int)
@@ -141,7 +157,8 @@ class Sampler:
             rows = []
             for prompt in group.prompts:
                 before = longest - len(prompt) if padded else 0  # as `generate()` has it, positions and all
-                rows.append(_Row(len(rooms), [0] * before + list(prompt)))
+                images = tuple(i._replace(start=i.start + before) for i in getattr(prompt, "images", ()))
+                rows.append(_Row(len(rooms), [0] * before + list(prompt), images))
                 rooms.append(before + len(prompt) + canvases * self._length)
                 padding.append(before)
             made.append(_Group(rows, group.seed, self._device, self._length, self._vocabulary))
@@ -162,7 +179,15 @@ class Sampler:
 
     def _read(self, prefix: Prefix, rows: list[_Row]) -> None:
         if rows:
-            prefix.read([row.number for row in rows], [row.read_next for row in rows])
+            seen = [(row.number, image) for row in rows for image in row.images]
+            places = [(number, image.start, image.start + image.tokens) for number, image in seen]
+            pixels = None
+            if seen:
+                assert self._images, "prompts have images, and nothing reads them"
+                pixels = patches_of(self._images, [image for _, image in seen])
+            prefix.read([row.number for row in rows], [row.read_next for row in rows], places, pixels)
+            for row in rows:
+                row.images = ()
         else:
             prefix.read([len(prefix.lengths) - 1], [[0]])
 

@@ -9,6 +9,7 @@ import torch
 
 from ds_dgemma.config import RunConfig
 from ds_dgemma.data.batch import Example
+from ds_dgemma.data.image_files import ImageFiles
 from ds_dgemma.engine.ranks import RankLayout, sum_over_ranks
 from ds_dgemma.objective.collate import collate
 from ds_dgemma.objective.corruption import NoiseGrid
@@ -19,13 +20,18 @@ FIXED_EPOCH = -1  # no training epoch: its draws are validation's own
 
 @torch.no_grad()
 def validate(
-    engine: torch.nn.Module, examples: Sequence[Example], vocab_size: int, config: RunConfig, ranks: RankLayout
+    engine: torch.nn.Module,
+    examples: Sequence[Example],
+    vocab_size: int,
+    config: RunConfig,
+    ranks: RankLayout,
+    images: ImageFiles | None = None,
 ) -> dict[str, float]:
     """Return loss, loss_diffusion, loss_ar and accuracy (share of canvas tokens whose likeliest id is the right one),
     means over the tokens of all examples; loss_diffusion and accuracy also at each level; a collective.
     """
     levels, micro_batch_size = config.validation.noise_levels, config.train.micro_batch_size
-    make = partial(collate, NoiseGrid(config.objective, config.seed, vocab_size, levels))
+    make = partial(collate, NoiseGrid(config.objective, config.seed, vocab_size, levels), images=images)
     engine.eval()
     of_ar, of_levels = torch.zeros(2, dtype=torch.float64), torch.zeros(3, len(levels), dtype=torch.float64)
     stride = micro_batch_size * ranks.world

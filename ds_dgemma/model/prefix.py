@@ -12,13 +12,13 @@ Shapes: R documents or canvases of a call, L canvas tokens, N tokens of a call, 
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
 
 from ds_dgemma.model.norm import literal_norms
-from ds_dgemma.model.parts import Cache, Tokens
+from ds_dgemma.model.parts import Cache, Image, Tokens
 from ds_dgemma.model.stack import DiffusionGemmaStack, SweepLayer
 from ds_dgemma.model.sweep import Call
 from ds_dgemma.model.vocabulary import WeightGradient
@@ -37,10 +37,19 @@ class Prefix:
 
     @torch.no_grad()
     @literal_norms()
-    def read(self, documents: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
-        """Read tokens behind what `documents`, in order, have."""
+    def read(
+        self,
+        documents: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        images: Sequence[tuple[int, int, int]] = (),
+        pixels: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Read tokens behind what `documents`, in order, have. `images`: the document, the first and the end of the
+        tokens of each, with `pixels` for `DiffusionGemmaStack.image_features`.
+        """
         ids = torch.tensor(list(chain.from_iterable(tokens)), device=self._device)
-        self._through(dict(zip(documents, map(len, tokens), strict=True)), ids, None, is_canvas=False)
+        new = dict(zip(documents, map(len, tokens), strict=True))
+        self._through(new, ids, None, False, tuple(Image(*image) for image in images), pixels)
         for number, new in zip(documents, tokens, strict=True):
             self.lengths[number] += len(new)
 
@@ -54,18 +63,28 @@ class Prefix:
         hidden = self._through(dict.fromkeys(documents, ids_RL.shape[1]), ids_RL.flatten(), soft_NH, is_canvas=True)
         return self._stack.norm(hidden)
 
-    def _through(self, new: dict[int, int], ids_N: Tensor, soft_NH: Tensor | None, is_canvas: bool) -> Tensor:
+    def _through(
+        self,
+        new: dict[int, int],
+        ids_N: Tensor,
+        soft_NH: Tensor | None,
+        is_canvas: bool,
+        images: tuple[Image, ...] = (),
+        pixels: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """All layers over `new` tokens behind each document; hidden states [N, H]."""
         stack = self._stack
         counts = tuple(new.get(number, 0) for number in range(len(self._rooms)))
         hidden, _ = stack.embed_tokens.embed(ids_N, None, 1, WeightGradient())
+        if not is_canvas and (features := stack.image_features(pixels, hidden)) is not None:
+            hidden = hidden.index_copy(0, self._places(counts, images), features.to(hidden.dtype))
         if is_canvas:
             hidden = stack.self_conditioning(hidden, torch.zeros_like(hidden) if soft_NH is None else soft_NH)
         places = [range(before, before + count) for before, count in zip(self.lengths, counts, strict=True)]
         position_1N = torch.tensor([list(chain.from_iterable(places))], device=self._device)
         cache = Cache(self._rooms, tuple(self.lengths), is_canvas, self._padding)
         call = Call(
-            tokens=Tokens(counts, (), 0, cache=cache),
+            tokens=Tokens(counts, (), 0, cache=cache, images=images, image_rule=stack.image_rule),
             rotary={kind: stack.rotary_emb(hidden, position_1N, kind) for kind in set(stack.layer_types)},
             is_canvas_N1=torch.full((len(ids_N), 1), is_canvas, device=self._device),
             counted=0,
@@ -78,6 +97,13 @@ class Prefix:
         for number, (layer, kept) in enumerate(zip(layers, self._cache, strict=True), start=1):
             (hidden,) = layer(hidden, job=partial(_block, layer, last if number == len(layers) else call, kept))
         return hidden[0]
+
+    def _places(self, counts: tuple[int, ...], images: tuple[Image, ...]) -> Tensor:
+        """Where the tokens of images are in a call."""
+        first = list(accumulate(counts, initial=0))
+        shifts = [first[image.document] - self.lengths[image.document] for image in images]
+        places = [range(image.begin + s, image.end + s) for image, s in zip(images, shifts, strict=True)]
+        return torch.tensor(list(chain.from_iterable(places)), dtype=torch.int64, device=self._device)
 
 
 def _block(layer: SweepLayer, call: Call, kept: list[Tensor], hidden_1NH: Tensor) -> tuple[Tensor]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ds_dgemma.data.batch import Batch, Example, Pictures
+from ds_dgemma.data.batch import Batch, Example, Image, Pictures
 from ds_dgemma.data.image_files import ImageFiles
 from ds_dgemma.objective.corruption import Corruption
 
@@ -56,18 +56,27 @@ def _pictures(documents: Sequence[Example], files: ImageFiles | None) -> Picture
     if not found:
         return None
     assert files, "documents have images, and nothing reads them"
-    patches = [files.patches(image) for _, image in found]
-    most = max(len(pixels) for pixels, _ in patches)
+    pixels, position = patches_of(files, [image for _, image in found])
     first_D = np.cumsum([0, *(len(example.tokens_S) for example in documents)])
     places = [np.arange(image.tokens) + first_D[number] + image.start for number, image in found]
     return Pictures(
         blocks=tuple((number, image.start, image.start + image.tokens) for number, image in found),
         place_K=torch.from_numpy(np.concatenate(places)),
-        pixel_values_IPD=torch.stack([padded(pixels, most, 0.0) for pixels, _ in patches]),
-        position_IP2=torch.stack([padded(position, most, -1) for _, position in patches]),
+        pixel_values_IPD=pixels,
+        position_IP2=position,
     )
 
 
-def padded(values_PX: np.ndarray, length: int, value: float) -> torch.Tensor:
+def patches_of(files: ImageFiles, images: Sequence[Image]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Patches [I, P, D] of images, and their columns and rows [I, P, 2], padded to the one that has most."""
+    patches = [files.patches(image) for image in images]
+    most = max(len(pixels) for pixels, _ in patches)
+    return (
+        torch.stack([_padded(pixels, most, 0.0) for pixels, _ in patches]),
+        torch.stack([_padded(position, most, -1) for _, position in patches]),
+    )
+
+
+def _padded(values_PX: np.ndarray, length: int, value: float) -> torch.Tensor:
     """Rows of `value` behind the others."""
     return F.pad(torch.from_numpy(values_PX), (0, 0, 0, length - len(values_PX)), value=value)

@@ -81,7 +81,8 @@ def build_stack_for(config: RunConfig, spec: DiffusionGemmaConfig) -> DiffusionG
     Raises:
         UserError: patterns of `model.freeze` or `lora` that do not fit the model.
     """
-    stack = build_stack(spec, train_router=config.model.train_router)
+    trains = config.model.train_vision_embedding
+    stack = build_stack(spec, train_router=config.model.train_router, train_vision_embedding=trains)
     place_experts(stack, size=1, rank=0, grouped=False)
     freeze(stack, config.model.freeze, list(stack.outside))
     if config.lora is not None:

@@ -13,11 +13,11 @@ from ds_dgemma.checkpoint.weights import local_directory, model_digest
 from ds_dgemma.config import RunConfig
 from ds_dgemma.data.batch import Batch, Example
 from ds_dgemma.data.examples import ExampleSet
-from ds_dgemma.data.image_files import image_files
+from ds_dgemma.data.image_files import ImageFiles, image_files
 from ds_dgemma.data.read import open_stream, order_of, read_split
 from ds_dgemma.data.stream import Share, Stream
 from ds_dgemma.data.streaming import Cursor, StreamedBatches, StreamedExamples
-from ds_dgemma.data.tokenizer import image_tokens, load_tokenizer
+from ds_dgemma.data.tokenizer import load_tokenizer
 from ds_dgemma.engine.ds_config import build_cpu_adam, deepspeed_config
 from ds_dgemma.engine.hostfile import check_expert_groups
 from ds_dgemma.engine.open_model import OutlinedModel, choose_kernels, outline_run
@@ -40,6 +40,7 @@ class Prepared:
     model: OutlinedModel
     attention: dict[str, str]  # the kernel of each layer type
     collate: Callable[[list[tuple[Example, int]]], Batch]
+    images: ImageFiles
     examples: ExampleSet | StreamedExamples
     held_out: list[Example]  # empty when nothing is validated
     exam: Exam | None  # questions to answer while training
@@ -90,6 +91,7 @@ def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
     if model.adapters and (warning := model.adapters.base_warning(config.model.path)):
         warnings.append(warning)
 
+    images = image_files(tokenizer, spec, config.data)
     told, held_out, measured_on = [], [], None
     if config.data.streaming:
         examples = open_stream(config, spec, tokenizer, ranks.is_main)
@@ -104,8 +106,7 @@ def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
         measured_on = f"{validation.digest} {len(held_out)} {config.validation.noise_levels}"
     exam, best_by = None, config.checkpoint.best_by
     if config.evaluation.every:
-        images = image_tokens(tokenizer, (spec.image_token_id, spec.boi_token_id, spec.eoi_token_id))
-        exam = Exam.of(config, directory, tokenizer, frozenset(images))
+        exam = Exam.of(config, directory, tokenizer, images)
         if best_by.startswith("evaluation/"):
             exam.check_measure(best_by)
             measured_on = exam.digest
@@ -126,8 +127,8 @@ def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
     if resumed:
         check_same_data(config.data.named("train"), resumed.checkpoint, facts["data_digest"], facts["examples"])
     scores = Scores.continued(best_by, measured_on, resumed.checkpoint if resumed else None)
-    make_batch = partial(collate, corruption, images=image_files(tokenizer, spec, config.data))
-    return Prepared(settings, model, attention, make_batch, examples, held_out, exam, scores, resumed, facts)
+    make_batch = partial(collate, corruption, images=images)
+    return Prepared(settings, model, attention, make_batch, images, examples, held_out, exam, scores, resumed, facts)
 
 
 def tell(split: str, examples: ExampleSet) -> list[str]:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from ds_dgemma.config import RunConfig
 from ds_dgemma.config_file import read_yaml
 from ds_dgemma.data.batch import Batch
 from ds_dgemma.data.examples import ExampleSet
+from ds_dgemma.data.image_files import image_files
 from ds_dgemma.data.read import read_split
 from ds_dgemma.data.tokenizer import load_tokenizer
 from ds_dgemma.engine.open_model import fill_model, outline_run
@@ -134,7 +136,8 @@ def replay(file: Path, checkpoint: Path | None = None, from_model: bool = False)
     if examples.digest != step.data_digest:
         raise UserError(f"data.train: {config.data.named('train')} has changed since {file} was written. Restore it.")
     corruption = Corruption(config.objective, step.seed, text.vocab_size)
-    batches = [_batch(seen, examples, corruption, file) for seen in step.micro_batches]
+    gather = partial(collate, corruption, images=image_files(tokenizer, spec, config.data))
+    batches = [_batch(seen, examples, gather, file) for seen in step.micro_batches]
     model = outline_run(config, spec, directory, ranks, trained is not None)
     if trained is not None:
         trained.check_fits(model.trained_sizes(ranks))
@@ -144,7 +147,7 @@ def replay(file: Path, checkpoint: Path | None = None, from_model: bool = False)
         print(_heading(step, config, trained.checkpoint if trained else None))
 
         def make(one: SeenExample) -> tuple[Batch, str]:
-            return collate(corruption, [(examples[one.index], one.epoch)]), examples.where(one.id)
+            return gather([(examples[one.index], one.epoch)]), examples.where(one.id)
 
         bad = list(_run_all(StepAlone(objective, batches, config, ranks), step, batches, make))
         print(_verdict(bad))
@@ -221,11 +224,11 @@ def _weights(step: SkippedStep, config: RunConfig, chosen: Path | None) -> State
     )
 
 
-def _batch(seen: SeenMicroBatch, examples: ExampleSet, corruption: Corruption, file: Path) -> Batch:
+def _batch(seen: SeenMicroBatch, examples: ExampleSet, gather: Callable[..., Batch], file: Path) -> Batch:
     """The micro-batch, made again; what the file says of it must hold."""
     if not seen.examples or any(one.index >= len(examples) or one.index < 0 for one in seen.examples):
         raise UserError(f"{file}: {seen.name} has examples that the data has not.")
-    batch = collate(corruption, [(examples[one.index], one.epoch) for one in seen.examples])
+    batch = gather([(examples[one.index], one.epoch) for one in seen.examples])
     levels = tuple(level for one in seen.examples for level in one.noise_levels)
     if (tuple(one.id for one in seen.examples), levels) != (batch.sample_ids, batch.noise_levels):
         raise UserError(f"{file}: {seen.name} has other ids or noise levels than the run's config makes. Restore both.")

@@ -1,6 +1,7 @@
 """Where answers start and end, what is learned of them and which rows are refused, by templates of several manners."""
 
 import json
+from pathlib import Path
 
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -9,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from ds_dgemma.data.chat import Document, prompt_text, tokenize_rows
 from ds_dgemma.data.drafter import Drafter
 from ds_dgemma.data.formats import BadRow, Conversation, Text
+from ds_dgemma.data.image_files import ImageFiles
 from ds_dgemma.errors import UserError
 from tests.data.conftest import GEMMA
 
@@ -107,7 +109,7 @@ def test_the_prompt_is_what_generate_sees_and_the_response_the_rest_of_the_turn(
     (span,) = document.spans
     assert document.ids[: span.start] == for_generate
     assert tokenizer.decode(document.ids[span.start :]) == response
-    assert prompt_text(CHAT[:-1], tokenizer) == tokenizer.decode(for_generate)
+    assert prompt_text(CHAT[:-1], tokenizer)[0] == tokenizer.decode(for_generate)
 
 
 def test_all_answers_stand_in_one_document(tokenizer):
@@ -253,8 +255,8 @@ def test_as_text_no_template_can_cut_a_control_token(tokenizer):
 
 @pytest.mark.parametrize("policy", ["error", "text", "allow"])
 def test_what_stands_for_an_image_is_always_refused(tokenizer, policy):
-    found = refusal(tokenizer, [user("see <im>"), model("b")], policy=policy, image_tokens=("<im>",))
-    assert found.startswith("messages[0].content holds <im>, which stands for an image.")
+    found = refusal(tokenizer, [user("see <im>"), model("b")], policy=policy, images=ImageFiles(Path(), ("<im>",)))
+    assert found.startswith("messages[0].content holds <im>, which stands for an image:")
 
 
 @pytest.mark.parametrize(

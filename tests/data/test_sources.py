@@ -45,7 +45,7 @@ def read(source: Source) -> tuple[list[Any], Reading]:
     found, reading = [], Reading()
     for chunk in source.chunks():
         own = Reading()
-        found += [row for _, row in read_rows(chunk, source.layout, own)]
+        found += [row for _, row in read_rows(chunk, source, own)]
         reading.add(own)
     return found, reading
 
@@ -161,12 +161,12 @@ def test_a_split_of_a_hub_dataset_is_read_whole_or_streamed(tmp_path):
         hub_dataset(str(tmp_path), None, None, "dev", "validation", frozenset()).count()
 
 
-def test_columns_of_images_are_refused_before_they_are_decoded(tmp_path):
-    table = datasets.Dataset.from_dict({"prompt": ["q"], "completion": ["a"], "image": [None]})
-    table.cast_column("image", datasets.Image()).to_parquet(tmp_path / "m.parquet")
-    with pytest.raises(UserError, match=r"m\.parquet has a column image\. Images, video and audio are not trained on"):
+def test_columns_of_audio_are_refused_before_they_are_decoded(tmp_path):
+    table = datasets.Dataset.from_dict({"prompt": ["q"], "completion": ["a"], "audio": [None]})
+    table.cast_column("audio", datasets.Audio()).to_parquet(tmp_path / "m.parquet")
+    with pytest.raises(UserError, match=r"m\.parquet has a column audio\. Video and audio are not trained on"):
         open_one(tmp_path / "m.parquet")
-    assert rows(open_one(tmp_path / "m.parquet", ignore=("image",))) == [(0, {"prompt": "q", "completion": "a"})]
+    assert rows(open_one(tmp_path / "m.parquet", ignore=("audio",))) == [(0, {"prompt": "q", "completion": "a"})]
 
 
 def test_a_million_bytes_and_blank_lines_move_no_row(tmp_path):
