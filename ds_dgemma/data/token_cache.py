@@ -181,6 +181,8 @@ def tokenized_rows(reader: RowReader, split: Split, shows: bool, cache: Path = D
         with _locked(folder.with_suffix(".lock")):
             if folder.exists() and not _as_they_were(Stored(folder)):
                 shutil.rmtree(folder)
+                _table.cache_clear()  # what is mapped of it
+                _tokens.cache_clear()
             if not folder.exists():
                 _write(folder, reader, split, shows)
         return Stored(folder)

@@ -70,11 +70,11 @@ def _sequence(sequence: Sequence) -> Iterator[RenderableType]:
     starts = {place.start for place in example.canvases}
     begins, ends = ({getattr(span, name) for span in sequence.learned} for name in ("start", "end"))
     line = Text()
-    for place, (text, role) in enumerate(zip(sequence.text[:LONGEST], sequence.roles, strict=False)):
+    for place, (text, role) in enumerate(zip(sequence.shown[:LONGEST], sequence.roles, strict=False)):
         line.append("⟧" if place in ends else "").append("⟦" if place in begins else "│" if place in starts else "")
         line.append(text, STYLES[role])
-    if len(sequence.text) > LONGEST:
-        line.append(f" … {len(sequence.text) - LONGEST:,} tokens more")
+    if len(sequence.shown) > LONGEST:
+        line.append(f" … {len(sequence.shown) - LONGEST:,} tokens more")
     yield line
     for canvas in sequence.noisy:
         yield Text(str(canvas), style="bold")

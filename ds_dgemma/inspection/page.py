@@ -56,7 +56,7 @@ def _sequence(sequence: Sequence) -> Iterator[str]:
     begins = {span.start for span in sequence.learned}
     starts = {place.start for place in example.canvases}
     tokens = []
-    for place, (text, role) in enumerate(zip(sequence.text, sequence.roles, strict=True)):
+    for place, (text, role) in enumerate(zip(sequence.shown, sequence.roles, strict=True)):
         border = " begins" if place in begins else " canvas" if place in starts else ""
         tokens.append(_token(text, role + border, f"{place}: {int(example.tokens_S[place])}"))
     yield f"<pre>{''.join(tokens)}</pre>"

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from PIL import Image as Pillow
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
-from ds_dgemma.data.batch import Example
+from ds_dgemma.data.batch import Example, Image
 from ds_dgemma.data.examples import ExampleSet, row_of
 from ds_dgemma.objective.corruption import Corruption
 
@@ -62,12 +63,30 @@ class Sequence:
                 {"start": place.start, "length": length, "span": self.learned.index(self.example.spans[place.span])}
                 for place in self.example.canvases
             ],
+            **({"images": [_image(image) for image in self.example.images]} if self.example.images else {}),
         }
+
+    @property
+    def shown(self) -> list[str]:
+        """The text of each token, for people: an image's soft tokens are one box."""
+        shown = list(self.text)
+        for image in self.example.images:
+            seen = _image(image)
+            box = f"[image {seen['width']} x {seen['height']}, {image.tokens} tokens: {image.file}]"
+            shown[image.start : image.start + image.tokens] = [box, *[""] * (image.tokens - 1)]
+        return shown
 
     @property
     def learned(self) -> list[Any]:
         """The spans that are learned."""
         return [span for span in self.example.spans if span.weight]
+
+
+def _image(image: Image) -> dict[str, Any]:
+    """An image for programs; its size is that of its file, in pixels."""
+    with Pillow.open(image.file) as picture:
+        width, height = picture.size
+    return {"start": image.start, "tokens": image.tokens, "file": image.file, "width": width, "height": height}
 
 
 def sequences(examples: ExampleSet, corruption: Corruption, tokenizer: PreTrainedTokenizerFast) -> Iterator[Sequence]:
