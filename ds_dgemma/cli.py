@@ -61,7 +61,7 @@ def plan(args: argparse.Namespace) -> int:
     limits = Limits(args.gpu_memory, args.host_memory, args.gpus_per_node)
     link = args.link_gbps or (300.0 if args.gpus <= args.gpus_per_node else 40.0)
     machine = Machine(args.peak_tflops, args.utilisation, link, args.host_link_gbps, args.host_memory_gbps)
-    planned = make_plan(load_config(args.config, args.set), args.gpus, limits, machine, args.length)
+    planned = make_plan(load_config(args.config, args.set), args.gpus, limits, machine, args.length, args.images)
     if args.json:
         print(json.dumps(as_dict(planned), indent=2))
     else:
@@ -222,6 +222,7 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     plan_.add_argument(
         "--length", type=_above_zero(int, most=10**7), metavar="N", help="tokens of an example (data.max_length)"
     )
+    plan_.add_argument("--images", type=_above_zero(int, most=1000), default=0, metavar="N", help="in each example (0)")
     plan_.add_argument(
         "--peak-tflops", type=_above_zero(float), default=989.0, metavar="X", help="of a GPU, dense (989, H100)"
     )

@@ -9,6 +9,9 @@ vocabulary's matrix:
     scored token         6 V H: logits, the gradients of hidden state and matrix (frozen: 4)
     guessed token        4 V H: logits, soft embedding; 2 V H for the matrix's gradient (frozen: none)
 
+An image of n soft tokens adds pairs among them, and the vision tower's forward, 2 patches W + 4 patches^2 heads
+head_size, and its pooling and projection.
+
 With a trained model that is the usual 6 W per token, and 2 W for a token of a first guess. This is *useful* work. What
 is computed again is not: the forward of all layers but the last under activation checkpointing (`selective`: without
 attention), a guess's logits in the backward pass; nor the guess that a micro-batch without any makes to stay in step.
@@ -22,10 +25,11 @@ from math import prod
 from operator import or_
 from typing import Any
 
-from ds_dgemma.model.parts import visible
+from ds_dgemma.model.parts import ImageRule, image_parts, visible
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
 from ds_dgemma.model.sweep import Checkpointing
+from ds_dgemma.model.vision import Tower
 
 VOCABULARY, BLOCK, LAYERS = "embed_tokens", "self_conditioning", "layers."
 
@@ -65,6 +69,9 @@ class Products:
     trains_vocabulary: bool
     canvas_length: int
     goes_back: dict[str, bool]  # by unit, see `unit_of`
+    tower: Tower
+    projects: int  # weights of what projects an image's soft token
+    image_rule: ImageRule
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,9 @@ def products_of(stack: DiffusionGemmaStack) -> Products:
         trains_vocabulary=units[VOCABULARY][0][1],
         canvas_length=canvas_length,
         goes_back=goes_back,
+        tower=stack.vision.products,
+        projects=stack.vision.features * text.hidden_size,
+        image_rule=stack.image_rule,
     )
 
 
@@ -132,6 +142,21 @@ def clean_pairs(tokens: int, window: int | None) -> int:
     """Visible pairs among the clean tokens of a document."""
     inside = tokens if window is None else min(tokens, window)
     return inside * (inside + 1) // 2 + (tokens - inside) * inside
+
+
+def image_pairs(tokens: int, window: int | None, rule: ImageRule) -> int:
+    """Visible pairs of an image's soft tokens beside those of any clean tokens."""
+    return sum(
+        (length := piece.queries[1] - piece.queries[0]) * (length + 1) // 2
+        for piece in image_parts(0, tokens, window, rule)
+    )
+
+
+def image_work(products: Products, tokens: int) -> float:
+    """The tower's forward for an image of so many soft tokens, and what its tokens see of each other."""
+    pairs = ((layer, image_pairs(tokens, layer.window, products.image_rule)) for layer in products.layers)
+    seen = sum(layer.forward(0, count) + layer.backward(0, count) for layer, count in pairs)
+    return products.tower.flops(tokens) + 2 * tokens * products.projects + seen
 
 
 def canvas_pairs(start: int, length: int, window: int | None) -> int:
@@ -173,9 +198,13 @@ def guess_forward_flops(products: Products, start: int) -> float:
     return forward_flops(products, 0, [start]) + 4 * products.vocabulary * products.canvas_length
 
 
-def batch_work(products: Products, documents: Iterable[tuple[int, Sequence[int], Sequence[int]]]) -> float:
-    """Useful FLOPs of documents of (clean tokens, starts of canvases, starts of those whose first guess counts)."""
-    return sum(
+def batch_work(
+    products: Products, documents: Iterable[tuple[int, Sequence[int], Sequence[int]]], images: Iterable[int] = ()
+) -> float:
+    """Useful FLOPs of documents of (clean tokens, starts of canvases, starts of those whose first guess counts), and of
+    images of so many soft tokens.
+    """
+    return sum(image_work(products, tokens) for tokens in images) + sum(
         example_work(products, clean, starts, "none").useful + sum(guess_work(products, at).useful for at in guessed)
         for clean, starts, guessed in documents
     )

@@ -201,7 +201,7 @@ def _clean_parts(tokens: Tokens, window: int | None) -> Iterator[Part]:
     for _, neighbours in groupby(enumerate(images), key=same):
         alike = [image for _, image in neighbours]
         rows = [homes[image.document] for image in alike]
-        for piece in _image_parts(alike[0].begin, alike[0].end, window, tokens.image_rule):
+        for piece in image_parts(alike[0].begin, alike[0].end, window, tokens.image_rule):
             yield _part(piece, rows, cache is not None)
 
 
@@ -243,7 +243,7 @@ def _causal_parts(first: int, length: int, window: int) -> Iterator[_Piece]:
         begin = end
 
 
-def _image_parts(begin: int, end: int, window: int | None, rule: ImageRule) -> Iterator[_Piece]:
+def image_parts(begin: int, end: int, window: int | None, rule: ImageRule) -> Iterator[_Piece]:
     """What an image's tokens see of it beside what they see as any clean token."""
     if end - begin > 1 and (window or rule == "generate"):
         yield _Piece((begin, end - 1), (begin + 1, end), causal=True, backwards=True, merges=True)

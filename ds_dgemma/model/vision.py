@@ -11,6 +11,7 @@ Source: transformers `DiffusionGemmaEncoderModel.get_image_features`.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,27 @@ AT_ONCE = 8  # images: what the tower holds for a moment grows with them
 Read = Callable[[str, Tensor], bool]
 
 
+@dataclass(frozen=True)
+class Tower:
+    """The products of a tower, and its sizes."""
+
+    weights: int  # met by a patch
+    attention: int  # heads * head size, of all layers
+    features: int
+    intermediate: int
+    pooled: int  # patches of a soft token
+
+    def flops(self, soft_tokens: int) -> int:
+        """FLOPs of an image without padding: its patches, all pairs of them, and what pools them."""
+        patches = soft_tokens * self.pooled
+        return 2 * patches * (self.weights + self.features * soft_tokens) + 4 * patches**2 * self.attention
+
+    def bytes(self, soft_tokens: int, element: int) -> int:
+        """What an image holds for a moment: a layer's tensors and the mask of its padding."""
+        patches = soft_tokens * self.pooled
+        return element * patches * (8 * self.features + 3 * self.intermediate + patches)
+
+
 class Vision:
     """The tower, and the projection unless that is trained, on whatever device and in whatever type is asked for."""
 
@@ -34,6 +56,18 @@ class Vision:
         self.features: int = self._config.hidden_size  # F
         self.read: Read | None = None  # how values are had; set by who opens the checkpoint
         self._is_open = False
+
+    @property
+    def products(self) -> Tower:
+        """Its matrix products."""
+        config, linears = self._config, [m for m in self._parts[TOWER].modules() if isinstance(m, nn.Linear)]
+        return Tower(
+            weights=sum(linear.in_features * linear.out_features for linear in linears),
+            attention=config.num_attention_heads * config.head_dim * config.num_hidden_layers,
+            features=self.features,
+            intermediate=config.intermediate_size,
+            pooled=config.pooling_kernel_size**2,
+        )
 
     @torch.no_grad()
     def soft_tokens(self, pixel_values_IPD: Tensor, position_IP2: Tensor, like: Tensor) -> Tensor:

@@ -8,7 +8,16 @@ reduce-scatter of n ranks: (n - 1)/n of the tensor).
 from dataclasses import dataclass
 
 from ds_dgemma.config import RunConfig
-from ds_dgemma.model.flops import LAYERS, VOCABULARY, Work, example_work, forward_flops, guess_forward_flops, guess_work
+from ds_dgemma.model.flops import (
+    LAYERS,
+    VOCABULARY,
+    Work,
+    example_work,
+    forward_flops,
+    guess_forward_flops,
+    guess_work,
+    image_work,
+)
 from ds_dgemma.plan.activations import FP32
 from ds_dgemma.plan.inventory import Inventory, Parameter
 from ds_dgemma.plan.setup import Setup, Shape
@@ -76,6 +85,7 @@ def _work(inventory: Inventory, setup: Setup, shape: Shape, counted: float, empt
     products, starts, clean = inventory.products, shape.starts, shape.clean
     example = example_work(products, clean, starts, setup.activation_checkpointing)
     guess = sum((guess_work(products, start) for start in starts), Work(0.0, 0.0)) * (1 / len(starts))
+    example += Work(sum(image_work(products, tokens) for tokens in shape.images), 0.0)
     work = example * setup.micro_batch_size + guess * counted + guess.wasted * empty
     if setup.counting_passes:
         guessing = sum(guess_forward_flops(products, start) for start in starts) / len(starts) * (counted + empty)

@@ -43,7 +43,8 @@ class Inventory:
     products: Products
     text: Any  # transformers' text config
     canvas_length: int
-    outside: dict[str, int]  # elements of what a run never loads and an export carries over: the vision tower
+    outside: dict[str, int]  # elements of what an export carries over: the vision tower, which images need
+    patch: int  # numbers of an image's patch
     stored: torch.dtype  # of the checkpoint to start from, as its config says
 
     @cached_property
@@ -111,6 +112,7 @@ def take_inventory(stack: DiffusionGemmaStack) -> Inventory:
         products=products_of(stack),
         text=text_spec(spec),
         canvas_length=canvas_length,
+        patch=3 * spec.vision_config.patch_size**2,  # type: ignore[union-attr]
         outside={name: prod(shape) for name, shape in stack.outside.items()},
         stored=spec.dtype if isinstance(spec.dtype, torch.dtype) else torch.float32,
     )

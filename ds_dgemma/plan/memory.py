@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ds_dgemma.model.flops import LAYERS, VOCABULARY
+from ds_dgemma.model.vision import AT_ONCE
 from ds_dgemma.plan.activations import FP32, LayerActivations, StackActivations
 from ds_dgemma.plan.inventory import Inventory, Parameter
 from ds_dgemma.plan.setup import Setup, Shape
@@ -53,6 +54,8 @@ class Memory:
 def memory(inventory: Inventory, activations: StackActivations, setup: Setup, shape: Shape, chunk_mib: int) -> Memory:
     """Add everything up for one rank; all ranks are alike but for padding."""
     resident, host = _states(inventory, setup)
+    if shape.images:
+        resident |= _images(inventory, setup, shape)
     if setup.zero.stage == 3:
         resident["reduce bucket"] = _reduce_buckets(setup)
     return Memory(
@@ -63,9 +66,24 @@ def memory(inventory: Inventory, activations: StackActivations, setup: Setup, sh
             "a layer, backward": _layer_backward(inventory, activations, setup, shape),
             "vocabulary, backward": _vocabulary_backward(inventory, setup, shape, chunk_mib),
             "optimizer step": _optimizer_step(inventory, setup),
+            **({"vision tower": _tower(inventory, setup, shape)} if shape.images else {}),
         },
         host={kind: size for kind, size in host.items() if size},
     )
+
+
+def _images(inventory: Inventory, setup: Setup, shape: Shape) -> Bytes:
+    """The tower, whole on every rank, and a micro-batch's images."""
+    tower, tokens = inventory.products.tower, setup.micro_batch_size * sum(shape.images)
+    return {
+        "vision tower": setup.element * inventory.untrained_copy,
+        "images": tokens * (tower.pooled * FP32 * inventory.patch + setup.element * inventory.text.hidden_size),
+    }
+
+
+def _tower(inventory: Inventory, setup: Setup, shape: Shape) -> Bytes:
+    at_once = min(AT_ONCE, setup.micro_batch_size * len(shape.images))
+    return {"a layer of the tower": at_once * inventory.products.tower.bytes(max(shape.images), setup.element)}
 
 
 def _states(inventory: Inventory, setup: Setup) -> tuple[Bytes, Bytes]:

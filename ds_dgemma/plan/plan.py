@@ -73,8 +73,11 @@ class _Subject:
         return memory(self.inventory, self.activations, setup, self.shape, self.chunk_mib)
 
 
-def make_plan(config: RunConfig, gpus: int, limits: Limits, machine: Machine, length: int | None = None) -> Plan:
-    """Plan `config` on `gpus` GPUs, for examples of `length` clean tokens (the longest that it allows when None).
+def make_plan(
+    config: RunConfig, gpus: int, limits: Limits, machine: Machine, length: int | None = None, images: int = 0
+) -> Plan:
+    """Plan `config` on `gpus` GPUs, for examples of `length` clean tokens (None: the longest that it allows) with so many
+    images each.
 
     Raises:
         UserError: what training would refuse before it loads the model.
@@ -87,7 +90,7 @@ def make_plan(config: RunConfig, gpus: int, limits: Limits, machine: Machine, le
     check_stage(setup.zero.stage, trained_names(stack))
     check_groups(config.optimizer, trained_names(stack), [*all_names(stack), *inventory.outside])
     check_router_balance(config.objective.router_balance_weight, trained_names(stack))
-    shape = read_shape(config, inventory, length)
+    shape = read_shape(config, inventory, length, images)
     activations = trace(stack, shape, setup.dtype)
     subject = _Subject(inventory, activations, shape, limits, config.objective.logits_chunk_mib)
     needed = subject.memory(setup)

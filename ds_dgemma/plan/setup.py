@@ -13,6 +13,9 @@ from ds_dgemma.errors import UserError
 from ds_dgemma.model.sweep import Checkpointing
 from ds_dgemma.plan.inventory import Inventory, Parameter
 
+SOFT_TOKENS = 280  # of an image, as Gemma 4's processor has it unless told otherwise
+MARKS = 2  # the tokens at an image's begin and end
+
 
 @dataclass(frozen=True)
 class Zero:
@@ -84,6 +87,7 @@ class Shape:
     clean: int  # prompt, response and fill
     canvases: int  # scored ones
     canvas_length: int
+    images: tuple[int, ...] = ()  # soft tokens of each, among the clean ones
 
     @property
     def canvas(self) -> int:
@@ -142,8 +146,8 @@ def read_zero(deepspeed: dict[str, Any], dtype: torch.dtype) -> Zero:
     )
 
 
-def read_shape(config: RunConfig, inventory: Inventory, length: int | None = None) -> Shape:
-    """The longest example that the config lets through, or one of `length` clean tokens.
+def read_shape(config: RunConfig, inventory: Inventory, length: int | None = None, images: int = 0) -> Shape:
+    """The longest example that the config lets through, or one of `length` clean tokens, with so many images.
 
     Raises:
         UserError: that is less than a canvas.
@@ -154,7 +158,11 @@ def read_shape(config: RunConfig, inventory: Inventory, length: int | None = Non
         raise UserError(f"{setting} is less than a canvas, {canvas} tokens: no example would fit. Set more.")
     wanted = config.objective.canvases_per_example
     most = max(1, clean // canvas)
-    return Shape(clean=clean, canvases=most if wanted == "all" else min(wanted, most), canvas_length=canvas)
+    soft = config.data.max_soft_tokens or SOFT_TOKENS
+    if images * (soft + MARKS) + canvas > clean:
+        raise UserError(f"--images {images}: of {soft} tokens each they do not fit {clean} tokens beside a canvas.")
+    canvases = most if wanted == "all" else min(wanted, most)
+    return Shape(clean, canvases, canvas, (soft,) * images)
 
 
 def _on_cpu(offload: Any) -> bool:

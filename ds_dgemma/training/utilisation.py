@@ -1,6 +1,6 @@
 """Model FLOPs utilisation: useful arithmetic of what a step read, over what its devices could have done meanwhile."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,13 +24,19 @@ class Utilisation:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         return cls(products_of(stack), peak_flops(name, said_tflops))
 
-    def work(self, batches: Iterable[Batch]) -> float:
+    def work(self, batches: Sequence[Batch]) -> float:
         """Useful FLOPs of micro-batches; 0 where nothing is measured."""
-        return 0.0 if self.peak_flops is None else batch_work(self.products, documents_of(batches))
+        return 0.0 if self.peak_flops is None else batch_work(self.products, documents_of(batches), images_of(batches))
 
     def of(self, work: float, seconds: float, devices: int) -> float | None:
         """The share of `devices` at their peak that did `work` FLOPs in `seconds`."""
         return None if self.peak_flops is None else work / (seconds * devices * self.peak_flops)
+
+
+def images_of(batches: Iterable[Batch]) -> Iterator[int]:
+    """Soft tokens of each image."""
+    for batch in batches:
+        yield from (end - begin for _, begin, end in (batch.pictures.blocks if batch.pictures else ()))
 
 
 def documents_of(batches: Iterable[Batch]) -> Iterator[tuple[int, list[int], list[int]]]:

@@ -9,10 +9,21 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ds_dgemma.config_file import load_config
-from ds_dgemma.model.flops import Work, batch_work, canvas_pairs, clean_pairs, example_work, guess_work, products_of
+from ds_dgemma.model.flops import (
+    Work,
+    batch_work,
+    canvas_pairs,
+    clean_pairs,
+    example_work,
+    guess_work,
+    image_pairs,
+    products_of,
+)
 from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
 from ds_dgemma.plan.inventory import build_stack_for
 from ds_dgemma.plan.plan import read_shapes
+from ds_dgemma.tools.tiny import make_tiny
+from tests import generate_parity
 from tests.benchmarks.step import make_batch
 from tests.reference.masks import attention_masks, clean_and_canvases
 
@@ -94,9 +105,28 @@ def test_a_step_does_what_is_counted(checkpointing: Any, settings: list[str], su
     assert batch_work(products, rows) == work.useful
 
 
-def test_visible_pairs_are_those_of_the_mask() -> None:
-    layout = clean_and_canvases([50], [(0, 42), (0, 8)], 8)
-    for kind, mask in attention_masks(layout, window=16).items():
+@pytest.mark.parametrize("rule", ["generate", "sliding"])
+def test_visible_pairs_are_those_of_the_mask(rule: Any) -> None:
+    layout = clean_and_canvases([50], [(0, 42), (0, 8)], 8, images=[(0, 3, 33)])  # longer than the window
+    for kind, mask in attention_masks(layout, 16, rule).items():
         window = 16 if kind == "sliding_attention" else None
         pairs = clean_pairs(50, window) + canvas_pairs(42, 8, window) + canvas_pairs(8, 8, window)
-        assert pairs == int(mask.sum()), kind
+        assert pairs + image_pairs(30, window, rule) == int(mask.sum()), kind
+
+
+def test_the_vision_tower_does_what_is_counted(tmp_path: Path) -> None:
+    make_tiny("shapes", tmp_path / "model")
+    stack = generate_parity.open_plain(tmp_path / "model")
+    products = products_of(stack)
+    side, pool = 8, stack.config.vision_config.pooling_kernel_size  # soft tokens
+    place = torch.arange(side * pool)
+    position = torch.cartesian_prod(place, place).flip(1)[None]
+    pixels = torch.rand(1, len(position[0]), 3 * stack.config.vision_config.patch_size**2)
+    stack.vision.open(torch.device("cpu"), torch.float32)
+    counter = FlopCounterMode(display=False, custom_mapping=KNOWN)
+    with counter:
+        soft = stack.image_features((pixels, position), torch.empty(1, 1))
+    assert soft is not None
+    assert len(soft) == side**2
+    projection = 2 * side**2 * products.projects
+    assert products.tower.flops(side**2) + projection == counter.get_total_flops()
