@@ -54,6 +54,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """Answer a prompt, or every conversation of a file."""
+    from ds_dgemma.data.pictures import place, placed_in
     from ds_dgemma.evaluation.answers import answer_prompts
     from ds_dgemma.evaluation.open_model import load_model
     from ds_dgemma.evaluation.prompts import message_ids
@@ -61,9 +62,14 @@ def generate(args: argparse.Namespace) -> None:
 
     found = _found(args)
     if args.prompt is not None:
-        ids = [message_ids(found, [{"role": "user", "content": args.prompt}], "--prompt")]
+        images = [{"type": "image", "path": file} for file in args.image]
+        content = [*images, {"type": "text", "text": args.prompt}] if images else args.prompt
+        (message,), _ = place([{"role": "user", "content": content}], [])
+        ids = [message_ids(found, placed_in([message], Path.cwd()), "--prompt")]
         rows: list[dict[str, Any]] = []
     else:
+        if args.image:
+            raise UserError("--image belongs to --prompt: the rows of --file name their images themselves.")
         rows, ids = read_prompts(args.file, found)
     model = load_model(found)
     watch = _watch(args, model)
@@ -116,6 +122,9 @@ def add_commands(add: Callable[..., argparse.ArgumentParser], seed: Number, coun
     asked = generate_.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", metavar="TEXT")
     asked.add_argument("--file", type=Path, metavar="F.jsonl", help="conversations that end with the user")
+    generate_.add_argument(
+        "--image", action="append", default=[], metavar="F", help="stands before --prompt; several in order"
+    )
     generate_.add_argument(
         "--out", type=Path, metavar="F.jsonl", help="its rows with their answers; else they are printed"
     )

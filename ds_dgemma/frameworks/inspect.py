@@ -12,6 +12,7 @@ Source: inspect_ai 0.3 `model/_model.py` (`ModelAPI`).
 from collections import Counter
 from dataclasses import dataclass
 from logging import getLogger
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -31,6 +32,7 @@ from inspect_ai.model import (
 from inspect_ai.tool import ToolCall, ToolChoice, ToolInfo
 
 from ds_dgemma.data.messages import BadRow, Message, read_message
+from ds_dgemma.data.pictures import place, placed_in
 from ds_dgemma.errors import UserError
 from ds_dgemma.evaluation.answers import Said
 from ds_dgemma.evaluation.prompts import message_ids
@@ -80,6 +82,7 @@ class DiffusionGemmaAPI(ModelAPI):
         ]
         try:
             messages = [read_message(_message(turn), f"message {n + 1}")[0] for n, turn in enumerate(input)]
+            messages = placed_in(place(messages, [])[0], Path.cwd())
             ids = message_ids(self._model.found, messages, "the input", declared or None)
         except (UserError, BadRow) as error:
             raise PrerequisiteError(str(error)) from error
@@ -121,10 +124,13 @@ SHOWN = {"name", "description", "parameters"}
 
 def _message(turn: ChatMessage) -> Message:
     """A message as rows of data have it."""
-    if not isinstance(turn.content, str) and any(part.type not in ("text", "reasoning") for part in turn.content):
-        kinds = ", ".join(sorted({part.type for part in turn.content} - {"text", "reasoning"}))
-        raise UserError(f"a message holds {kinds}. Only text is answered.")
+    kinds = {"text"} if isinstance(turn.content, str) else {part.type for part in turn.content}
+    if others := kinds - {"text", "reasoning", "image"}:
+        raise UserError(f"a message holds {', '.join(sorted(others))}. Only text and images are answered.")
     read: dict[str, Any] = {"role": turn.role, "content": turn.text}
+    if "image" in kinds:
+        parts = [part for part in turn.content if not isinstance(part, str) and part.type in ("text", "image")]
+        read["content"] = [{"type": part.type, part.type: getattr(part, part.type)} for part in parts]
     if isinstance(turn, ChatMessageAssistant) and turn.tool_calls:
         read["tool_calls"] = [
             {"id": call.id, "type": "function", "function": {"name": call.function, "arguments": call.arguments}}

@@ -76,8 +76,8 @@ class _Subject:
 def make_plan(
     config: RunConfig, gpus: int, limits: Limits, machine: Machine, length: int | None = None, images: int = 0
 ) -> Plan:
-    """Plan `config` on `gpus` GPUs, for examples of `length` clean tokens (None: the longest that it allows) with so many
-    images each.
+    """Plan `config` on `gpus` GPUs, for examples of `length` clean tokens (None: the longest that it allows), with
+    so many images each.
 
     Raises:
         UserError: what training would refuse before it loads the model.
