@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tests.reference.masks import CLEAN, TokenLayout, attention_masks, clean_and_canvases
+from tests.reference.masks import CLEAN, NO_IMAGE, TokenLayout, attention_masks, clean_and_canvases
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,15 @@ class Token:
     document: int = 0
     canvas: int = CLEAN
     start: int = 0
+    image: int = NO_IMAGE
 
 
-def sees(query: Token, key: Token, window: int | None) -> bool:
+def sees(query: Token, key: Token, window: int | None, rule: str = "generate") -> bool:
     """The rules, one pair at a time; `window` is None on full layers."""
+    if query.image == key.image != NO_IMAGE and rule == "generate":
+        return True
+    if query.image == key.image != NO_IMAGE and window is not None and key.position > query.position:
+        return True
     if query.document != key.document:
         return False
     if key.canvas != CLEAN:  # only its own tokens read a canvas, and all of them do
@@ -32,12 +37,12 @@ def sees(query: Token, key: Token, window: int | None) -> bool:
     return behind >= 0 and (window is None or behind < window)
 
 
-def slow_mask(tokens: list[Token], window: int | None) -> list[list[bool]]:
-    return [[sees(query, key, window) for key in tokens] for query in tokens]
+def slow_mask(tokens: list[Token], window: int | None, rule: str = "generate") -> list[list[bool]]:
+    return [[sees(query, key, window, rule) for key in tokens] for query in tokens]
 
 
 def lay_out(tokens: list[Token]) -> TokenLayout:
-    fields = ("position", "document", "canvas", "start")
+    fields = ("position", "document", "canvas", "start", "image")
     return TokenLayout(*(torch.tensor([getattr(token, field) for token in tokens]) for field in fields))
 
 
@@ -47,7 +52,9 @@ def random_tokens(draw: random.Random) -> list[Token]:
     canvases = 0
     for document in range(draw.randint(1, 3)):
         clean, length = draw.randint(1, 9), draw.randint(1, 5)
-        tokens += [Token(position, document) for position in range(clean)]
+        begin, end = sorted(draw.sample(range(clean + 1), 2))
+        image = lambda position: document if begin <= position < end else NO_IMAGE  # noqa: B023, E731
+        tokens += [Token(position, document, image=image(position)) for position in range(clean)]
         for _ in range(draw.randint(0, 3)):
             start = draw.randint(0, clean)
             tokens += [Token(start + offset, document, canvases, start) for offset in range(length)]
@@ -60,9 +67,10 @@ def random_tokens(draw: random.Random) -> list[Token]:
 def test_masks_follow_the_rules_on_any_layout(seed: int):
     draw = random.Random(seed)
     tokens, window = random_tokens(draw), draw.randint(1, 8)
-    masks = attention_masks(lay_out(tokens), window)
-    assert masks["full_attention"].tolist() == slow_mask(tokens, None)
-    assert masks["sliding_attention"].tolist() == slow_mask(tokens, window)
+    for rule in ("generate", "sliding"):
+        masks = attention_masks(lay_out(tokens), window, rule)
+        assert masks["full_attention"].tolist() == slow_mask(tokens, None, rule)
+        assert masks["sliding_attention"].tolist() == slow_mask(tokens, window, rule)
 
 
 def test_the_worked_matrix_of_the_docstring_is_what_comes_out():
