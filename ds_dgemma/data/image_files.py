@@ -22,6 +22,7 @@ from urllib.request import urlopen
 import numpy as np
 from huggingface_hub.constants import HF_HOME
 from PIL import Image as Pillow
+from PIL import UnidentifiedImageError
 from transformers import AutoImageProcessor, DiffusionGemmaConfig, PreTrainedTokenizerFast
 from transformers.image_utils import load_image
 from transformers.models.gemma4.image_processing_pil_gemma4 import get_aspect_ratio_preserving_size
@@ -37,6 +38,7 @@ FOLDER = Path(HF_HOME) / "ds_dgemma" / "images"
 MOST_PIXELS = 2**26
 MOST_BYTES = 2**26  # of an address that is fetched
 SECONDS = 30
+KINDS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # others are programs, or take one
 
 Render = Callable[[list[Message], bool], str]  # as in `rendering.py`
 
@@ -59,6 +61,7 @@ class ImageFiles:
     tokens: tuple[str, ...]  # the tokenizer's for an image, its begin and its end
     allow_urls: bool = False
     max_soft_tokens: int | None = None  # None: the processor's own
+    positions: int | None = None  # patches on a side that the tower has positions for; None: not known
     folder: Path = FOLDER
 
     @cached_property
@@ -142,8 +145,9 @@ class ImageFiles:
             return self._fetched(origin)
         try:
             return Path(origin.address).read_bytes()
-        except OSError as error:
-            raise BadRow(f"{origin.name}: no image {origin.address}: {error.strerror or error}.") from error
+        except (OSError, ValueError) as error:  # a NUL is no part of a path
+            reason = getattr(error, "strerror", None) or error
+            raise BadRow(f"{origin.name}: no image {origin.address}: {reason}.") from error
 
     def _fetched(self, origin: Origin) -> bytes:
         if not self.allow_urls:
@@ -182,7 +186,13 @@ class ImageFiles:
             high, wide = get_aspect_ratio_preserving_size(height, width, patch, own.max_soft_tokens * pool**2, pool)
         except ValueError as error:
             raise BadRow(f"{origin.name}: {width} x {height} pixels, which the processor refuses: {error}") from error
-        return (high // patch) * (wide // patch) // pool**2
+        high, wide = high // patch, wide // patch
+        if self.positions and max(high, wide) > self.positions:
+            raise BadRow(
+                f"{origin.name}: {width} x {height} pixels would be {wide} x {high} patches, and the vision tower "
+                f"knows {self.positions} on a side: crop the image."
+            )
+        return high * wide // pool**2
 
 
 @lru_cache(maxsize=64)
@@ -206,6 +216,8 @@ def _patches(files: ImageFiles, image: Image) -> tuple[np.ndarray, np.ndarray]:
 def _checked(data: bytes, origin: Origin) -> tuple[int, int]:
     """Width and height of an image, as it is seen: turned by its EXIF mark."""
     where = f"{origin.name}: {origin.address}" if isinstance(origin.address, str) else origin.name
+    if not data:
+        raise BadRow(f"{where} is empty: no byte is in it.")
     try:
         with _opened(data) as picture:
             if (frames := getattr(picture, "n_frames", 1)) > 1:
@@ -216,13 +228,15 @@ def _checked(data: bytes, origin: Origin) -> tuple[int, int]:
                     "were expected: scale it down."
                 )
             return load_image(picture).size
+    except UnidentifiedImageError as error:
+        raise BadRow(f"{where} is no image, or a broken one: {', '.join(KINDS)} are read.") from error
     except (OSError, SyntaxError, ValueError, Pillow.DecompressionBombError) as error:
         raise BadRow(f"{where} is no image, or a broken one: {first_line(error)}.") from error
 
 
 @contextmanager
 def _opened(data: bytes) -> Iterator[Pillow.Image]:
-    with Pillow.open(io.BytesIO(data)) as picture:
+    with Pillow.open(io.BytesIO(data), formats=KINDS) as picture:
         yield picture
 
 
@@ -241,5 +255,17 @@ def place_images(ids: Sequence[int], image_id: int, found: Sequence[Measured]) -
 
 def image_files(tokenizer: PreTrainedTokenizerFast, spec: DiffusionGemmaConfig, data: DataSection) -> ImageFiles:
     """How images are read for the checkpoint that a tokenizer was loaded from."""
+    return of_model(Path(tokenizer.name_or_path), tokenizer, spec, data.allow_urls, data.max_soft_tokens)
+
+
+def of_model(
+    directory: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    spec: DiffusionGemmaConfig,
+    allow_urls: bool = False,
+    max_soft_tokens: int | None = None,
+) -> ImageFiles:
+    """How images are read for a checkpoint."""
     tokens = image_tokens(tokenizer, (spec.image_token_id, spec.boi_token_id, spec.eoi_token_id))
-    return ImageFiles(Path(tokenizer.name_or_path), tokens, data.allow_urls, data.max_soft_tokens)
+    positions = getattr(getattr(spec, "vision_config", None), "position_embedding_size", None)
+    return ImageFiles(directory, tokens, allow_urls, max_soft_tokens, positions)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ds_dgemma.data.messages import IMAGE_PARTS, BadRow, Message, kind_of
+from ds_dgemma.errors import counted
 
 COLUMNS = ("images", "image")
 PLACEHOLDER = "<image>"
@@ -104,14 +105,16 @@ def place(messages: list[Message], column: list[Origin]) -> tuple[list[Message],
             messages = [*messages[:number], {**message, "content": parts}, *messages[number + 1 :]]
     if column:
         messages = [_split(message) for message in messages]
-        if not any(isinstance(part["image"], Unplaced) for _, part in image_parts(messages)):
+        if not any(image_parts(messages)):
             messages = _before_first_user(messages, len(column))
+    if column and (said := next((n for n, m in enumerate(messages) if PLACEHOLDER in _answer(m)), None)) is not None:
+        raise BadRow(f"messages[{said}] holds {PLACEHOLDER}, an image's place, though it is the assistant's.")
     waiting = [part for _, part in image_parts(messages) if isinstance(part["image"], Unplaced)]
     if len(waiting) != len(column):
         where = waiting[0]["image"].name if waiting else "the row"
         raise BadRow(
-            f"{where} has {len(waiting)} places for images, and the row's column images has {len(column)}. A place is "
-            f"{PLACEHOLDER} in a text, or a part {{type: image}} without an address."
+            f"{where} has {counted(len(waiting), 'place')} for images, and the row's column has {len(column)}. A place "
+            f"is {PLACEHOLDER} in a text, or a part {{type: image}} without an address."
         )
     rest = iter(column)
 
@@ -149,6 +152,10 @@ def image_parts(messages: list[Message]) -> Iterator[tuple[Message, dict[str, An
 def origins(messages: list[Message]) -> list[Origin]:
     """Where every image is had from, in order."""
     return [part["image"] for _, part in image_parts(messages)]
+
+
+def _answer(message: Message) -> str:
+    return message["content"] if message["role"] == "assistant" else ""
 
 
 def _with(message: Message, change: Any) -> Message:

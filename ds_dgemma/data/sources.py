@@ -116,8 +116,12 @@ class Source:
 
     def folder(self, row: int) -> Path:
         """Where the paths in a row begin: beside its file; of a hub dataset, where the run was started."""
-        path = self._place(row)[0].path
-        return Path.cwd() if path is None else path.resolve().parent
+        return _folder(self._place(row)[0])
+
+    @property
+    def folders(self) -> str:
+        """Those of all files."""
+        return "\n".join(str(_folder(part)) for part in self.parts)
 
     @cached_property
     def _starts(self) -> list[int]:
@@ -128,6 +132,10 @@ class Source:
             return self.parts[0], row  # a stream's length is not asked for
         place = bisect_right(self._starts, row) - 1
         return self.parts[place], row - self._starts[place]
+
+
+def _folder(part: Part) -> Path:
+    return Path.cwd() if part.path is None else part.path.resolve().parent
 
 
 def open_sources(data: DataSection, split: Split) -> list[Source]:

@@ -112,7 +112,7 @@ class Table:
         if ignored := [name for name in dataset.column_names or () if name in self._ignore]:
             dataset = dataset.remove_columns(ignored)
         for name, feature in (dataset.features or {}).items():
-            if (as_files := _image_files(feature)) is not None:
+            if (as_files := _as_files(feature)) != feature:
                 dataset = dataset.cast_column(name, as_files)
             if type(feature).__name__ in ("Audio", "Video"):
                 raise UserError(
@@ -121,15 +121,17 @@ class Table:
         return dataset
 
 
-def _image_files(feature: Any) -> Any:
-    """The type of a column of images, or of lists of them, that are not decoded; None: it is no such column."""
+def _as_files(feature: Any) -> Any:
+    """The same type of a column, in which images are files that are not decoded."""
     import datasets
 
     if isinstance(feature, datasets.Image):
         return datasets.Image(decode=False)
-    if isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
-        return datasets.List(datasets.Image(decode=False))
-    return None
+    if isinstance(feature, datasets.List):
+        return datasets.List(_as_files(feature.feature))
+    if isinstance(feature, list):
+        return [_as_files(item) for item in feature]
+    return {key: _as_files(item) for key, item in feature.items()} if isinstance(feature, dict) else feature
 
 
 def csv_file(path: Path, name: str, ignore: frozenset[str]) -> Table:

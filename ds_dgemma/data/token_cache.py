@@ -38,7 +38,7 @@ PARALLEL_FROM = 20_000  # rows; fewer are done before worker processes are up
 MAX_WORKERS = 16
 DEFAULT_FOLDER = Path(HF_HOME) / "ds_dgemma" / "tokens"
 TOKENS, DOCUMENTS, SPANS, IMAGES, NAMES = "tokens.bin", "documents.npy", "spans.npy", "images.npy", "names.npy"
-TOLD = "told.json"
+TOLD, FOLDERS = "told.json", "folders.txt"
 DOCUMENT = np.dtype(
     [
         ("row", "i8"),
@@ -179,7 +179,7 @@ def tokenized_rows(reader: RowReader, split: Split, shows: bool, cache: Path = D
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_suffix(".lock")):
-            if folder.exists() and not _as_they_were(Stored(folder)):
+            if folder.exists() and not _as_they_were(Stored(folder), reader):
                 shutil.rmtree(folder)
                 _table.cache_clear()  # what is mapped of it
                 _tokens.cache_clear()
@@ -199,8 +199,10 @@ def held_rows(reader: RowReader, chunk: Chunk) -> tuple[Held, Reading]:
     return _together([made]), reading
 
 
-def _as_they_were(stored: Stored) -> bool:
-    """Whether the files of all images have the size and the date that they had."""
+def _as_they_were(stored: Stored, reader: RowReader) -> bool:
+    """Whether all images are where the source's rows have them from, with the size and the date that they had."""
+    if len(stored.images) and (stored.folder / FOLDERS).read_text() != reader.source.folders:
+        return False  # the same rows in another folder
     return all((entry["size"], entry["changed"]) == _stamp(_name(stored, entry)) for entry in stored.images)
 
 
@@ -235,6 +237,7 @@ def _write(folder: Path, reader: RowReader, split: Split, shows: bool) -> None:
                 np.save(file, table)
                 _sync(file)
         (beside / TOLD).write_text(json.dumps(told))
+        (beside / FOLDERS).write_text(reader.source.folders)
         beside.rename(folder)
     except OSError:
         if not folder.exists():  # else another process was first, without a lock to wait for

@@ -16,8 +16,8 @@ from ds_dgemma.checkpoint.hf_weights import Change
 from ds_dgemma.checkpoint.load import find_places, materialise, plain
 from ds_dgemma.checkpoint.names import Place
 from ds_dgemma.checkpoint.weights import WeightReader, local_directory
-from ds_dgemma.data.image_files import ImageFiles
-from ds_dgemma.data.tokenizer import image_tokens, load_tokenizer
+from ds_dgemma.data.image_files import ImageFiles, of_model
+from ds_dgemma.data.tokenizer import load_tokenizer
 from ds_dgemma.evaluation.sampler_settings import SamplerSettings, ends_of, read_settings
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.lora import possible_targets
@@ -90,9 +90,8 @@ def find_model(source: Source, settings: Mapping[str, Any]) -> Found:
         if warning := reader.base_warning(str(source.model)):
             print(warning, file=sys.stderr)
         change = adapter_change(reader)
-    tokens = image_tokens(tokenizer, (spec.image_token_id, spec.boi_token_id, spec.eoi_token_id))
     settings_read = read_settings(directory, settings)
-    return Found(source, directory, tokenizer, ImageFiles(directory, tokens), settings_read, change, bf16)
+    return Found(source, directory, tokenizer, of_model(directory, tokenizer, spec), settings_read, change, bf16)
 
 
 def load_model(found: Found) -> OpenModel:

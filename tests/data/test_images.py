@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from transformers import AutoImageProcessor
 
 from ds_dgemma.config import ObjectiveSection
 from ds_dgemma.data.image_files import ImageFiles, image_files
+from ds_dgemma.data.messages import BadRow
+from ds_dgemma.data.pictures import Origin
 from ds_dgemma.data.read import read_split
 from ds_dgemma.data.tokenizer import load_tokenizer
 from ds_dgemma.errors import UserError
@@ -132,7 +136,7 @@ def test_every_form_of_row_gives_the_same_example(folder: Path, model: Path) -> 
         assert other.images[0].digest == first.images[0].digest
 
 
-def test_turns_packing_and_a_stream_keep_images_in_their_documents(folder: Path, model: Path) -> None:
+def test_turns_keep_images_in_their_documents(folder: Path, model: Path) -> None:
     turns = [asked(picture("wide.png"), text("What is where?"))["messages"], asked(text("What is where?"))["messages"]]
     turns.append(asked(picture("high.jpg"), text("What is where?"), picture("square.png"))["messages"])
     rows = [{"messages": [turn for own in turns for turn in own]}, {"messages": turns[1]}, {"messages": turns[2]}]
@@ -176,9 +180,15 @@ ANSWER = {"role": "assistant", "content": "RcGs"}
         bad("gone.png", "no image", "gone.png: No such file"),
         bad("", "no image", "gone.png", row=asked({"type": "image", "image": "file:///gone.png"})),
         bad("cut.png", "cut.png is no image, or a broken one"),
-        bad("empty.png", "empty.png is no image, or a broken one"),
+        bad("empty.png", "empty.png is empty"),
         bad("text.png", "text.png is no image, or a broken one"),
         bad("frames.gif", "frames.gif has 2 frames: a still image was expected"),
+        bad("\0.png", "embedded null byte"),
+        bad("drawing.eps", "drawing.eps is no image, or a broken one: PNG, JPEG"),
+        bad("", "messages[1] holds <image>, an image's place, though it is the assistant's",
+            row={"messages": [USER, {"role": "assistant", "content": "<image>"}], "images": ["square.png"]}),
+        bad("", "has 0 places for images, and the row's column has 1",
+            row=asked(picture("square.png")) | {"images": ["square.png"]}),
         bad("huge.png", "pixels, at most 64 million were expected: scale it down"),
         bad("https://example.org/a.png", "would be fetched. Set data.allow_urls: true"),
         bad("data:image/png;base64,?", "is no base64"),
@@ -186,8 +196,8 @@ ANSWER = {"role": "assistant", "content": "RcGs"}
         bad("", "an image with image and path. Keep one", row=asked(picture("wide.png", image="a.png"))),
         bad("", "an image with caption, which is not read", row=asked(picture("wide.png", caption="a cat"))),
         bad("", "path is a number, expected a path", row=asked({"type": "image", "path": 3})),
-        bad("", "has 1 places for images, and the row's column images has 0", row=asked({"type": "image"})),
-        bad("", "has 2 places for images, and the row's column images has 1",
+        bad("", "has 1 place for images, and the row's column has 0", row=asked({"type": "image"})),
+        bad("", "has 2 places for images, and the row's column has 1",
             row=asked(text("<image><image>What is where?")) | {"images": ["wide.png"]}),
         bad("", "has image and images. Keep one", row=asked(text("?")) | {"images": ["wide.png"], "image": "wide.png"}),
         bad("", "has an image, though it is the assistant's",
@@ -206,6 +216,7 @@ def test_a_bad_image_is_a_line_that_names_its_row(
     (folder / "cut.png").write_bytes(data_of[: len(data_of) // 2])
     (folder / "empty.png").write_bytes(b"")
     (folder / "text.png").write_text("no picture")
+    (folder / "drawing.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     first, second = Image.new("RGB", (30, 30)), Image.new("RGB", (30, 30), "red")
     first.save(folder / "frames.gif", save_all=True, append_images=[second])
     Image.new("1", (9000, 9000)).save(folder / "huge.png")
@@ -216,6 +227,24 @@ def test_a_bad_image_is_a_line_that_names_its_row(
     assert len(lines) == 1
     assert lines[0].startswith(f"  {folder / 'rows.jsonl'}:2: ")
     assert all(words in lines[0] for words in said), lines[0]
+
+
+def test_an_image_with_more_patches_on_a_side_than_the_tower_knows_is_refused(folder: Path, model: Path) -> None:
+    _, files, _ = read(folder, model, asked(picture("square.png")))
+    origin = Origin("the image", str(folder / "wide.png"))
+    with pytest.raises(BadRow, match="patches, and the vision tower knows 16 on a side: crop"):
+        replace(files, positions=16).find(origin)
+
+
+def test_the_same_rows_in_another_folder_have_its_images(folder: Path, model: Path) -> None:
+    first, _, _ = read(folder, model, asked(picture("square.png")))
+    other = folder / "other"
+    other.mkdir()
+    for name in ("rows.jsonl", "square.png"):
+        shutil.copy(folder / name, other / name)
+    (other / "cache").symlink_to(folder / "cache")
+    assert first[0].images[0].file == str(folder / "square.png")
+    assert read(other, model)[0][0].images[0].file == str(other / "square.png")
 
 
 def test_an_address_is_fetched_when_that_is_allowed_and_kept(folder: Path, model: Path, monkeypatch: Any) -> None:
