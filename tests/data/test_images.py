@@ -23,6 +23,7 @@ from ds_dgemma.data.pictures import Origin
 from ds_dgemma.data.read import read_split
 from ds_dgemma.data.tokenizer import load_tokenizer
 from ds_dgemma.errors import UserError
+from ds_dgemma.inspection.sequences import sequences
 from ds_dgemma.model.spec import read_spec
 from ds_dgemma.objective.collate import collate
 from ds_dgemma.objective.corruption import Corruption
@@ -152,6 +153,18 @@ def test_turns_keep_images_in_their_documents(folder: Path, model: Path) -> None
     assert together.blocks == (*alone[0].blocks, *((2, *place) for _, *place in alone[2].blocks))
     shift = len(examples[0].tokens_S) + len(examples[1].tokens_S)
     assert together.place_K.tolist() == [*alone[0].place_K.tolist(), *(alone[2].place_K + shift).tolist()]
+
+
+def test_inspect_shows_an_image_as_one_box_with_its_size(folder: Path, model: Path) -> None:
+    examples, _, tokenizer = read(folder, model, asked(picture("wide.png"), text("What is where?")))
+    (sequence,) = sequences(examples, Corruption(ObjectiveSection(), 0, 32), tokenizer)
+    (image,) = sequence.as_dict()["images"]
+    start, tokens = examples[0].images[0][:2]
+    file, (width, height) = str(folder / "wide.png"), SIZES["wide.png"]
+    assert image == {"start": start, "tokens": tokens, "file": file, "width": width, "height": height}
+    assert sequence.shown[start] == f"[image 90 x 30, {tokens} tokens: {file}]"
+    assert not any(sequence.shown[start + 1 : start + tokens])
+    assert len(sequence.shown) == len(sequence.roles)
 
 
 def test_a_changed_picture_is_read_anew_or_named(folder: Path, model: Path) -> None:
