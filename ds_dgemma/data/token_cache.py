@@ -39,6 +39,7 @@ MAX_WORKERS = 16
 DEFAULT_FOLDER = Path(HF_HOME) / "ds_dgemma" / "tokens"
 TOKENS, DOCUMENTS, SPANS, IMAGES, NAMES = "tokens.bin", "documents.npy", "spans.npy", "images.npy", "names.npy"
 TOLD, FOLDERS = "told.json", "folders.txt"
+FILES = (TOKENS, DOCUMENTS, SPANS, IMAGES, NAMES, TOLD, FOLDERS)
 DOCUMENT = np.dtype(
     [
         ("row", "i8"),
@@ -200,7 +201,9 @@ def held_rows(reader: RowReader, chunk: Chunk) -> tuple[Held, Reading]:
 
 
 def _as_they_were(stored: Stored, reader: RowReader) -> bool:
-    """Whether all images are where the source's rows have them from, with the size and the date that they had."""
+    """Whether all files are there, and all images where the rows have them from, as large and as old as they were."""
+    if not all((stored.folder / name).exists() for name in FILES):
+        return False  # cleaned in part, or of another version
     if len(stored.images) and (stored.folder / FOLDERS).read_text() != reader.source.folders:
         return False  # the same rows in another folder
     return all((entry["size"], entry["changed"]) == _stamp(_name(stored, entry)) for entry in stored.images)

@@ -142,6 +142,11 @@ def test_tokens_are_kept_until_data_or_template_change(tmp_path, tokenizer):
     tokenizer.chat_template += " "
     assert len(read(settings(path), tokenizer, cache)) == 4
     assert len(folders()) == 3
+    last = (folders() - first).pop()
+    for kept in last.iterdir():
+        kept.unlink()  # as a cleaner of old files, or an older version, leaves it
+        read(settings(path), tokenizer, cache)
+        assert kept.exists(), kept
 
 
 @pytest.mark.parametrize("locks", [True, False])
