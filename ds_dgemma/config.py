@@ -5,7 +5,7 @@ YAML owns the science (batch, learning rate, steps, clipping, canvases, expert r
 `engine/ds_config.py` joins the two.
 """
 
-import re
+from collections.abc import Iterator
 from math import lcm
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,28 +14,12 @@ from pydantic import AfterValidator, Field, model_validator
 
 from ds_dgemma.config_data import DataSection, Section
 from ds_dgemma.config_evaluation import EvaluationSection, ValidationSection
+from ds_dgemma.config_optimizer import OptimizerSection, Pattern, check_expression
 
 ATTENTION_AND_MLP = (
     *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
 )
-
-
-def checked_pattern(pattern: str) -> str:
-    """A pattern of names as it is: a glob, or a regular expression after `re:`, which must be one."""
-    if pattern.startswith("re:"):
-        _check_expression(pattern.removeprefix("re:"))
-    return pattern
-
-
-def _check_expression(expression: str, setting: str = "") -> None:
-    try:
-        re.compile(expression)
-    except re.error as error:
-        raise ValueError(f"{setting}{expression!r} is no regular expression: {error}") from None
-
-
-Pattern = Annotated[str, AfterValidator(checked_pattern)]
 
 
 def _named(path: Path) -> Path:
@@ -131,7 +115,7 @@ class LoraSection(Section):
     def _possible(self) -> "LoraSection":
         for key in ("target_modules", "exclude_modules"):
             if isinstance(pattern := getattr(self, key), str):
-                _check_expression(pattern, f"{key} ")
+                check_expression(pattern, f"{key} ")
         if not self.target_modules and not self.target_parameters:
             raise ValueError("nothing would get an adapter: give target_modules, target_parameters or both")
         if self.lora_dropout and self.target_parameters:
@@ -236,52 +220,6 @@ class ObjectiveSection(Section):
         return self
 
 
-class ParameterGroupSection(Section):
-    """Parameters with a learning rate or weight decay of their own."""
-
-    match: Pattern = Field(
-        description="pattern of checkpoint parameter names, or with lora of adapter names: `*.experts.*`, `*lora_B*`; "
-        "a regular expression after `re:`"
-    )
-    lr: float | None = Field(
-        default=None,
-        gt=0,
-        strict=True,
-        description="peak learning rate; follows the schedule in proportion. null: optimizer.lr",
-    )
-    weight_decay: float | None = Field(
-        default=None, ge=0, strict=True, description="decoupled weight decay; null: optimizer.weight_decay"
-    )
-
-    @model_validator(mode="after")
-    def _different(self) -> "ParameterGroupSection":
-        if self.lr is None and self.weight_decay is None:
-            raise ValueError("a group needs an lr or a weight_decay of its own")
-        return self
-
-
-class OptimizerSection(Section):
-    """AdamW and its schedule: linear warm-up, then a cosine to `min_lr`."""
-
-    lr: float = Field(default=1.5e-4, gt=0, description="peak learning rate")
-    min_lr: float = Field(default=1.5e-5, ge=0, description="learning rate at the last step")
-    warmup_steps: int = Field(default=25, ge=0, description="steps of linear warm-up")
-    betas: tuple[float, float] = Field(default=(0.95, 0.99), description="Adam's decay rates")
-    eps: float = Field(default=1e-8, gt=0, description="Adam's denominator offset")
-    weight_decay: float = Field(default=1e-4, ge=0, description="decoupled weight decay")
-    groups: tuple[ParameterGroupSection, ...] = Field(
-        default=(), description="parameters that differ; the first match wins"
-    )
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "OptimizerSection":
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas {self.betas} must lie in [0, 1)")
-        return self
-
-
 class CheckpointSection(Section):
     """When the training state is written and how much of it is kept."""
 
@@ -373,7 +311,42 @@ class RunConfig(Section):
     tracking: TrackingSection = TrackingSection()
     deepspeed: Path = Field(description="DeepSpeed's JSON, passed to DeepSpeed whole")
 
-    def best_fault(self) -> tuple[str, str] | None:
+    def faults(self) -> Iterator[tuple[str, str]]:
+        """What settings of different sections say against each other: a setting, and what is wrong with it."""
+        if self.lora is not None:
+            yield from self._faults_of_lora()
+        elif self.objective.router_balance_weight and not self.model.train_router:
+            yield "objective.router_balance_weight", "trains frozen routers. Set model.train_router: true, or 0."
+        if self.optimizer.type == "muon" and self.train.gradient_clipping:
+            yield (
+                "train.gradient_clipping",
+                "would clip Muon's updates, whose norm is that of orthogonal matrices, and not gradients. Set 0.",
+            )
+        for name in ("validation", "evaluation"):
+            if getattr(self, name).every and self.data.validation is None:
+                yield f"{name}.every", f"needs held-out data. Set data.validation, or {name}.every: 0."
+        if fault := self._best_fault():
+            yield fault
+
+    def _faults_of_lora(self) -> Iterator[tuple[str, str]]:
+        if self.model.train_router:
+            yield (
+                "model.train_router",
+                "with lora the base is frozen. Remove it, or adapt the routers: add router.proj to "
+                "lora.target_modules.",
+            )
+        if self.model.train_vision_embedding:
+            yield "model.train_vision_embedding", "with lora the base is frozen. Remove one of them."
+        if self.model.freeze:
+            yield (
+                "model.freeze",
+                "with lora every weight of the base is frozen already. Remove it; lora.exclude_modules says which "
+                "linears get no adapter.",
+            )
+        if self.optimizer.type == "muon":
+            yield "optimizer.type", "is for whole matrices, not for the factors of lora. Use adamw."
+
+    def _best_fault(self) -> tuple[str, str] | None:
         """Why nothing could be the best: the setting that asks for it, and what it lacks."""
         kind, name = self.checkpoint.best_by.split("/")
         measured, saved, last = getattr(self, kind).every, self.checkpoint.every, self.train.max_steps

@@ -321,27 +321,7 @@ def _cross_section_problems(config: RunConfig, source: _Source) -> Iterator[Prob
             "train.micro_batch_size",
             f"does not divide train.global_batch_size {train.global_batch_size}. Set {fits}.",
         )
-    if config.lora is not None:
-        if config.model.train_router:
-            yield problem(
-                "model.train_router",
-                "with lora the base is frozen. Remove it, or adapt the routers: add router.proj to "
-                "lora.target_modules.",
-            )
-        if config.model.train_vision_embedding:
-            yield problem("model.train_vision_embedding", "with lora the base is frozen. Remove one of them.")
-        if config.model.freeze:
-            yield problem(
-                "model.freeze",
-                "with lora every weight of the base is frozen already. Remove it; lora.exclude_modules says which "
-                "linears get no adapter.",
-            )
-    elif config.objective.router_balance_weight and not config.model.train_router:
-        yield problem("objective.router_balance_weight", "trains frozen routers. Set model.train_router: true, or 0.")
-    for name in ("validation", "evaluation"):
-        if getattr(config, name).every and config.data.validation is None:
-            yield problem(f"{name}.every", f"needs held-out data. Set data.validation, or {name}.every: 0.")
-    if fault := config.best_fault():
+    for fault in config.faults():
         yield problem(*fault)
     model = Path(config.model.path)
     if model.is_dir() and config.run.dir.resolve().is_relative_to(model.resolve()):

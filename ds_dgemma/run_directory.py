@@ -142,6 +142,20 @@ def check_same_data(source: str, resumed: Checkpoint, digest: str, examples: int
         )
 
 
+def check_same_optimizer(wanted: str, resumed: Checkpoint) -> None:
+    """Refuse to go on with another optimizer: the moments of one are nothing to the other.
+
+    Raises:
+        UserError: `optimizer.type` changed since the checkpoint.
+    """
+    before = resumed.state.get("optimizer", "adamw")
+    if before != wanted:
+        raise UserError(
+            f"optimizer.type: {wanted}, but {resumed.path.name} was written by {before}, whose moments are others. Set "
+            f"optimizer.type: {before}; or export that checkpoint and start a new run from the export."
+        )
+
+
 def claim(directory: Path) -> IO[str]:
     """Make the directory and lock it for this job; the lock lasts as long as the returned file is open.
 

@@ -24,7 +24,7 @@ from ds_dgemma.engine.environment import check_environment
 from ds_dgemma.engine.launcher_watch import watch_launcher
 from ds_dgemma.engine.liveness import Liveness
 from ds_dgemma.engine.open_model import fill_model
-from ds_dgemma.engine.optimizer_state import KINDS, adam_step, create_moments, owned_shards
+from ds_dgemma.engine.optimizer_state import adam_step, create_moments, owned_shards
 from ds_dgemma.engine.ranks import RankLayout, agreed, connect, disconnect, gather
 from ds_dgemma.engine.stop_request import StopRequest
 from ds_dgemma.errors import EXIT_BAD_NUMBERS, EXIT_STOPPED, EXIT_USER_ERROR, BadNumbers, UserError
@@ -115,7 +115,7 @@ def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tra
                 "bad_steps_in_a_row": bad_steps.in_a_row,
             }
             try:
-                save(checkpoints, step, owned_shards(engine, ranks), KINDS, ranks.rank, facts)
+                save(checkpoints, step, owned_shards(engine, ranks), ranks.rank, facts)
             except NotWritten as error:  # on every rank
                 if asked or ends or config.checkpoint.on_error == "stop":
                     raise

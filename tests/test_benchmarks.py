@@ -18,6 +18,8 @@ from tests.benchmarks.real_checkpoint import make_checkpoint
 from tests.forks import start
 from tests.gpu import shapes
 
+MUON = ["optimizer.type=muon", "train.gradient_clipping=0"]
+
 
 def printed(folder: Path, benchmark: str, *arguments: object) -> str:
     """What a benchmark prints; its exit code, which must be 0, is its own judgement."""
@@ -41,7 +43,7 @@ def test_a_benchmark_step_computes_what_transformers_does_and_prints_the_ratios(
 @pytest.mark.parametrize(
     ("stage", "reuse", "overrides"),
     [
-        (3, 1, ["train.activation_checkpointing=none"]),
+        (3, 1, ["train.activation_checkpointing=none", *MUON]),
         (
             3,
             1,
@@ -60,7 +62,7 @@ def test_a_benchmark_step_computes_what_transformers_does_and_prints_the_ratios(
         ),
         (2, 1, ["train.precision=bf16"]),
     ],
-    ids=["nothing again", "LoRA, experts too", "frozen parts, nothing reused", "stage 2"],
+    ids=["nothing again, Muon", "LoRA, experts too", "frozen parts, nothing reused", "stage 2"],
 )
 def test_a_step_holds_and_sends_what_was_planned(stage: int, reuse: int, overrides: list[str], tmp_path: Path) -> None:
     make_checkpoint(shapes.config(rehearse=True, layers=2), tmp_path / "model")
@@ -76,7 +78,8 @@ def test_a_step_holds_and_sends_what_was_planned(stage: int, reuse: int, overrid
     said = printed(tmp_path, "memory", *files, *ranks, *settings)
     rows = dict(re.findall(r"\| sent: (\S+) \|.*\| (\S+)% \|", said))
     if stage == 3:
-        assert abs(float(rows["all-gather"])) < 1
+        # Muon fills up the smaller matrices of a round to the size of the largest
+        assert abs(float(rows["all-gather"])) < (3 if MUON[0] in overrides else 1)
         assert abs(float(rows["reduce"])) < 1
         assert abs(float(rows["all-to-all"])) < 15  # the routing decides
 

@@ -15,7 +15,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ds_dgemma"
 
-EVERYONE_MAY_IMPORT = {"config", "config_data", "config_evaluation", "config_file", "config_schema", "errors"}
+EVERYONE_MAY_IMPORT = {
+    "config",
+    "config_data",
+    "config_evaluation",
+    "config_optimizer",
+    "config_file",
+    "config_schema",
+    "errors",
+}
 # Besides itself and what everyone may import. No two folders import each other.
 MAY_IMPORT = {
     "data": set(),

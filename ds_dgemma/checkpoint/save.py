@@ -39,6 +39,8 @@ class Shard(Protocol):
     @property
     def stop(self) -> int: ...
     @property
+    def kinds(self) -> tuple[str, ...]: ...
+    @property
     def get(self) -> Any: ...
 
 
@@ -46,9 +48,7 @@ class NotWritten(UserError):
     """A checkpoint could not be written, on all ranks alike; what was there before is untouched."""
 
 
-def save(
-    root: Path, step: int, shards: Iterable[Shard], kinds: tuple[str, ...], rank: int, facts: dict[str, Any]
-) -> None:
+def save(root: Path, step: int, shards: Iterable[Shard], rank: int, facts: dict[str, Any]) -> None:
     """Write this rank's shards; a collective. `facts` (JSON) come back in `Checkpoint.state`.
 
     Raises:
@@ -59,7 +59,7 @@ def save(
     partial = final.with_name(final.name + PARTIAL)
     try:
         _together("make room for", final, lambda: _fresh(partial) if rank == 0 else None)
-        entries = _together("write", final, lambda: _write_shards(partial, shards, kinds, rank))
+        entries = _together("write", final, lambda: _write_shards(partial, shards, rank))
         files = {name: entry for part in entries for name, entry in part.items()}
         _together("publish", final, lambda: _publish(partial, final, step, facts, files) if rank == 0 else None)
     except NotWritten:
@@ -81,14 +81,14 @@ def settle(root: Path) -> None:
             old.rename(final)
 
 
-def _write_shards(partial: Path, shards: Iterable[Shard], kinds: tuple[str, ...], rank: int) -> dict[str, Entry]:
+def _write_shards(partial: Path, shards: Iterable[Shard], rank: int) -> dict[str, Entry]:
     """Write this rank's files; return their entries in the manifest."""
     entries: dict[str, Entry] = {}
     before: tuple[str, Future[Entry]] | None = None
     with ThreadPoolExecutor(1) as behind:
-        for number, group in enumerate(_groups(shards, len(kinds))):
+        for number, group in enumerate(_groups(shards)):
             file = partial / f"rank-{rank:05d}-{number:03d}.safetensors"
-            expected = _write(file, group, kinds)
+            expected = _write(file, group)
             if before:
                 entries[before[0]] = before[1].result()
             before = file.name, behind.submit(_flushed, file, expected)
@@ -97,12 +97,12 @@ def _write_shards(partial: Path, shards: Iterable[Shard], kinds: tuple[str, ...]
     return entries
 
 
-def _write(file: Path, group: list[Shard], kinds: tuple[str, ...]) -> str:
+def _write(file: Path, group: list[Shard]) -> str:
     """Write one file; return the checksum that it must have: its header's and that of the numbers in memory."""
     tensors = {
         f"{shard.name}|{kind}": shard.get(kind).detach().to("cpu", torch.float32, copy=True).contiguous()
         for shard in group
-        for kind in kinds
+        for kind in shard.kinds
     }
     intervals = {shard.name: (shard.start, shard.stop) for shard in group}
     save_file(tensors, file, metadata={"intervals": json.dumps(intervals)})
@@ -125,12 +125,12 @@ def _flushed(file: Path, expected: str) -> Entry:
     return entry
 
 
-def _groups(shards: Iterable[Shard], kinds: int) -> Iterator[list[Shard]]:
+def _groups(shards: Iterable[Shard]) -> Iterator[list[Shard]]:
     """Cut the shards into files of about FILE_BYTES."""
     group: list[Shard] = []
     held = 0
     for shard in shards:
-        size = 4 * kinds * (shard.stop - shard.start)
+        size = 4 * len(shard.kinds) * (shard.stop - shard.start)
         if group and held + size > FILE_BYTES:
             yield group
             group, held = [], 0

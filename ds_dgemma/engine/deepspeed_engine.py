@@ -6,7 +6,8 @@ import deepspeed
 import torch
 from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 
-from ds_dgemma.config import OptimizerSection
+from ds_dgemma.config_optimizer import OptimizerSection
+from ds_dgemma.engine.optimizers import muon, muon_groups, share_gradients_as_ever
 from ds_dgemma.engine.trainable import parameter_groups
 from ds_dgemma.model.stack import DiffusionGemmaStack
 from ds_dgemma.objective.denoising import DenoisingObjective
@@ -15,13 +16,27 @@ from ds_dgemma.objective.denoising import DenoisingObjective
 def start_engine(
     objective: DenoisingObjective, deepspeed_config: dict[str, Any], optimizer: OptimizerSection | None = None
 ) -> deepspeed.DeepSpeedEngine:
-    """Wrap the objective; its trainable parameters get fp32 master weights and AdamW, in the groups of `optimizer`."""
+    """Wrap the objective; its trainable parameters get fp32 master weights and the optimizer that `optimizer` names,
+    AdamW without, in its groups.
+    """
     gather_as_units(objective.model)
     buffers = {name: buffer.clone() for name, buffer in objective.named_buffers()}
     groups: Any = parameter_groups(objective, optimizer)
+    made: Any = None
+    settings = deepspeed_config
+    if optimizer and optimizer.type == "muon":
+        settings = {key: value for key, value in settings.items() if key != "optimizer"}
+        made = muon(deepspeed_config["optimizer"]["params"], in_fp32=not settings["bf16"]["enabled"])
+        groups = muon_groups(objective, optimizer)
     engine, *_ = deepspeed.initialize(
-        model=objective, model_parameters=groups, config=deepspeed_config, dist_init_required=False
+        model=objective,
+        optimizer=made,
+        model_parameters=groups,
+        config=settings,
+        dist_init_required=False,
     )
+    if made:
+        share_gradients_as_ever(engine)
     # Below ZeRO-3 DeepSpeed casts buffers with the model; rotary frequencies in bf16 would blur long positions.
     for name, buffer in objective.named_buffers():
         owner, _, leaf = name.rpartition(".")

@@ -127,6 +127,8 @@ def deepspeed_config(config: RunConfig, world_size: int, device: Literal["cpu", 
             *_monitor_problems(settings),
             *_fill_from_yaml(settings, config, accumulation),
         ]
+    if config.optimizer.type == "muon" and not problems:
+        problems = list(_fill_for_muon(settings))
     if not problems:
         _choose_adam(settings, device)
         problems = list(_deepspeed_problems(settings))
@@ -257,6 +259,19 @@ def _fill_from_yaml(settings: dict[str, Any], config: RunConfig, accumulation: i
             yield f"{key} = {show(found)}, but {said}: remove it from the JSON, or make them equal"
     settings["optimizer"].setdefault("type", "AdamW")
     settings.setdefault("zero_optimization", {})
+
+
+def _fill_for_muon(settings: dict[str, Any]) -> Iterator[str]:
+    """What DeepSpeed's Muon needs: whole gradients (`stage3.py`), and next to it torch's AdamW, in host memory too."""
+    stage = settings["zero_optimization"].get("stage")
+    if stage != 3:
+        yield f"zero_optimization.stage = {show(stage)}  optimizer.type muon needs stage 3 (ds_configs/zero3.json)"
+    wanted = {"zero_optimization.reduce_scatter": False, "zero_force_ds_cpu_optimizer": False}
+    for key, value in wanted.items():
+        found = _get(settings, key)
+        if found not in (None, value):
+            yield f"{key} = {show(found)}  optimizer.type muon needs {show(value)}: remove it from the JSON"
+        _set(settings, key, value)
 
 
 def _choose_adam(settings: dict[str, Any], device: str) -> None:

@@ -1,5 +1,5 @@
-"""What this rank owns of the training state: fp32 weights and Adam's moments, each as an interval of its logical
-tensor.
+"""What this rank owns of the training state: fp32 weights and the optimizer's moments, each as an interval of its
+logical tensor.
 
 A logical tensor is a parameter as if there were one rank: for experts, all of them. ZeRO stages keep the state in
 different places; here each is only "a flat fp32 view and where it lies in the whole", so what is on disk does not
@@ -24,8 +24,9 @@ from deepspeed.utils import (
 from ds_dgemma.engine.ranks import RankLayout
 from ds_dgemma.engine.sharding import is_expert_parameter
 
-Kind = Literal["fp32", "exp_avg", "exp_avg_sq"]
-KINDS: tuple[Kind, ...] = ("fp32", "exp_avg", "exp_avg_sq")
+Kind = Literal["fp32", "exp_avg", "exp_avg_sq", "momentum_buffer"]
+ADAM: tuple[Kind, ...] = ("fp32", "exp_avg", "exp_avg_sq")
+MUON: tuple[Kind, ...] = ("fp32", "momentum_buffer")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class OwnedShard:
     name: str
     start: int
     stop: int
+    kinds: tuple[Kind, ...]  # what there is of them
     get: Callable[[Kind], torch.Tensor]  # flat fp32, stop - start elements
     set: Callable[[Kind, torch.Tensor], None]
 
@@ -54,16 +56,19 @@ def owned_shards(engine: Any, ranks: RankLayout) -> Iterator[OwnedShard]:
 
 
 def create_moments(engine: Any, adam_step: float) -> None:
-    """Give AdamW its state before its first step, so that a checkpoint can be read into it; one step tensor for
-    each.
+    """Give the optimizer its state before its first step, so that a checkpoint can be read into it; AdamW one step
+    tensor for each.
     """
-    optimizer = _adam(engine)
+    optimizer = _basic(engine)
     on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     if isinstance(optimizer, DeepSpeedCPUAdam):
         _replay_steps(optimizer, int(adam_step))
-    for tensor in _masters(engine):
+    for number, tensor in enumerate(_masters(engine)):
         state = optimizer.state[tensor]
-        for kind in KINDS[1:]:
+        if _is_muons(engine, number):
+            state.setdefault("momentum_buffer", torch.zeros_like(tensor))
+            continue
+        for kind in ADAM[1:]:
             state.setdefault(kind, torch.zeros_like(tensor))
         if isinstance(optimizer, DeepSpeedCPUAdam):
             state["step"] = int(adam_step)
@@ -83,7 +88,7 @@ def _replay_steps(optimizer: DeepSpeedCPUAdam, steps: int) -> None:
 
 
 def _masters(engine: Any) -> list[torch.Tensor]:
-    """The flat fp32 partitions that AdamW updates on this rank."""
+    """The flat fp32 partitions that the optimizer updates on this rank."""
     if engine.zero_optimization_stage() == 3:
         return engine.optimizer.fp32_partitioned_groups_flat
     if isinstance(engine.optimizer, BF16_Optimizer):  # DeepSpeed's own choice for stage 1 in bf16
@@ -92,12 +97,16 @@ def _masters(engine: Any) -> list[torch.Tensor]:
 
 
 def adam_step(engine: Any) -> float:
-    """How many updates AdamW has made: fewer than the run's steps when some were skipped."""
-    state = next(iter(_adam(engine).state.values()), {"step": 0.0})
-    return float(state["step"])
+    """How many updates were made, as AdamW counts them: fewer than the run's steps when some were skipped."""
+    return next((float(state["step"]) for state in _basic(engine).state.values() if "step" in state), 0.0)
 
 
-def _adam(engine: Any) -> torch.optim.Optimizer:
+def _is_muons(engine: Any, number: int) -> bool:
+    """Whether Muon updates a flat partition. (deepspeed 0.19.8 `stage3.py`; other stages have no Muon here.)"""
+    return getattr(engine.optimizer, "use_muon", False) and engine.optimizer.sub_groups_using_muon[number]
+
+
+def _basic(engine: Any) -> torch.optim.Optimizer:
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
@@ -123,7 +132,8 @@ def _zero3_shard(engine: Any, name: str, parameter: Any, offset: int) -> OwnedSh
         else:
             safe_set_local_optimizer_state(parameter, padded, kind)
 
-    return OwnedShard(name, offset + start, offset + start + count, get, put)
+    is_muons = getattr(engine.optimizer, "use_muon", False) and parameter.use_muon
+    return OwnedShard(name, offset + start, offset + start + count, MUON if is_muons else ADAM, get, put)
 
 
 def _zero12_shard(engine: Any, name: str, parameter: Any, offset: int) -> OwnedShard | None:
@@ -134,11 +144,11 @@ def _zero12_shard(engine: Any, name: str, parameter: Any, offset: int) -> OwnedS
     owner = _masters(engine)[mapping.param_group_index]
 
     def view(kind: Kind) -> torch.Tensor:
-        whole = owner if kind == "fp32" else _adam(engine).state[owner][kind]
+        whole = owner if kind == "fp32" else _basic(engine).state[owner][kind]
         return whole.data.narrow(0, flat.start, flat.numel)
 
     start = offset + inside.start
-    return OwnedShard(name, start, start + inside.numel, view, lambda kind, value: _copy(view(kind), value))
+    return OwnedShard(name, start, start + inside.numel, ADAM, view, lambda kind, value: _copy(view(kind), value))
 
 
 def _copy(target: torch.Tensor, value: torch.Tensor) -> None:

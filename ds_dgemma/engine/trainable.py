@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from ds_dgemma.checkpoint.names import checkpoint_name, matching
-from ds_dgemma.config import OptimizerSection
+from ds_dgemma.config_optimizer import OptimizerSection
 from ds_dgemma.errors import UserError, did_you_mean, one_line_each
 
 
@@ -84,15 +84,18 @@ def check_router_balance(weight: float, trained: Sequence[str]) -> None:
 
 
 def parameter_groups(module: nn.Module, optimizer: OptimizerSection | None) -> list[dict[str, Any]]:
-    """AdamW's groups over the trainable parameters; `lr_scale` is a group's share of the scheduled learning rate."""
+    """AdamW's groups over the trainable parameters; `lr_scale` is a group's share of the scheduled learning rate,
+    `has_lr` whether that is the group's own.
+    """
     left = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     groups: list[dict[str, Any]] = []
     for number, group in enumerate(optimizer.groups if optimizer else ()):
         picked = [left.pop(name) for name in list(left) if matching(group.match, [checkpoint_name(name)])]
         scale = group.lr / optimizer.lr if optimizer and group.lr else 1.0
         own = {} if group.weight_decay is None else {"weight_decay": group.weight_decay}
-        groups.append({"name": f"group-{number}", "params": picked, "lr_scale": scale, **own})
-    groups.append({"name": "rest", "params": list(left.values()), "lr_scale": 1.0})
+        name = f"group-{number}"
+        groups.append({"name": name, "params": picked, "lr_scale": scale, "has_lr": group.lr is not None, **own})
+    groups.append({"name": "rest", "params": list(left.values()), "lr_scale": 1.0, "has_lr": False})
     return [group for group in groups if group["params"]]
 
 

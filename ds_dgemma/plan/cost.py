@@ -124,7 +124,9 @@ def _sent(inventory: Inventory, setup: Setup, shape: Shape, guesses: float) -> d
         times = gathers(inventory, setup)
         gathered = sum(ring(p, setup.element) * times[p.unit] for p in inventory.parameters if setup.local(p) > small)
         kept_whole = sum(ring(p, setup.element) for p in trained if setup.local(p) <= small)  # after the update
-        sent = {"all-gather": gathered * setup.accumulation + kept_whole, "reduce": reduced * setup.accumulation}
+        # Muon gathers gradient and momentum, and then the update and the momentum from the rank that made them.
+        muon = 4 * sum(ring(p, setup.zero.communication_bytes) for p in trained if setup.is_muons(p))
+        sent = {"all-gather": gathered * setup.accumulation + kept_whole + muon, "reduce": reduced * setup.accumulation}
     else:
         # An all-reduce is a reduce-scatter and an all-gather; stage 1 makes one a step, in fp32.
         sweeps = setup.accumulation if stage == 2 else FP32 / setup.zero.communication_bytes
@@ -159,9 +161,10 @@ def _host(inventory: Inventory, setup: Setup) -> tuple[int, int]:
     return moved, touched
 
 
-def bytes_on_disk(inventory: Inventory, config: RunConfig) -> dict[str, int]:
+def bytes_on_disk(inventory: Inventory, setup: Setup, config: RunConfig) -> dict[str, int]:
     """A checkpoint of the training state, all that are kept at once, and what `export` writes unless told otherwise."""
-    state = 3 * FP32 * inventory.trained
+    trained = (p for p in inventory.parameters if p.is_trained)
+    state = FP32 * sum((2 if setup.is_muons(p) else 3) * p.numel for p in trained)
     policy, steps = config.checkpoint, config.train.max_steps
     kept = policy.keep_last + policy.keep_best + (steps // policy.keep_every if policy.keep_every else 0)
     written = 1 + (steps // policy.every if policy.every else 0)

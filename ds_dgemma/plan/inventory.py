@@ -32,6 +32,7 @@ class Parameter:
     numel: int
     is_expert: bool
     is_trained: bool
+    shape: tuple[int, ...]
     unit: str  # what ZeRO-3 gathers at once: "layers.3", "embed_tokens", ...
 
 
@@ -105,6 +106,7 @@ def take_inventory(stack: DiffusionGemmaStack) -> Inventory:
                 numel=parameter.numel(),
                 is_expert=is_expert_parameter(parameter),
                 is_trained=parameter.requires_grad,
+                shape=tuple(parameter.shape),
                 unit=unit_of(name),
             )
             for name, parameter in stack.named_parameters()

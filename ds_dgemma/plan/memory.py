@@ -66,6 +66,7 @@ def memory(inventory: Inventory, activations: StackActivations, setup: Setup, sh
             "a layer, backward": _layer_backward(inventory, activations, setup, shape),
             "vocabulary, backward": _vocabulary_backward(inventory, setup, shape, chunk_mib),
             "optimizer step": _optimizer_step(inventory, setup),
+            **({"Muon": _muon(inventory, setup)} if setup.muon else {}),
             **({"vision tower": _tower(inventory, setup, shape)} if shape.images else {}),
         },
         host={kind: size for kind, size in host.items() if size},
@@ -93,7 +94,9 @@ def _states(inventory: Inventory, setup: Setup) -> tuple[Bytes, Bytes]:
     shares = sum(map(setup.share, trained))
     held = setup.share if zero.stage == 3 else setup.local
     weights = setup.element * sum(map(held, parameters))
-    optimizer = {"fp32 master": FP32 * shares, "moments": 2 * FP32 * shares}
+    own = {True: zero.communication_bytes, False: 2 * FP32}  # Muon's momentum is as gradients are sent
+    moments = sum(own[setup.is_muons(p)] * setup.share(p) for p in trained)
+    optimizer = {"fp32 master": FP32 * shares, "moments": moments}
     gradients = FP32 * (sum(map(setup.local, trained)) if zero.stage == 1 else shares)
     device: Bytes = {"weights": 0 if zero.offload_parameters else weights}
     host: Bytes = {"weights": weights} if zero.offload_parameters else {}
@@ -290,6 +293,25 @@ def _optimizer_step(inventory: Inventory, setup: Setup) -> Bytes:
         return {"gradients of a tile": 0}
     trained = [p for p in inventory.parameters if p.is_trained]
     return {"gradients of a tile": FP32 * largest_tile(trained, setup)}
+
+
+def _muon(inventory: Inventory, setup: Setup) -> Bytes:
+    """Matrices made whole, as many as fill a reduce bucket, and the iteration on one of them.
+
+    (deepspeed 0.19.8 `stage3.py`, `_apply_muon_to_accumulated_grads`; `muon/original_muon.py`, `muon_update`.)
+    """
+    matrices = [p for p in inventory.parameters if p.is_trained and setup.is_muons(p)]
+    element = FP32 if setup.zero.offload_optimizer else setup.zero.communication_bytes
+    largest = max(matrices, key=setup.local)
+    whole, (rows, columns) = setup.local(largest), largest.shape[-2:]
+    chunk = sum(map(setup.local, matrices)) if setup.zero.offload_optimizer else setup.zero.reduce_bucket
+    gathered = max(whole, min(chunk, sum(map(setup.local, matrices))))
+    squares = whole // (rows * columns) * min(rows, columns) ** 2
+    return {
+        "gradients and momentum, whole": 2 * element * gathered,
+        "being gathered": element * gathered if setup.gpus > 1 else 0,
+        "a matrix being made orthogonal": element * (2 * whole + 4 * squares),
+    }
 
 
 def largest_tile(trained: list[Parameter], setup: Setup) -> int:

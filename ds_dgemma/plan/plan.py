@@ -104,7 +104,7 @@ def make_plan(
         limits=limits,
         memory=needed,
         cost=cost(inventory, setup, shape, config, machine),
-        disk=bytes_on_disk(inventory, config),
+        disk=bytes_on_disk(inventory, setup, config),
         problems=problems,
         nearest=nearest,
         advice=_advice(subject, stack, setup) if problems and nearest is None else "",

@@ -9,6 +9,7 @@ from ds_dgemma.config import RunConfig
 from ds_dgemma.config_file import check_topology
 from ds_dgemma.engine.ds_config import zero_config
 from ds_dgemma.engine.open_model import DTYPES
+from ds_dgemma.engine.optimizers import is_muon_matrix
 from ds_dgemma.errors import UserError
 from ds_dgemma.model.sweep import Checkpointing
 from ds_dgemma.plan.inventory import Inventory, Parameter
@@ -44,6 +45,7 @@ class Setup:
     micro_batch_size: int
     activation_checkpointing: Checkpointing
     balances_routers: bool
+    muon: bool
     dtype: torch.dtype
     zero: Zero
 
@@ -74,6 +76,10 @@ class Setup:
     def holders(self, parameter: Parameter) -> int:
         """Ranks over which ZeRO partitions what `local` counts."""
         return self.gpus // self.expert_parallel_size if parameter.is_expert else self.gpus
+
+    def is_muons(self, parameter: Parameter) -> bool:
+        """Whether Muon updates a parameter, of which it keeps one moment where AdamW keeps two."""
+        return self.muon and is_muon_matrix(parameter.name, len(parameter.shape))
 
     def share(self, parameter: Parameter) -> int:
         """Elements of one rank's partition, padding included."""
@@ -120,6 +126,7 @@ def read_setup(config: RunConfig, deepspeed: dict[str, Any], gpus: int) -> Setup
         micro_batch_size=config.train.micro_batch_size,
         activation_checkpointing=config.train.activation_checkpointing,
         balances_routers=config.objective.router_balance_weight > 0,
+        muon=config.optimizer.type == "muon",
         dtype=dtype,
         zero=read_zero(deepspeed, dtype),
     )

@@ -27,7 +27,7 @@ from ds_dgemma.evaluation.exam import Exam
 from ds_dgemma.model.spec import read_spec, text_spec
 from ds_dgemma.objective.collate import collate
 from ds_dgemma.objective.corruption import Corruption
-from ds_dgemma.run_directory import Start, check_same_data
+from ds_dgemma.run_directory import Start, check_same_data, check_same_optimizer
 
 CURSOR = "data_cursor"
 
@@ -84,6 +84,7 @@ def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
     weights = model_digest(directory)
     if resumed:
         check_same_model(config.model.path, weights, resumed.checkpoint)
+        check_same_optimizer(config.optimizer.type, resumed.checkpoint)
         resumed.check_fits(model.trained_sizes(ranks))
     check_stage(settings["zero_optimization"]["stage"], model.trained_names())
     check_groups(config.optimizer, model.trained_names(), model.reader.files)
@@ -121,6 +122,7 @@ def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
     facts = {
         "model": config.model.path,
         "model_digest": weights,
+        "optimizer": config.optimizer.type,
         "data_digest": examples.digest,
         "examples": len(examples) if isinstance(examples, ExampleSet) else 0,
     }

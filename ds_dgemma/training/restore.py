@@ -7,7 +7,7 @@ import torch
 from ds_dgemma.checkpoint.adapter import AdapterReader
 from ds_dgemma.checkpoint.names import DECODER, checkpoint_name
 from ds_dgemma.checkpoint.run_state import StateReader
-from ds_dgemma.engine.optimizer_state import KINDS, create_moments, owned_shards
+from ds_dgemma.engine.optimizer_state import create_moments, owned_shards
 from ds_dgemma.engine.ranks import RankLayout
 
 
@@ -15,7 +15,7 @@ def restore(engine: Any, ranks: RankLayout, trained: StateReader) -> None:
     """Put fp32 weights and moments back, whatever topology they were written by."""
     create_moments(engine, trained.checkpoint.state["adam_step"])
     for shard in owned_shards(engine, ranks):
-        for kind in KINDS:
+        for kind in shard.kinds:
             shard.set(kind, trained.read(shard.name, kind, shard.start, shard.stop).to(ranks.device))
 
 

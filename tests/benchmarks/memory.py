@@ -92,6 +92,7 @@ class Traffic:
         self.sent: dict[str, float] = {}
         for function, kind in (
             ("all_gather_into_tensor", "all-gather"),
+            ("all_gather", "all-gather"),
             ("reduce_scatter_tensor", "reduce"),
             ("all_to_all_single", "all-to-all"),
         ):
@@ -102,10 +103,11 @@ class Traffic:
 
         def counting(*args: Any, **kwargs: Any) -> Any:
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            whole = tensors[1] if kind == "all-to-all" else max(tensors, key=Tensor.numel)  # there: what is sent
             ranks = torch.distributed.get_world_size(kwargs.get("group"))
+            whole = tensors[1] if kind == "all-to-all" else max(tensors, key=Tensor.numel)  # there: what is sent
             if whole.is_floating_point():
-                self.sent[kind] = self.sent.get(kind, 0) + whole.nbytes * (ranks - 1) / ranks
+                size = ranks * whole.nbytes if function == "all_gather" else whole.nbytes  # into a list
+                self.sent[kind] = self.sent.get(kind, 0) + size * (ranks - 1) / ranks
             return really(*args, **kwargs)
 
         setattr(torch.distributed, function, counting)

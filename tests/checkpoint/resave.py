@@ -11,7 +11,7 @@ from ds_dgemma.checkpoint.save import save
 from ds_dgemma.config_file import load_config
 from ds_dgemma.engine.deepspeed_engine import start_engine
 from ds_dgemma.engine.open_model import fill_model
-from ds_dgemma.engine.optimizer_state import KINDS, owned_shards
+from ds_dgemma.engine.optimizer_state import owned_shards
 from ds_dgemma.engine.ranks import RankLayout, connect, disconnect
 from ds_dgemma.objective.denoising import DenoisingObjective
 from ds_dgemma.run_directory import find_start
@@ -35,6 +35,6 @@ engine = start_engine(
 restore(engine, ranks, prepared.resumed)
 facts = {"adam_step": prepared.resumed.checkpoint.state["adam_step"], "model": config.model.path}
 args.out.mkdir(parents=True, exist_ok=True)
-save(args.out, prepared.start, owned_shards(engine, ranks), KINDS, ranks.rank, facts)
+save(args.out, prepared.start, owned_shards(engine, ranks), ranks.rank, facts)
 disconnect()
 sys.exit(0)

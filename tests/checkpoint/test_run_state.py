@@ -38,6 +38,7 @@ class Part:
     name: str
     start: int
     stop: int
+    kinds: tuple[str, ...] = KINDS
     full: bool = False
 
     def get(self, kind: str) -> torch.Tensor:
@@ -59,7 +60,7 @@ def write(rank: int, root: Path, steps: tuple[int, ...], world: int = 1, full: b
     for step in steps:
         refused = full and step == steps[-1] and rank == world - 1
         parts = [Part(name, *bounds, full=refused and name == NAMES[1]) for name in NAMES]
-        save(root, step, parts, KINDS, rank, {"adam_step": float(step)})
+        save(root, step, parts, rank, {"adam_step": float(step)})
 
 
 @pytest.fixture

@@ -1,0 +1,86 @@
+"""The optimizers: which updates which parameters, and how DeepSpeed is given it.
+
+AdamW is DeepSpeed's to make, from the `optimizer` block of its config. Muon (K. Jordan, 2024,
+https://kellerjordan.github.io/posts/muon/) takes whole matrices, of which a ZeRO-3 rank holds a part: DeepSpeed gathers
+a matrix's gradient and momentum, makes the update, and leaves each rank its share (deepspeed 0.19.8
+`runtime/zero/stage3.py`, `_apply_muon_to_accumulated_grads`). An expert's matrix is a matrix of its own.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_dgemma.config_optimizer import OptimizerSection
+from ds_dgemma.engine.trainable import parameter_groups
+
+ParameterGroups = list[dict[str, Any]]
+
+
+def is_muon_matrix(name: str, dimensions: int) -> bool:
+    """Whether Muon updates a parameter: matrices between hidden states, each expert's too; no embedding, no router."""
+    return dimensions >= 2 and "embed" not in name and ".router." not in name
+
+
+def muon_groups(module: nn.Module, optimizer: OptimizerSection) -> ParameterGroups:
+    """The groups of `parameter_groups`, each cut into Muon's matrices and AdamW's rest, with all that they need.
+
+    DeepSpeed asks the parameters too which of the two they are.
+    """
+    for name, parameter in module.named_parameters():
+        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+        parameter.use_muon = is_muon_matrix(name, dimensions)  # pyright: ignore[reportAttributeAccessIssue]
+    own = {
+        True: {"momentum": optimizer.muon_momentum, "lr": optimizer.muon_lr},
+        False: {"betas": optimizer.betas, "eps": optimizer.eps, "lr": optimizer.lr},
+    }
+    groups = []
+    for group in parameter_groups(module, optimizer):
+        for use_muon, settings in own.items():
+            picked = [p for p in group["params"] if getattr(p, "use_muon", False) is use_muon]
+            if picked:
+                scale = group["lr_scale"] if group["has_lr"] else settings["lr"] / optimizer.lr
+                which = "muon" if use_muon else "adamw"
+                groups.append(
+                    {
+                        "weight_decay": optimizer.weight_decay,
+                        **group,
+                        **settings,
+                        "name": f"{group['name']}-{which}",
+                        "params": picked,
+                        "lr_scale": scale,
+                        "use_muon": use_muon,
+                    }
+                )
+    return groups
+
+
+def muon(params: dict[str, Any], in_fp32: bool) -> Callable[[ParameterGroups], torch.optim.Optimizer]:
+    """What makes DeepSpeed's Muon from such groups; `params` are the JSON's choice of a kernel for AdamW.
+
+    `in_fp32`: the iteration that makes a matrix orthogonal computes in fp32 too, not in half precision.
+    """
+    from deepspeed.moe.utils import configure_moe_param_groups
+    from deepspeed.runtime.zero.muon import original_muon
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    if in_fp32:
+        original_muon.ns_compute_dtype = lambda ns_method="gram": torch.float32
+    if not torch.cuda.is_available():
+        torch.compiler.set_stance("force_eager")  # it would ask for a C++ compiler, to gain nothing
+    kernel = {name: value for name, value in params.items() if name in ("fused", "foreach")}
+
+    def make(groups: ParameterGroups) -> torch.optim.Optimizer:
+        return MuonWithAuxAdam(configure_moe_param_groups(groups), torch.optim.AdamW, kernel)
+
+    return make
+
+
+def share_gradients_as_ever(engine: Any) -> None:
+    """Have each rank sent its share of a gradient, not the whole: half the bytes.
+
+    DeepSpeed 0.19.8 refuses that beside Muon at the start, from when Muon took gradients on their way; now it gathers
+    the shares that were summed up (`stage3.py`, `_apply_muon_to_accumulated_grads`).
+    """
+    engine.optimizer.reduce_scatter = True
