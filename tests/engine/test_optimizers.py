@@ -10,7 +10,7 @@ from ds_dgemma.checkpoint.run_state import StateReader, open_checkpoint, step_di
 from ds_dgemma.engine.optimizers import is_muon_matrix
 from ds_dgemma.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from tests.engine.test_topologies import ALONE, Leg, assert_equal, go
-from tests.training import read_metrics
+from tests.training import read_metrics, start_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -90,8 +90,9 @@ def test_with_muon_a_run_moves_through_topologies_and_host_memory_and_equals_one
     offloaded = [*SETTINGS, *MUON, f"deepspeed={tmp_path}/zero.json"]
     stops = ["--stop-after", "2"]
     go(sudoku_run, tmp_path / "run", Leg(2, 1, 2), STEPS, offloaded, *stops, ends_with=EXIT_STOPPED)
-    other = [*SETTINGS, f"run.resume={tmp_path}/run/checkpoints/step-000002"]
-    go(sudoku_run, tmp_path / "other", ALONE, STEPS, other, ends_with=EXIT_USER_ERROR)
+    other = [f"run.dir={tmp_path}/other", f"run.resume={tmp_path}/run/checkpoints/step-000002"]
+    [rank] = start_ranks(sudoku_run, other, 1, tmp_path / "other.log")
+    assert rank.wait(300) == EXIT_USER_ERROR
     assert "optimizer.type: adamw, but step-000002 was written by muon" in (tmp_path / "other.log").read_text()
     go(sudoku_run, tmp_path / "run", Leg(2, 2, 1), STEPS, [*SETTINGS, *MUON])
     assert_equal(read_metrics(tmp_path / "run"), alone, "moved")
