@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads fight ove
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script started the suite with `&`; children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+from tests.forks import SHARED, share
 from tests.training import make_run
 
 # The files that take longest come first: a process that begins with one of them at the end leaves the other idle.
@@ -27,6 +28,12 @@ FIRST = [
     "engine/test_topologies.py",
     "plan/test_plan.py",
 ]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One server of forks for all of xdist's workers."""
+    if SHARED not in os.environ and config.getoption("numprocesses", None):
+        share()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -3,9 +3,9 @@
     process = start(["ds_dgemma.train", "--config", ...], environment, log)
 
 runs a module as `python -m` would, in a process of its own with its own environment, output and exit code; the methods
-are `subprocess.Popen`'s. The server is started by the first call, has run no operation and no thread of torch's when it
-forks, and ends with the process that started it. Where an environment differs in what libraries read as they are
-imported, another server serves it. Run as a module, this file is the server.
+are `subprocess.Popen`'s. The server is started by the first call, or for a whole session by `share`; it has run no
+operation and no thread of torch's when it forks, and ends with the process that started it. Where an environment
+differs in what libraries read as they are imported, another server serves it. Run as a module, this file is the server.
 """
 
 import atexit
@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from contextlib import suppress
 from functools import cache
@@ -37,6 +38,8 @@ IMPORTED = (
     "ds_dgemma.checkpoint.export",
 )
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_")  # how the names of such variables begin
+LONGEST_IMPORT = 300  # seconds
+SHARED = "DS_DGEMMA_TEST_FORKS"  # the address of a server that others started, and what it read
 
 
 class Process:
@@ -75,26 +78,49 @@ class Process:
 
 def start(arguments: list[str], environment: dict[str, str], output: IO[bytes], folder: Path = REPOSITORY) -> Process:
     """Run a module with its arguments in a folder; `output` gets all that it says."""
-    connection = socket.socket(socket.AF_UNIX)
-    read = {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
-    connection.connect(_server(tuple(sorted(read.items()))))
+    read = _read_at_import(environment)
+    address, read_by_shared = json.loads(os.environ.get(SHARED, "[null, null]"))
+    connection = _connected(address if read == read_by_shared else _server(json.dumps(read)))
     message = json.dumps([arguments, environment, str(folder)]).encode() + b"\n"
     socket.send_fds(connection, [message[:1]], [output.fileno()])
     connection.sendall(message[1:])
     return Process(connection)
 
 
+def share() -> None:
+    """Start a server for all processes that this one will start."""
+    read = _read_at_import(dict(os.environ))
+    os.environ[SHARED] = json.dumps([_server(json.dumps(read)), read])
+
+
+def _connected(address: str) -> socket.socket:
+    """A connection to a server, which may still be importing."""
+    deadline = time.monotonic() + LONGEST_IMPORT
+    while True:
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(address)
+        except OSError:
+            connection.close()
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+        else:
+            return connection
+
+
+def _read_at_import(environment: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in sorted(environment.items()) if name.startswith(READ_AT_IMPORT)}
+
+
 @cache
-def _server(read_at_import: tuple[tuple[str, str], ...]) -> str:
+def _server(read_at_import: str) -> str:
     folder = tempfile.TemporaryDirectory(prefix="forks-")
     address = f"{folder.name}/socket"
     command = [sys.executable, "-m", "tests.forks", address]
     others = {name: value for name, value in os.environ.items() if not name.startswith(READ_AT_IMPORT)}
-    environment = {**others, **dict(read_at_import)}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    server = subprocess.Popen(command, cwd=REPOSITORY, env=environment, **pipes)
-    assert server.stdout is not None
-    assert server.stdout.readline() == b"ready\n"
+    environment = {**others, **json.loads(read_at_import)}
+    server = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdin=subprocess.PIPE)
 
     def end() -> None:
         server.kill()
@@ -118,7 +144,6 @@ def serve(address: str) -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake.fileno())
     children: dict[int, socket.socket] = {}
-    os.write(1, b"ready\n")
     while True:
         ready = select.select([listener, woken, sys.stdin], [], [])[0]
         if sys.stdin in ready:

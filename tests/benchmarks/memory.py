@@ -15,7 +15,6 @@ What a rank sends is counted in the second step.
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 
 from tests.benchmarks.anonymous import PeakAnonymous, anonymous_bytes
+from tests.forks import start
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPARED = ("weights", "fp32 master", "moments", "gradients")
@@ -197,9 +197,9 @@ def run(args: argparse.Namespace, folder: Path) -> tuple[dict[str, int], dict[st
     )
     ranks = []
     for rank in range(args.processes):
-        command = [sys.executable, "-m", "tests.benchmarks.memory", "--child", str(folder / f"{rank}.json")]
+        child = ["tests.benchmarks.memory", "--child", str(folder / f"{rank}.json"), "--config", str(config)]
         environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        ranks.append(subprocess.Popen([*command, "--config", str(config), *overrides], env=environment, cwd=ROOT))
+        ranks.append(start([*child, *overrides], environment, sys.stdout.buffer))
     deadline = time.monotonic() + args.timeout
     try:
         codes = [rank.wait(max(1.0, deadline - time.monotonic())) for rank in ranks]
