@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.losses --dir runs/losses [--seeds 0 1 2] [--steps 1150] [--set objective.noise_max=0.9]
 
-`ds_configs/runs/sudoku.yaml` but for `objective.loss` and the seed, which is that of weights, data order and noise; one
-process for a run. The export answers held-out puzzles with transformers' sampler. The four minimise different
-quantities, so all are measured by the same two, on the same puzzles, at the same noise and coins:
+`ds_configs/runs/sudoku.yaml` but for `objective.loss`, AdamW, and the seed, which is that of weights, data order and
+noise; one process for a run. The export answers held-out puzzles. The four minimise different quantities, so all are
+measured by the same two, on the same puzzles, at the same noise and coins:
 
 - base loss: the cross-entropy of softmax(f), which is what the sampler draws from;
 - posterior loss: the same for base and reweighted; of the others with the shift they were trained with, unweighted.
@@ -51,8 +51,9 @@ from ds_dgemma.tools.tiny import make_tiny
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN_PUZZLES = 40_000
 BATCH = 50
-COLUMNS = ("solved", "cells", "base loss", "posterior loss")
-SHARES = COLUMNS[:2]
+COLUMNS = ("solved", "cells", "stopped", "steps a canvas", "base loss", "posterior loss")
+FORMS = (".1%", ".1%", ".1%", ".1f", ".3f", ".3f")
+ADAMW = {"optimizer.type": "adamw", "optimizer.lr": 4e-3, "train.gradient_clipping": 1.0}
 
 
 def make_data(folder: Path, puzzles: int) -> None:
@@ -75,6 +76,7 @@ def train(folder: Path, loss: str, seed: int, args: argparse.Namespace) -> None:
         "train.micro_batch_size": 32,
         "optimizer.warmup_steps": min(100, args.steps // 2),
         "parallel.expert_parallel_size": 1,
+        **ADAMW,
         "objective.loss": loss,
     }
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--master_port", str(free_port())]
@@ -122,7 +124,7 @@ def measure(loss: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
         report = evaluate(found, section_of(str(test), {}), "sudoku", batch_size=BATCH, limit=None, seed=0)
         posterior: LossName = "leave_one_out" if "leave_one_out" in loss else "base"
         losses = [diffusion_loss(folder / "export", test, one) for one in ("base", posterior)]
-        figures = (report["solved"], report["cells"], *losses)
+        figures = (*(report[name] for name in ("solved", "cells", "stopped", "steps_per_canvas")), *losses)
         result.write_text(json.dumps(dict(zip(COLUMNS, figures, strict=True))))
     return json.loads(result.read_text())
 
@@ -154,7 +156,7 @@ def main(argv: list[str]) -> int:
     print(f"| loss, {args.steps} steps, seeds {' '.join(map(str, args.seeds))} | {' | '.join(COLUMNS)} |")
     print("|---" * (len(COLUMNS) + 1) + "|")
     for loss, seen in results.items():
-        cells = [spread([one[name] for one in seen], ".1%" if name in SHARES else ".3f") for name in COLUMNS]
+        cells = [spread([one[name] for one in seen], form) for name, form in zip(COLUMNS, FORMS, strict=True)]
         print(f"| {loss} | {' | '.join(cells)} |")
     return 0
 
