@@ -53,7 +53,7 @@ def plan(args: argparse.Namespace) -> int:
     """Tell the memory, time and traffic of a run before it is started, and whether it fits (else exit code 1)."""
     from rich.console import Console
 
-    from ds_dgemma.config_file import load_config
+    from ds_dgemma.config.file import load_config
     from ds_dgemma.plan.cost import Machine
     from ds_dgemma.plan.plan import Limits, make_plan
     from ds_dgemma.plan.report import as_dict, tables
@@ -73,7 +73,7 @@ def inspect(args: argparse.Namespace) -> None:
     """Show what the model will see of a run's data: roles, canvases, noise; what is cut, dropped or not read."""
     from rich.console import Console
 
-    from ds_dgemma.config_file import load_config
+    from ds_dgemma.config.file import load_config
     from ds_dgemma.inspection.inspect import inspect
 
     inspect(load_config(args.config, args.set), args.split, args.rows, args.html, args.json, Console())
@@ -97,7 +97,7 @@ def merge(args: argparse.Namespace) -> None:
 
 def replay(args: argparse.Namespace) -> None:
     """Compute a step again that was skipped for NaN or infinity, alone, and tell which examples are to blame."""
-    from ds_dgemma.training.replay import replay
+    from ds_dgemma.run.replay import replay
 
     replay(args.file, args.checkpoint, args.model)
     sys.stdout.flush()
@@ -114,7 +114,7 @@ def plot(args: argparse.Namespace) -> None:
 
 def config_reference(args: argparse.Namespace) -> None:
     """Print every setting of a run's YAML, as Markdown."""
-    from ds_dgemma.config_schema import reference_markdown
+    from ds_dgemma.config.schema import reference_markdown
 
     print(reference_markdown())
 

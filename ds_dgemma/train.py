@@ -17,20 +17,18 @@ from ds_dgemma.checkpoint.retention import prune
 from ds_dgemma.checkpoint.run_state import step_directory
 from ds_dgemma.checkpoint.save import NotWritten, save
 from ds_dgemma.checkpoint.weights import local_directory
-from ds_dgemma.config import RunConfig
-from ds_dgemma.config_file import load_config
+from ds_dgemma.config.file import load_config
+from ds_dgemma.config.run import RunConfig
+from ds_dgemma.engine.connect import connect
 from ds_dgemma.engine.deepspeed_engine import count_steps_done, start_engine
-from ds_dgemma.engine.environment import check_environment
-from ds_dgemma.engine.launcher_watch import watch_launcher
-from ds_dgemma.engine.liveness import Liveness
-from ds_dgemma.engine.open_model import fill_model
 from ds_dgemma.engine.optimizer_state import adam_step, create_moments, owned_shards
-from ds_dgemma.engine.ranks import RankLayout, agreed, connect, disconnect, gather
-from ds_dgemma.engine.stop_request import StopRequest
 from ds_dgemma.errors import EXIT_BAD_NUMBERS, EXIT_STOPPED, EXIT_USER_ERROR, BadNumbers, UserError
 from ds_dgemma.evaluation.validation import validate
 from ds_dgemma.objective.denoising import DenoisingObjective
-from ds_dgemma.run_directory import (
+from ds_dgemma.ranks.layout import RankLayout, agreed, disconnect, gather
+from ds_dgemma.ranks.stop_request import StopRequest
+from ds_dgemma.run.bad_steps import BadSteps
+from ds_dgemma.run.directory import (
     CHECKPOINTS,
     METRICS,
     check_shared,
@@ -41,14 +39,17 @@ from ds_dgemma.run_directory import (
     mark_unfinished,
     write_settings,
 )
+from ds_dgemma.run.open_model import fill_model
+from ds_dgemma.run.prepare import Prepared, facts_of, open_batches, prepare, waited
+from ds_dgemma.run.requirements import check_environment
+from ds_dgemma.run.restore import continue_adapter, restore
+from ds_dgemma.run.update import update
+from ds_dgemma.run.utilisation import Utilisation
 from ds_dgemma.tracking.metrics import START
 from ds_dgemma.tracking.sinks import ConsoleSink, JsonlSink, Sink, Tracker, WandbSink
 from ds_dgemma.tracking.spikes import SpikeDetector, past_losses
-from ds_dgemma.training.bad_steps import BadSteps
-from ds_dgemma.training.prepare import Prepared, facts_of, open_batches, prepare, waited
-from ds_dgemma.training.restore import continue_adapter, restore
-from ds_dgemma.training.update import update
-from ds_dgemma.training.utilisation import Utilisation
+from ds_dgemma.watch.launcher_watch import watch_launcher
+from ds_dgemma.watch.liveness import Liveness
 
 DOWNLOAD_HOURS = 24
 SECONDS_TO_TELL = 20

@@ -78,7 +78,7 @@ read_config() { # what this script must know of the resolved config
 import sys
 from pathlib import Path
 
-from ds_dgemma.config_file import load_config
+from ds_dgemma.config.file import load_config
 from ds_dgemma.errors import UserError
 
 try:

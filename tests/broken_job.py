@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from ds_dgemma.engine.ranks import free_port
+from ds_dgemma.ranks.layout import free_port
 from tests.training import REPOSITORY
 
 MARK = "DS_DGEMMA_FAULT_TRIAL"

@@ -24,13 +24,14 @@ from safetensors.torch import load_file
 
 from ds_dgemma.checkpoint.load import find_places, materialise, plain
 from ds_dgemma.checkpoint.weights import WeightReader
-from ds_dgemma.engine.ranks import RankLayout, connect, disconnect, sum_over_ranks
+from ds_dgemma.engine.connect import connect
 from ds_dgemma.errors import EXIT_USER_ERROR, UserError
 from ds_dgemma.evaluation.sampler import Group, Sampler
 from ds_dgemma.evaluation.sampler_settings import SamplerSettings, read_settings
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.spec import read_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
+from ds_dgemma.ranks.layout import RankLayout, disconnect, sum_over_ranks
 from tests.parity import open_engine, start_ranks
 
 KINDS = ("", "padded_")

@@ -40,14 +40,15 @@ from ds_dgemma.checkpoint.adapter import CONFIG, PEFT, TENSORS
 from ds_dgemma.checkpoint.load import find_places, materialise, plain
 from ds_dgemma.checkpoint.names import DECODER, is_expert
 from ds_dgemma.checkpoint.weights import WeightReader
-from ds_dgemma.config import LoraSection
+from ds_dgemma.config.run import LoraSection
 from ds_dgemma.data.batch import Batch
-from ds_dgemma.engine.ranks import RankLayout, connect, disconnect, free_port
+from ds_dgemma.engine.connect import connect
 from ds_dgemma.errors import EXIT_USER_ERROR, UserError
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.lora import PREFIXES
 from ds_dgemma.model.spec import read_spec
 from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
+from ds_dgemma.ranks.layout import RankLayout, disconnect, free_port
 from tests.reference.cases import (
     CANCELS,
     COINS,
@@ -138,7 +139,7 @@ def open_engine(
 ) -> Any:
     """A checkpoint on DeepSpeed's engine as training holds it; `rows` of a micro-batch."""
     from ds_dgemma.engine.deepspeed_engine import start_engine
-    from ds_dgemma.engine.open_model import fill_model, outline_model
+    from ds_dgemma.run.open_model import fill_model, outline_model
 
     bf16 = args.dtype == "bfloat16"
     config = {

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ds_dgemma.data.batch import Batch
 from ds_dgemma.objective.denoising import DenoisingObjective, LossParts
+from ds_dgemma.run.update import Update
 from ds_dgemma.tracking.metrics import StepMetrics
-from ds_dgemma.training.update import Update
 
 
 class _NanGradient(torch.autograd.Function):

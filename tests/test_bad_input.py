@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from ds_dgemma.config_file import load_config
-from ds_dgemma.engine.ranks import RankLayout
+from ds_dgemma.config.file import load_config
 from ds_dgemma.errors import EXIT_STOPPED, UserError
-from ds_dgemma.run_directory import claim, find_start
-from ds_dgemma.training.prepare import prepare
+from ds_dgemma.ranks.layout import RankLayout
+from ds_dgemma.run.directory import claim, find_start
+from ds_dgemma.run.prepare import prepare
 from tests.bad_inputs import MISTAKES
 from tests.broken_job import Job
 from tests.training import start_ranks

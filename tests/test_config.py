@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ds_dgemma.config import RunConfig
-from ds_dgemma.config_file import check_topology, load_config, read_yaml, resolved_yaml, same_run_problems
-from ds_dgemma.config_schema import REFERENCE_BEGIN, REFERENCE_END, reference_markdown
+from ds_dgemma.config.file import check_topology, load_config, read_yaml, resolved_yaml, same_run_problems
+from ds_dgemma.config.run import RunConfig
+from ds_dgemma.config.schema import REFERENCE_BEGIN, REFERENCE_END, reference_markdown
 from ds_dgemma.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -231,10 +231,10 @@ def test_the_reference_in_the_readme_is_up_to_date() -> None:
     written = (REPOSITORY / "ds_configs" / "README.md").read_text()
     between = written.partition(REFERENCE_BEGIN)[2].partition(REFERENCE_END)[0]
     assert between.strip() == reference_markdown().strip(), (
-        "run: python -m ds_dgemma.config_schema ds_configs/README.md"
+        "run: python -m ds_dgemma.config.schema ds_configs/README.md"
     )
 
 
 def test_a_config_is_checked_without_torch_or_deepspeed() -> None:
-    code = "import sys, ds_dgemma.config_file; sys.exit(bool({'torch', 'deepspeed'} & set(sys.modules)))"
+    code = "import sys, ds_dgemma.config.file; sys.exit(bool({'torch', 'deepspeed'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0

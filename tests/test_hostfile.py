@@ -17,9 +17,9 @@ import pytest
 from deepspeed.launcher.multinode_runner import PDSHRunner
 from deepspeed.launcher.runner import EXPORT_ENVS, _parse_hostfile, parse_args
 
-from ds_dgemma.engine.hostfile import read_hostfile, select_hosts
 from ds_dgemma.errors import EXIT_UNREACHABLE, EXIT_USER_ERROR, UserError
 from ds_dgemma.launch.environment import environment_files, for_pdsh, rank_environment, write_for_deepspeed
+from ds_dgemma.launch.hostfile import read_hostfile, select_hosts
 from ds_dgemma.launch.job import Nodes
 from ds_dgemma.launch.multinode import Plan, commands, plan
 from ds_dgemma.launch.nodes import Expected, check_nodes

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from ds_dgemma.checkpoint.adapter import TENSORS
 from ds_dgemma.checkpoint.export import export_run
 from ds_dgemma.checkpoint.run_state import newest
-from ds_dgemma.config_optimizer import OptimizerSection
+from ds_dgemma.config.optimizer import OptimizerSection
 from ds_dgemma.engine.schedule import learning_rate
 from ds_dgemma.errors import UserError
 from tests.reference.adapters import write_random_adapter

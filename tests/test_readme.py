@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from ds_dgemma import cli
-from ds_dgemma.config_file import load_config
+from ds_dgemma.config.file import load_config
 from ds_dgemma.data.sudoku import write_sudoku
-from ds_dgemma.engine.ranks import free_port
+from ds_dgemma.ranks.layout import free_port
 from ds_dgemma.tools.tiny import make_tiny
 from tests.forks import start
 from tests.training import train

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ds_dgemma.engine.ranks import free_port
 from ds_dgemma.errors import EXIT_STOPPED
+from ds_dgemma.ranks.layout import free_port
 from tests.test_resume import final_state, numbers, wait_for_step
 from tests.training import REPOSITORY, read_metrics, start_ranks, train
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from ds_dgemma.config import ObjectiveSection
+from ds_dgemma.config.run import ObjectiveSection
 from ds_dgemma.objective.collate import collate
 from ds_dgemma.objective.corruption import Corruption
-from ds_dgemma.training.utilisation import documents_of
+from ds_dgemma.run.utilisation import documents_of
 from tests.reference.examples import one_answer
 from tests.training import make_run, train
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from ds_dgemma.checkpoint.load import MakeReal
 from ds_dgemma.checkpoint.names import DECODER, checkpoint_name, is_adapter, is_expert
 from ds_dgemma.checkpoint.weights import FLOATS
-from ds_dgemma.config import LoraSection
+from ds_dgemma.config.run import LoraSection
 from ds_dgemma.errors import UserError, first_fault, first_line, one_line_each
 from ds_dgemma.model.lora import FACTORS, PREFIXES, Factor, Target
 from ds_dgemma.model.stack import DiffusionGemmaStack

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ds_dgemma.checkpoint.adapter import CONFIG, PEFT, TENSORS, prefixes, to_peft
 from ds_dgemma.checkpoint.merge import ReadFactor
-from ds_dgemma.config import LoraSection
+from ds_dgemma.config.run import LoraSection
 from ds_dgemma.model.lora import FACTORS, PREFIXES, Target
 
 AdapterFormat = Literal["peft", "vllm"]

@@ -30,8 +30,8 @@ from ds_dgemma.checkpoint.retention import best_step
 from ds_dgemma.checkpoint.run_state import StateReader, check_same_model, newest, open_state, step_directory
 from ds_dgemma.checkpoint.weights import PICKLED, WeightReader, local_directory, model_digest, pieces
 from ds_dgemma.checkpoint.whole_directory import whole_directory
-from ds_dgemma.config import LoraSection, RunConfig
-from ds_dgemma.config_file import read_yaml
+from ds_dgemma.config.file import read_yaml
+from ds_dgemma.config.run import LoraSection, RunConfig
 from ds_dgemma.errors import UserError, first_fault
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.lora import Factor, Target, possible_targets, scaling

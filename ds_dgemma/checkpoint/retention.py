@@ -14,7 +14,7 @@ from typing import Any
 
 from ds_dgemma.checkpoint.run_state import Checkpoint, open_checkpoint, step_directories
 from ds_dgemma.checkpoint.save import OLD, PARTIAL
-from ds_dgemma.config import CheckpointSection
+from ds_dgemma.config.run import CheckpointSection
 from ds_dgemma.errors import UserError
 
 LOWER_IS_BETTER = ("loss", "steps_per_canvas")  # how such measures' names begin; of shares more is better

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from ds_dgemma.config_data import Learn
+from ds_dgemma.config.data import Learn
 from ds_dgemma.data.formats import BadRow, Message
 from ds_dgemma.data.left_out import Words, words_of_calls
 from ds_dgemma.data.rendering import Render

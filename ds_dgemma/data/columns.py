@@ -4,7 +4,7 @@ from collections.abc import Collection
 from string import Formatter
 from typing import Any
 
-from ds_dgemma.config_data import ColumnsSection
+from ds_dgemma.config.data import ColumnsSection
 from ds_dgemma.data.messages import BadRow, kind_of
 from ds_dgemma.data.turns import Turns, history_of, pair_of, string, with_system
 from ds_dgemma.errors import did_you_mean

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from ds_dgemma.config_data import Learn
+from ds_dgemma.config.data import Learn
 from ds_dgemma.data.answers import answers_of, learned_weights
 from ds_dgemma.data.control_tokens import ControlTokenPolicy, checked, control_tokens_of
 from ds_dgemma.data.declarations import Unseen, unseen_parts

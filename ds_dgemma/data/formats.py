@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
-from ds_dgemma.config_data import ColumnsSection, FormatName
+from ds_dgemma.config.data import ColumnsSection, FormatName
 from ds_dgemma.data.columns import Row, list_columns, map_columns
 from ds_dgemma.data.messages import (
     IMAGES,

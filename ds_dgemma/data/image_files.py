@@ -27,7 +27,7 @@ from transformers import AutoImageProcessor, DiffusionGemmaConfig, PreTrainedTok
 from transformers.image_utils import load_image
 from transformers.models.gemma4.image_processing_pil_gemma4 import get_aspect_ratio_preserving_size
 
-from ds_dgemma.config_data import DataSection
+from ds_dgemma.config.data import DataSection
 from ds_dgemma.data.batch import Image
 from ds_dgemma.data.messages import BadRow, Message
 from ds_dgemma.data.pictures import Origin, image_parts, is_url

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import DiffusionGemmaConfig, PreTrainedTokenizerFast
 
-from ds_dgemma.config import RunConfig
+from ds_dgemma.config.run import RunConfig
 from ds_dgemma.data.canvas import Cut
 from ds_dgemma.data.examples import ExampleSet, examples_of
 from ds_dgemma.data.image_files import image_files

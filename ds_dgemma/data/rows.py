@@ -9,7 +9,7 @@ from typing import Any
 import transformers
 from transformers import PreTrainedTokenizerFast
 
-from ds_dgemma.config_data import DataSection
+from ds_dgemma.config.data import DataSection
 from ds_dgemma.data.chat import Document, tokenize_rows
 from ds_dgemma.data.drafter import Drafter
 from ds_dgemma.data.image_files import ImageFiles

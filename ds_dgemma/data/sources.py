@@ -15,7 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from ds_dgemma.config_data import DataSection, Learn, SourceSection
+from ds_dgemma.config.data import DataSection, Learn, SourceSection
 from ds_dgemma.data.formats import Conversation, Layout, Text, read_row
 from ds_dgemma.data.json_files import JsonArray, JsonLines, NumberedRows, opens_an_array
 from ds_dgemma.data.messages import BadRow, foreign_marks, names_within

@@ -32,7 +32,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 PREFETCH = 4  # results a worker prepares ahead
-STOPS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}  # what asks a run to stop: engine/stop_request.py
+STOPS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}  # what asks a run to stop: ranks/stop_request.py
 
 
 class _Mapped(Dataset):

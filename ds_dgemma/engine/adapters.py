@@ -13,7 +13,7 @@ from ds_dgemma.checkpoint.adapter import AdapterReader, AdapterValues, check_con
 from ds_dgemma.checkpoint.load import MakeReal
 from ds_dgemma.checkpoint.names import DECODER, adapter_state_name
 from ds_dgemma.checkpoint.run_state import StateReader
-from ds_dgemma.config import LoraSection
+from ds_dgemma.config.run import LoraSection
 from ds_dgemma.engine.experts import Experts
 from ds_dgemma.errors import UserError
 from ds_dgemma.model.lora import (

@@ -6,7 +6,7 @@ import deepspeed
 import torch
 from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 
-from ds_dgemma.config_optimizer import OptimizerSection
+from ds_dgemma.config.optimizer import OptimizerSection
 from ds_dgemma.engine.optimizers import muon, muon_groups, share_gradients_as_ever
 from ds_dgemma.engine.trainable import parameter_groups
 from ds_dgemma.model.stack import DiffusionGemmaStack

@@ -17,7 +17,7 @@ import torch
 from deepspeed.moe.ep_experts import GroupedExperts, apply_expert_activation
 from torch import Tensor
 
-from ds_dgemma.config import LoraSection
+from ds_dgemma.config.run import LoraSection
 from ds_dgemma.model.kernels import in_vectors
 from ds_dgemma.model.lora import Adapter, Target
 

@@ -21,8 +21,8 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 
-from ds_dgemma.engine.ranks import RankLayout
 from ds_dgemma.engine.sharding import is_expert_parameter
+from ds_dgemma.ranks.layout import RankLayout
 
 Kind = Literal["fp32", "exp_avg", "exp_avg_sq", "momentum_buffer"]
 ADAM: tuple[Kind, ...] = ("fp32", "exp_avg", "exp_avg_sq")

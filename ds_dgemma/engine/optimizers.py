@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_dgemma.config_optimizer import OptimizerSection
+from ds_dgemma.config.optimizer import OptimizerSection
 from ds_dgemma.engine.trainable import parameter_groups
 
 ParameterGroups = list[dict[str, Any]]

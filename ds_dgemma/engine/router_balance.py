@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_dgemma.engine.ranks import RankLayout
 from ds_dgemma.objective.denoising import RouterBalance
+from ds_dgemma.ranks.layout import RankLayout
 
 
 def router_balance(engine: Any, micro_batches: Sequence[Any], ranks: RankLayout, weight: float) -> RouterBalance | None:

@@ -2,7 +2,7 @@
 
 import math
 
-from ds_dgemma.config_optimizer import OptimizerSection
+from ds_dgemma.config.optimizer import OptimizerSection
 
 
 def learning_rate(step: int, max_steps: int, optimizer: OptimizerSection) -> float:

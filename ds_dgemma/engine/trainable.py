@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from ds_dgemma.checkpoint.names import checkpoint_name, matching
-from ds_dgemma.config_optimizer import OptimizerSection
+from ds_dgemma.config.optimizer import OptimizerSection
 from ds_dgemma.errors import UserError, did_you_mean, one_line_each
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from ds_dgemma.config_data import DataSection
+from ds_dgemma.config.data import DataSection
 from ds_dgemma.errors import UserError
 from ds_dgemma.evaluation.answers import Said, answer_prompts
 from ds_dgemma.evaluation.open_model import Found, load_model

@@ -10,9 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from ds_dgemma.config import RunConfig
+from ds_dgemma.config.run import RunConfig
 from ds_dgemma.data.image_files import ImageFiles
-from ds_dgemma.engine.ranks import RankLayout, gather, sum_over_ranks
 from ds_dgemma.errors import UserError
 from ds_dgemma.evaluation.answers import Said, said_of
 from ds_dgemma.evaluation.evaluate import manner, samples, score
@@ -21,6 +20,7 @@ from ds_dgemma.evaluation.sampler import Group, Prompt, Sampler
 from ds_dgemma.evaluation.sampler_settings import SamplerSettings, ends_of, read_settings
 from ds_dgemma.evaluation.scores import summarise
 from ds_dgemma.evaluation.tasks import Task, find_task
+from ds_dgemma.ranks.layout import RankLayout, gather, sum_over_ranks
 
 
 @dataclass(frozen=True)

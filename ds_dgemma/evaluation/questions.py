@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from ds_dgemma.config_data import DataSection
+from ds_dgemma.config.data import DataSection
 from ds_dgemma.data.chat import Document, tokenize_rows
 from ds_dgemma.data.drafter import Drafter
 from ds_dgemma.data.formats import Conversation

@@ -7,13 +7,13 @@ from functools import partial
 
 import torch
 
-from ds_dgemma.config import RunConfig
+from ds_dgemma.config.run import RunConfig
 from ds_dgemma.data.batch import Example
 from ds_dgemma.data.image_files import ImageFiles
-from ds_dgemma.engine.ranks import RankLayout, sum_over_ranks
 from ds_dgemma.objective.collate import collate
 from ds_dgemma.objective.corruption import NoiseGrid
 from ds_dgemma.objective.denoising import TokenWeights, mean
+from ds_dgemma.ranks.layout import RankLayout, sum_over_ranks
 
 FIXED_EPOCH = -1  # no training epoch: its draws are validation's own
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ds_dgemma.checkpoint.weights import local_directory
-from ds_dgemma.config import RunConfig
+from ds_dgemma.config.run import RunConfig
 from ds_dgemma.data.read import arrangement_of, read_split
 from ds_dgemma.data.sources import Split
 from ds_dgemma.data.tokenizer import load_tokenizer

@@ -22,8 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ds_dgemma.config_file import check_topology, load_config
-from ds_dgemma.engine.hostfile import check_expert_groups, read_hostfile, select_hosts
+from ds_dgemma.config.file import check_topology, load_config
 from ds_dgemma.errors import EXIT_UNREACHABLE, EXIT_USER_ERROR, UserError
 from ds_dgemma.launch.environment import (
     environment_files,
@@ -33,6 +32,7 @@ from ds_dgemma.launch.environment import (
     without_exports,
     write_for_deepspeed,
 )
+from ds_dgemma.launch.hostfile import check_expert_groups, read_hostfile, select_hosts
 from ds_dgemma.launch.job import JOB, Nodes, Signals, new_job, run_job
 from ds_dgemma.launch.nodes import Expected, Unreachable, address_of, check_nodes
 

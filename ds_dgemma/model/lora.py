@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_dgemma.config import ATTENTION_AND_MLP, LoraSection
+from ds_dgemma.config.run import ATTENTION_AND_MLP, LoraSection
 from ds_dgemma.errors import did_you_mean, one_line_each
 from ds_dgemma.model.dropout import PartDropout
 from ds_dgemma.model.spec import text_spec

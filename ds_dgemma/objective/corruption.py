@@ -14,7 +14,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from ds_dgemma.config import ObjectiveSection
+from ds_dgemma.config.run import ObjectiveSection
 from ds_dgemma.data.batch import Example, Place
 from ds_dgemma.objective.schedules import noise_level
 

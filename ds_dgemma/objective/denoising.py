@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ds_dgemma.config import LossName
+from ds_dgemma.config.run import LossName
 from ds_dgemma.data.batch import Batch
 from ds_dgemma.model.parts import Canvas, Image
 from ds_dgemma.model.routing import ExpertLoads, balance_loss

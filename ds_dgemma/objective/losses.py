@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ds_dgemma.config import LossName
+from ds_dgemma.config.run import LossName
 
 LARGEST_WEIGHT = 100.0
 # A draw of a generator is zero or more than this; K over it is a number in fp32.

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from statistics import NormalDist
 
-from ds_dgemma.config import NoiseSchedule
+from ds_dgemma.config.run import NoiseSchedule
 
 
 def noise_level(schedule: NoiseSchedule, u: float, eps: float, most: float) -> float:

@@ -7,7 +7,7 @@ reduce-scatter of n ranks: (n - 1)/n of the tensor).
 
 from dataclasses import dataclass
 
-from ds_dgemma.config import RunConfig
+from ds_dgemma.config.run import RunConfig
 from ds_dgemma.model.flops import (
     LAYERS,
     VOCABULARY,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import DiffusionGemmaConfig
 
-from ds_dgemma.config import RunConfig
+from ds_dgemma.config.run import RunConfig
 from ds_dgemma.engine.adapters import adapt_experts, choose_adapters
 from ds_dgemma.engine.expert_parallel import place_experts
 from ds_dgemma.engine.sharding import is_expert_parameter

@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, DiffusionGemmaConfig
 
-from ds_dgemma.config import RunConfig
+from ds_dgemma.config.run import RunConfig
 from ds_dgemma.engine.ds_config import deepspeed_config, read_json
 from ds_dgemma.engine.trainable import all_names, check_groups, check_router_balance, check_stage, trained_names
 from ds_dgemma.errors import UserError

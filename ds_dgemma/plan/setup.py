@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 
-from ds_dgemma.config import RunConfig
-from ds_dgemma.config_file import check_topology
-from ds_dgemma.engine.ds_config import zero_config
-from ds_dgemma.engine.open_model import DTYPES
+from ds_dgemma.config.file import check_topology
+from ds_dgemma.config.run import RunConfig
+from ds_dgemma.engine.ds_config import DTYPES, zero_config
 from ds_dgemma.engine.optimizers import is_muon_matrix
 from ds_dgemma.errors import UserError
 from ds_dgemma.model.sweep import Checkpointing

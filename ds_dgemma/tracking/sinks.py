@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from ds_dgemma.config import WandbSection
+from ds_dgemma.config.run import WandbSection
 from ds_dgemma.errors import UserError, first_fault
 from ds_dgemma.tracking.metrics import START, Record, StepMetrics, read_lines, to_line
 

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 
-from ds_dgemma.config import HealthSection
+from ds_dgemma.config.run import HealthSection
 from ds_dgemma.tracking.metrics import Record, read_lines
 
 LEAST_LOSSES = 20  # before that a median says little

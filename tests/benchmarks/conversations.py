@@ -32,7 +32,7 @@ import psutil
 import torch
 from transformers import AutoTokenizer
 
-from ds_dgemma.config import ObjectiveSection
+from ds_dgemma.config.run import ObjectiveSection
 from ds_dgemma.data.batch import Batch, Example, Span
 from ds_dgemma.data.canvas import Cut
 from ds_dgemma.data.order import Arrangement, Order

@@ -34,12 +34,13 @@ import torch
 from safetensors import safe_open
 
 from ds_dgemma.checkpoint.weights import WeightReader
-from ds_dgemma.config import RunConfig
+from ds_dgemma.config.run import RunConfig
+from ds_dgemma.engine.connect import connect
 from ds_dgemma.engine.ds_config import deepspeed_config
-from ds_dgemma.engine.open_model import fill_model, outline_model
-from ds_dgemma.engine.ranks import RankLayout, connect, disconnect
 from ds_dgemma.model.spec import read_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
+from ds_dgemma.ranks.layout import RankLayout, disconnect
+from ds_dgemma.run.open_model import fill_model, outline_model
 from tests.benchmarks.anonymous import PeakAnonymous, anonymous_bytes
 from tests.benchmarks.real_checkpoint import make_checkpoint
 from tests.gpu import ROOT, shapes

@@ -31,12 +31,11 @@ import torch
 from ds_dgemma.checkpoint.export import export_run
 from ds_dgemma.checkpoint.load import find_places, materialise, plain
 from ds_dgemma.checkpoint.weights import WeightReader
-from ds_dgemma.config import LossName, ObjectiveSection
-from ds_dgemma.config_file import load_config
+from ds_dgemma.config.file import load_config
+from ds_dgemma.config.run import LossName, ObjectiveSection
 from ds_dgemma.data.read import read_split
 from ds_dgemma.data.sudoku import write_sudoku
 from ds_dgemma.data.tokenizer import load_tokenizer
-from ds_dgemma.engine.ranks import free_port
 from ds_dgemma.evaluation.evaluate import evaluate
 from ds_dgemma.evaluation.open_model import Source, find_model
 from ds_dgemma.evaluation.questions import section_of
@@ -46,6 +45,7 @@ from ds_dgemma.model.spec import read_spec, text_spec
 from ds_dgemma.objective.collate import collate
 from ds_dgemma.objective.corruption import Corruption
 from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
+from ds_dgemma.ranks.layout import free_port
 from ds_dgemma.tools.tiny import make_tiny
 
 ROOT = Path(__file__).resolve().parents[2]

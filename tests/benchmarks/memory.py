@@ -148,7 +148,7 @@ def measure(arguments: list[str], out: Path) -> None:
 
 def planned_kinds(config: Path, overrides: list[str], processes: int) -> dict[str, int]:
     """The same kinds as `plan` has them, wherever they lie; for examples as long as those of the second step."""
-    from ds_dgemma.config_file import load_config
+    from ds_dgemma.config.file import load_config
     from ds_dgemma.plan.cost import Machine
     from ds_dgemma.plan.plan import Limits, make_plan, read_shapes
 
@@ -178,7 +178,7 @@ def write_data(file: Path, examples: int) -> None:
 
 def run(args: argparse.Namespace, folder: Path) -> tuple[dict[str, int], dict[str, int]]:
     """Measure all ranks; return the plan and the largest rank's bytes."""
-    from ds_dgemma.engine.ranks import free_port
+    from ds_dgemma.ranks.layout import free_port
 
     write_data(folder / "train.jsonl", 16 * args.processes)
     config = folder / "run.yaml"

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from transformers import DiffusionGemmaForBlockDiffusion
 from transformers.cache_utils import DynamicCache
 
-from ds_dgemma.config import ObjectiveSection
+from ds_dgemma.config.run import ObjectiveSection
 from ds_dgemma.data.batch import Batch
 from ds_dgemma.objective.collate import collate
 from ds_dgemma.objective.corruption import Corruption

@@ -8,15 +8,16 @@ import sys
 from pathlib import Path
 
 from ds_dgemma.checkpoint.save import save
-from ds_dgemma.config_file import load_config
+from ds_dgemma.config.file import load_config
+from ds_dgemma.engine.connect import connect
 from ds_dgemma.engine.deepspeed_engine import start_engine
-from ds_dgemma.engine.open_model import fill_model
 from ds_dgemma.engine.optimizer_state import owned_shards
-from ds_dgemma.engine.ranks import RankLayout, connect, disconnect
 from ds_dgemma.objective.denoising import DenoisingObjective
-from ds_dgemma.run_directory import find_start
-from ds_dgemma.training.prepare import prepare
-from ds_dgemma.training.restore import restore
+from ds_dgemma.ranks.layout import RankLayout, disconnect
+from ds_dgemma.run.directory import find_start
+from ds_dgemma.run.open_model import fill_model
+from ds_dgemma.run.prepare import prepare
+from ds_dgemma.run.restore import restore
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--config", type=Path)

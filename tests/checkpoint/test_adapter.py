@@ -16,7 +16,7 @@ from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache
 from ds_dgemma.checkpoint.adapter import CONFIG, TENSORS, AdapterReader, check_continues
 from ds_dgemma.checkpoint.export import merge_adapter
 from ds_dgemma.cli import main
-from ds_dgemma.config import LoraSection
+from ds_dgemma.config.run import LoraSection
 from ds_dgemma.errors import UserError
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.lora import Target, choose_targets, possible_targets, scaling

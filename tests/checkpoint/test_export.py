@@ -21,7 +21,7 @@ from ds_dgemma.checkpoint.manifest import read_state, write_state
 from ds_dgemma.checkpoint.run_state import check_same_model, open_checkpoint
 from ds_dgemma.checkpoint.weights import WeightReader, model_digest
 from ds_dgemma.checkpoint.whole_directory import whole_directory
-from ds_dgemma.config_file import read_yaml
+from ds_dgemma.config.file import read_yaml
 from ds_dgemma.errors import UserError
 from tests.benchmarks.real_checkpoint import make_checkpoint
 from tests.gpu import shapes

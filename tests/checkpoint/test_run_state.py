@@ -22,7 +22,7 @@ from ds_dgemma.checkpoint.manifest import describe, read_state, write_state
 from ds_dgemma.checkpoint.retention import Scores, best_step, prune
 from ds_dgemma.checkpoint.run_state import newest, open_state, step_directories, step_directory
 from ds_dgemma.checkpoint.save import NotWritten, save, settle
-from ds_dgemma.config import CheckpointSection
+from ds_dgemma.config.run import CheckpointSection
 from ds_dgemma.errors import UserError
 from tests.ranks import on_ranks
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ds_dgemma.config import RunConfig
+from ds_dgemma.config.run import RunConfig
 from ds_dgemma.data.examples import ExampleSet
 from ds_dgemma.data.read import open_stream, read_split
 from ds_dgemma.data.streaming import StreamedExamples

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ds_dgemma.config_data import ColumnsSection
+from ds_dgemma.config.data import ColumnsSection
 from ds_dgemma.data.formats import Conversation, Layout, read_row
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ds_dgemma.config_data import ColumnsSection
+from ds_dgemma.config.data import ColumnsSection
 from ds_dgemma.data.formats import FORMATS, BadRow, Conversation, Layout, Text, read_row
 
 EXAMPLES = Path(__file__).parents[2] / "ds_configs/examples"

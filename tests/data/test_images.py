@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from ds_dgemma.config import ObjectiveSection
+from ds_dgemma.config.run import ObjectiveSection
 from ds_dgemma.data.image_files import ImageFiles, image_files
 from ds_dgemma.data.messages import BadRow
 from ds_dgemma.data.pictures import Origin

@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import pytest
 
-from ds_dgemma.config_data import ColumnsSection, DataSection, SourceSection
+from ds_dgemma.config.data import ColumnsSection, DataSection, SourceSection
 from ds_dgemma.data.formats import BadRow, Conversation, Layout
 from ds_dgemma.data.json_files import BLOCK, CHUNK
 from ds_dgemma.data.reading import Reading, not_read, settle

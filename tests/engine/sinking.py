@@ -8,9 +8,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from ds_dgemma.engine.liveness import Liveness
-from ds_dgemma.engine.ranks import RankLayout, disconnect, sum_over_ranks
-from ds_dgemma.engine.stop_request import StopRequest
+from ds_dgemma.ranks.layout import RankLayout, disconnect, sum_over_ranks
+from ds_dgemma.ranks.stop_request import StopRequest
+from ds_dgemma.watch.liveness import Liveness
 
 
 def fail() -> None:

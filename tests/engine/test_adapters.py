@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from deepspeed.moe.ep_experts import GroupedExperts
 from torch import Tensor
 
-from ds_dgemma.config import LoraSection
+from ds_dgemma.config.run import LoraSection
 from ds_dgemma.engine.adapters import choose_adapters
 from ds_dgemma.engine.experts import TAGS, Experts
 from ds_dgemma.errors import UserError

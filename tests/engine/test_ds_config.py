@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
-from ds_dgemma.config import RunConfig
+from ds_dgemma.config.run import RunConfig
 from ds_dgemma.engine.ds_config import build_cpu_adam, deepspeed_config
 from ds_dgemma.errors import UserError
 

@@ -3,7 +3,7 @@
 import pytest
 
 from ds_dgemma.checkpoint.names import checkpoint_name
-from ds_dgemma.config_optimizer import OptimizerSection, ParameterGroupSection
+from ds_dgemma.config.optimizer import OptimizerSection, ParameterGroupSection
 from ds_dgemma.engine.expert_parallel import place_experts
 from ds_dgemma.engine.trainable import all_names, check_groups, check_stage, freeze, parameter_groups, trained_names
 from ds_dgemma.errors import UserError

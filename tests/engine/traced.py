@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 
 from ds_dgemma import train
 from ds_dgemma.engine import deepspeed_engine
-from ds_dgemma.engine.stop_request import StopRequest
+from ds_dgemma.ranks.stop_request import StopRequest
 
 GATHER = "_PartitionedParameterCoordinator__all_gather_params_"  # all that ZeRO-3 gathers for a module comes by here
 

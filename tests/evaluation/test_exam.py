@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ds_dgemma import cli
-from ds_dgemma.config_file import load_config
+from ds_dgemma.config.file import load_config
 from ds_dgemma.errors import EXIT_USER_ERROR
 from ds_dgemma.launch.keep_going import completed_step
 from tests.training import start_ranks, train

@@ -21,18 +21,19 @@ from typing import Any
 
 import torch
 
-from ds_dgemma.config import RunConfig
+from ds_dgemma.config.run import RunConfig
+from ds_dgemma.engine.connect import connect
 from ds_dgemma.engine.deepspeed_engine import start_engine
 from ds_dgemma.engine.ds_config import deepspeed_config
-from ds_dgemma.engine.open_model import fill_model, outline_model
-from ds_dgemma.engine.ranks import RankLayout, connect, disconnect
 from ds_dgemma.model.flops import batch_work, products_of
 from ds_dgemma.model.spec import read_spec
 from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
 from ds_dgemma.plan.cost import Machine
 from ds_dgemma.plan.plan import Limits, make_plan
+from ds_dgemma.ranks.layout import RankLayout, disconnect
+from ds_dgemma.run.open_model import fill_model, outline_model
+from ds_dgemma.run.utilisation import documents_of
 from ds_dgemma.tracking.metrics import peak_flops
-from ds_dgemma.training.utilisation import documents_of
 from tests.benchmarks.real_checkpoint import make_checkpoint
 from tests.benchmarks.step import make_batch
 from tests.gpu import ROOT, shapes

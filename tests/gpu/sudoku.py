@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from ds_dgemma.data.sudoku import write_sudoku
-from ds_dgemma.engine.ranks import free_port
+from ds_dgemma.ranks.layout import free_port
 from ds_dgemma.tools.tiny import make_tiny
 from tests.gpu import ROOT
 

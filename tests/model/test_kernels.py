@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ds_dgemma.config import ModelSection
+from ds_dgemma.config.run import ModelSection
 from ds_dgemma.engine.experts import grouped
 from ds_dgemma.errors import UserError
 from ds_dgemma.model import kernel_choice, kernels

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ds_dgemma.config import LoraSection
+from ds_dgemma.config.run import LoraSection
 from ds_dgemma.errors import UserError
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.dropout import PartDropout

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ds_dgemma.config import ObjectiveSection
+from ds_dgemma.config.run import ObjectiveSection
 from ds_dgemma.data.batch import Batch, Example, Span
 from ds_dgemma.data.canvas import Cut
 from ds_dgemma.objective.collate import collate

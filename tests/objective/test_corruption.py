@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from ds_dgemma.config import ObjectiveSection
+from ds_dgemma.config.run import ObjectiveSection
 from ds_dgemma.data.batch import Example, Place
 from ds_dgemma.objective.corruption import Corruption, NoisyCanvas
 from tests.reference.examples import one_answer

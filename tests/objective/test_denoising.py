@@ -13,7 +13,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from ds_dgemma.checkpoint.load import find_places, materialise, plain
 from ds_dgemma.checkpoint.weights import WeightReader
-from ds_dgemma.config import LoraSection, ObjectiveSection
+from ds_dgemma.config.run import LoraSection, ObjectiveSection
 from ds_dgemma.data.batch import Batch
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.lora import FACTORS, LoraLinear, adapt_linears, choose_targets, seed_dropout

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ds_dgemma.config import LossName, ObjectiveSection
+from ds_dgemma.config.run import LossName, ObjectiveSection
 from ds_dgemma.data.batch import Batch
 from ds_dgemma.model.vocabulary import Shift, TiedVocabulary, WeightGradient
 from ds_dgemma.objective.collate import collate

@@ -8,7 +8,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from ds_dgemma.config import NoiseSchedule, ObjectiveSection
+from ds_dgemma.config.run import NoiseSchedule, ObjectiveSection
 from ds_dgemma.objective.corruption import Corruption, generator
 from ds_dgemma.objective.schedules import SCHEDULES, noise_level
 from tests.reference.examples import one_answer

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ds_dgemma.config_file import load_config
+from ds_dgemma.config.file import load_config
 from ds_dgemma.model.flops import (
     Work,
     batch_work,

@@ -13,7 +13,7 @@ from transformers import AutoConfig, DiffusionGemmaForBlockDiffusion
 
 from ds_dgemma.checkpoint.export import export_run
 from ds_dgemma.cli import main
-from ds_dgemma.config_file import load_config
+from ds_dgemma.config.file import load_config
 from ds_dgemma.errors import UserError
 from ds_dgemma.model.flops import batch_work, forward_flops
 from ds_dgemma.model.parts import Canvas
@@ -25,7 +25,7 @@ from ds_dgemma.plan.inventory import build_stack_for
 from ds_dgemma.plan.plan import RELEASED_SHAPES, Limits, Plan, make_plan, read_shapes
 from ds_dgemma.plan.report import verdict
 from ds_dgemma.plan.setup import Shape
-from ds_dgemma.training.utilisation import documents_of
+from ds_dgemma.run.utilisation import documents_of
 from tests.benchmarks.step import make_batch
 from tests.gpu import shapes
 from tests.reference.adapters import write_random_adapter

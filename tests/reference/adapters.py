@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ds_dgemma.checkpoint.adapter_export import AdapterFormat, write_adapter
 from ds_dgemma.checkpoint.merge import ReadFactor
-from ds_dgemma.config import LoraSection
+from ds_dgemma.config.run import LoraSection
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.lora import Factor, FreshAdapters, Target, choose_targets
 from ds_dgemma.model.spec import read_spec

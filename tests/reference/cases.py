@@ -21,9 +21,9 @@ from ds_dgemma.checkpoint.adapter import to_peft
 from ds_dgemma.checkpoint.names import DECODER, checkpoint_name
 from ds_dgemma.checkpoint.weights import WeightReader
 from ds_dgemma.data.batch import Batch, Pictures
-from ds_dgemma.engine.ranks import RankLayout
 from ds_dgemma.errors import UserError, first_line
 from ds_dgemma.model.spec import read_spec
+from ds_dgemma.ranks.layout import RankLayout
 
 OF_IMAGES = ("pixel_values", "image_position_ids", "image_of_row")  # an entry an image, not a row
 COINS = ("none", "all", "mixed")

@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 
 from ds_dgemma.checkpoint.manifest import describe, write_state
 from ds_dgemma.checkpoint.weights import WeightReader
-from ds_dgemma.config import RunConfig
-from ds_dgemma.config_file import resolved_yaml
+from ds_dgemma.config.file import resolved_yaml
+from ds_dgemma.config.run import RunConfig
 
 
 def trained(tensor: torch.Tensor) -> torch.Tensor:

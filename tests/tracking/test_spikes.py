@@ -4,7 +4,7 @@ import json
 import math
 import random
 
-from ds_dgemma.config import HealthSection
+from ds_dgemma.config.run import HealthSection
 from ds_dgemma.tracking.spikes import SpikeDetector, past_losses
 
 

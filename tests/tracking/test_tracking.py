@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 
-from ds_dgemma.config import WandbSection
+from ds_dgemma.config.run import WandbSection
 from ds_dgemma.errors import UserError
 from ds_dgemma.tracking import sinks
 from ds_dgemma.tracking.metrics import START, StepMetrics, memory_gib, peak_flops, read_lines

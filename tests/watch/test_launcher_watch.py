@@ -11,8 +11,8 @@ import pytest
 WATCH = """
 import os, time
 from pathlib import Path
-from ds_dgemma.engine.launcher_watch import watch_launcher
-from ds_dgemma.engine.stop_request import StopRequest
+from ds_dgemma.watch.launcher_watch import watch_launcher
+from ds_dgemma.ranks.stop_request import StopRequest
 stop = StopRequest()
 """
 IMPORTING = "time.sleep(3); "  # takes its time, and finds its launcher gone

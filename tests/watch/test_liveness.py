@@ -11,10 +11,10 @@ import psutil
 import pytest
 import torch
 
-from ds_dgemma.engine.liveness import Liveness
-from ds_dgemma.engine.ranks import RankLayout
-from ds_dgemma.engine.stop_request import ONE_WISH_SECONDS, StopRequest
 from ds_dgemma.errors import EXIT_LOST_RANK
+from ds_dgemma.ranks.layout import RankLayout
+from ds_dgemma.ranks.stop_request import ONE_WISH_SECONDS, StopRequest
+from ds_dgemma.watch.liveness import Liveness
 from tests.training import start_module
 
 MISFORTUNES = {

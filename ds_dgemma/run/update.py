@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from ds_dgemma.config import RunConfig
+from ds_dgemma.config.run import RunConfig
 from ds_dgemma.data.batch import Batch
 from ds_dgemma.engine.deepspeed_engine import gradient_norm, set_learning_rate, was_skipped
-from ds_dgemma.engine.ranks import RankLayout, sum_over_ranks
 from ds_dgemma.engine.router_balance import router_balance
 from ds_dgemma.engine.schedule import learning_rate
 from ds_dgemma.model.lora import seed_dropout
 from ds_dgemma.objective.denoising import TokenWeights, mean
+from ds_dgemma.ranks.layout import RankLayout, sum_over_ranks
+from ds_dgemma.run.utilisation import Utilisation
 from ds_dgemma.tracking.metrics import StepMetrics, memory_gib
-from ds_dgemma.training.utilisation import Utilisation
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Every setting of a run, as strict pydantic sections: one YAML file per run, the only home of defaults.
 
 YAML owns the science (batch, learning rate, steps, clipping, canvases, expert ranks); the DeepSpeed JSON that
-`deepspeed` names owns how ZeRO runs. `config_file.py` reads a file and applies overrides,
+`deepspeed` names owns how ZeRO runs. `config/file.py` reads a file and applies overrides,
 `engine/ds_config.py` joins the two.
 """
 
@@ -12,9 +12,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from ds_dgemma.config_data import DataSection, Section
-from ds_dgemma.config_evaluation import EvaluationSection, ValidationSection
-from ds_dgemma.config_optimizer import OptimizerSection, Pattern, check_expression
+from ds_dgemma.config.data import DataSection, Section
+from ds_dgemma.config.evaluation import EvaluationSection, ValidationSection
+from ds_dgemma.config.optimizer import OptimizerSection, Pattern, check_expression
 
 ATTENTION_AND_MLP = (
     *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),

@@ -5,23 +5,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from ds_dgemma.checkpoint.run_state import Checkpoint
-from ds_dgemma.config import RunConfig
+from ds_dgemma.config.run import RunConfig
 from ds_dgemma.data.batch import Batch
 from ds_dgemma.data.order import Item
 from ds_dgemma.data.stream import Stream
 from ds_dgemma.data.streaming import StreamedBatches
-from ds_dgemma.engine.ranks import RankLayout, gather
 from ds_dgemma.errors import BadNumbers, told
-from ds_dgemma.run_directory import CONFIG
-from ds_dgemma.tracking.sinks import Tracker
-from ds_dgemma.training.replay_file import (
+from ds_dgemma.ranks.layout import RankLayout, gather
+from ds_dgemma.run.directory import CONFIG
+from ds_dgemma.run.replay_file import (
     SeenExample,
     SeenMicroBatch,
     SkippedStep,
     checkpoints_until,
     write_skipped,
 )
-from ds_dgemma.training.update import Update
+from ds_dgemma.run.update import Update
+from ds_dgemma.tracking.sinks import Tracker
 
 SHOWN_EXAMPLES = 8
 

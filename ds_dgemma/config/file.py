@@ -15,8 +15,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from ds_dgemma.config import RunConfig
-from ds_dgemma.config_schema import (
+from ds_dgemma.config.run import RunConfig
+from ds_dgemma.config.schema import (
     Key,
     default_of,
     dotted,
@@ -27,7 +27,7 @@ from ds_dgemma.config_schema import (
     settings,
     show,
 )
-from ds_dgemma.config_yaml import CoreDumper, CoreLoader
+from ds_dgemma.config.yaml import CoreDumper, CoreLoader
 from ds_dgemma.errors import UserError, first_line, one_line_each
 
 # Settings that leave the numbers of a run alone; every other one is fixed by the run directory's config.yaml.

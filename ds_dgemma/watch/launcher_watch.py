@@ -12,8 +12,8 @@ import time
 
 import psutil
 
-from ds_dgemma.engine.stop_request import StopRequest
 from ds_dgemma.errors import EXIT_ORPHANED
+from ds_dgemma.ranks.stop_request import StopRequest
 
 PER_NODE = "deepspeed.launcher.launch"
 LAUNCHERS = (PER_NODE, "deepspeed.launcher.runner", "bin/deepspeed")

@@ -17,10 +17,10 @@ from ds_dgemma.checkpoint.names import Place, is_expert
 from ds_dgemma.checkpoint.progress import ReadProgress
 from ds_dgemma.checkpoint.run_state import StateReader
 from ds_dgemma.checkpoint.weights import WeightReader
-from ds_dgemma.config import LoraSection, RunConfig
+from ds_dgemma.config.run import LoraSection, RunConfig
 from ds_dgemma.engine.adapters import Adapters, attach_adapters, choose_adapters
+from ds_dgemma.engine.ds_config import DTYPES
 from ds_dgemma.engine.expert_parallel import place_experts
-from ds_dgemma.engine.ranks import RankLayout, agreed
 from ds_dgemma.engine.sharding import zero3
 from ds_dgemma.engine.trainable import freeze, trained_names
 from ds_dgemma.errors import UserError
@@ -30,8 +30,7 @@ from ds_dgemma.model.parts import ImageRule
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
 from ds_dgemma.model.sweep import Checkpointing
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from ds_dgemma.ranks.layout import RankLayout, agreed
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,13 @@ import threading
 import time
 from collections.abc import Callable
 
-from ds_dgemma.engine.ranks import RankLayout, gather, sum_over_ranks
 from ds_dgemma.errors import EXIT_STOPPED
+from ds_dgemma.ranks.layout import RankLayout, gather, sum_over_ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ONE_WISH_SECONDS = 3
 # A launcher that is gone can tell nobody any more. Without a signal the ranks try for a checkpoint, for less time than
-# the next start waits for them (`run_directory.LOCK_SECONDS`); a stop that a signal asked for gets the time it needs.
+# the next start waits for them (LOCK_SECONDS in `run/directory.py`); a stop that a signal asked for has what it needs.
 UNASKED_SECONDS = 15
 ASKED_SECONDS = 600
 

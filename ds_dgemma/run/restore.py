@@ -8,7 +8,7 @@ from ds_dgemma.checkpoint.adapter import AdapterReader
 from ds_dgemma.checkpoint.names import DECODER, checkpoint_name
 from ds_dgemma.checkpoint.run_state import StateReader
 from ds_dgemma.engine.optimizer_state import create_moments, owned_shards
-from ds_dgemma.engine.ranks import RankLayout
+from ds_dgemma.ranks.layout import RankLayout
 
 
 def restore(engine: Any, ranks: RankLayout, trained: StateReader) -> None:

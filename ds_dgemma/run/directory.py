@@ -23,8 +23,8 @@ from typing import IO, Any
 from ds_dgemma.checkpoint.run_state import Checkpoint, StateReader, newest, open_state, step_directories, step_directory
 from ds_dgemma.checkpoint.save import settle
 from ds_dgemma.checkpoint.whole_directory import flush, sync_directory
-from ds_dgemma.config import RunConfig
-from ds_dgemma.config_file import read_yaml, resolved_yaml, same_run_problems
+from ds_dgemma.config.file import read_yaml, resolved_yaml, same_run_problems
+from ds_dgemma.config.run import RunConfig
 from ds_dgemma.errors import UserError, one_line_each, told
 
 CONFIG = "config.yaml"

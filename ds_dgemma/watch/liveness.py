@@ -18,11 +18,11 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from ds_dgemma.engine.lifeline import Lifeline, call, listen
-from ds_dgemma.engine.rank_watch import BEAT_SECONDS, Member, RankWatch, readable, when, whereabouts
-from ds_dgemma.engine.ranks import RankLayout, gather
-from ds_dgemma.engine.stop_request import StopRequest, end_at_once
 from ds_dgemma.errors import EXIT_LOST_RANK, EXIT_USER_ERROR, UserError, first_line
+from ds_dgemma.ranks.layout import RankLayout, gather
+from ds_dgemma.ranks.stop_request import StopRequest, end_at_once
+from ds_dgemma.watch.lifeline import Lifeline, call, listen
+from ds_dgemma.watch.rank_watch import BEAT_SECONDS, Member, RankWatch, readable, when, whereabouts
 
 CONNECT_SECONDS = 60
 WORD_SECONDS = 20  # for rank 0's word after a failed collective

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from ds_dgemma import run_directory
 from ds_dgemma.checkpoint.manifest import write_state
 from ds_dgemma.checkpoint.run_state import open_checkpoint, step_directory
-from ds_dgemma.config_file import load_config
+from ds_dgemma.config.file import load_config
 from ds_dgemma.errors import UserError
-from ds_dgemma.run_directory import (
+from ds_dgemma.run import directory
+from ds_dgemma.run.directory import (
     COMPLETE,
     check_same_data,
     claim,
@@ -75,7 +75,7 @@ def test_a_named_checkpoint_past_the_last_step_is_refused(run, tmp_path):
 
 
 def test_a_directory_has_one_job_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_directory, "LOCK_SECONDS", 0)
+    monkeypatch.setattr(directory, "LOCK_SECONDS", 0)
     first = claim(tmp_path / "run")
     with pytest.raises(UserError, match="in use by another job"):
         claim(tmp_path / "run")

@@ -21,9 +21,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from ds_dgemma.engine.lifeline import Lifeline
-from ds_dgemma.engine.stop_request import StopRequest, end_at_once
 from ds_dgemma.errors import EXIT_LOST_RANK, EXIT_USER_ERROR
+from ds_dgemma.ranks.stop_request import StopRequest, end_at_once
+from ds_dgemma.watch.lifeline import Lifeline
 
 BEAT_SECONDS = 1
 WARN_SECONDS = 30  # of silence

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ds_dgemma.checkpoint.run_state import step_directories
 from ds_dgemma.errors import UserError, first_fault, told
-from ds_dgemma.run_directory import CHECKPOINTS
+from ds_dgemma.run.directory import CHECKPOINTS
 
 REPLAY = "replay"
 

@@ -7,9 +7,9 @@ import socket
 import pytest
 import torch
 
-from ds_dgemma.engine import environment
-from ds_dgemma.engine.environment import check_environment
 from ds_dgemma.errors import UserError
+from ds_dgemma.run import requirements
+from ds_dgemma.run.requirements import check_environment
 from tests.training import start_ranks
 
 LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
@@ -32,16 +32,16 @@ def test_ranks_that_cannot_be_are_refused(variables, said, monkeypatch):
 
 @pytest.mark.parametrize(("library", "found"), [("torch", "2.1.0"), ("transformers", "5.22.0"), ("peft", None)])
 def test_a_library_of_another_version_is_named(library, found, monkeypatch):
-    version = environment.metadata.version
+    version = requirements.metadata.version
 
     def other(name: str) -> str:
         if name != library:
             return version(name)
         if found is None:
-            raise environment.metadata.PackageNotFoundError
+            raise requirements.metadata.PackageNotFoundError
         return found
 
-    monkeypatch.setattr(environment.metadata, "version", other)
+    monkeypatch.setattr(requirements.metadata, "version", other)
     with pytest.raises(UserError, match=rf"{library}: {found or 'no version'} is installed, \S+ is needed"):
         check_environment()
 
@@ -51,7 +51,7 @@ def test_a_library_of_another_version_is_named(library, found, monkeypatch):
 )
 def test_gpus_that_are_missing_are_told_unless_the_cpu_is_meant(gpus, ranks, said, monkeypatch, tmp_path):
     (tmp_path / "version").write_text("a driver")
-    monkeypatch.setattr(environment, "DRIVER", tmp_path / "version")
+    monkeypatch.setattr(requirements, "DRIVER", tmp_path / "version")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setenv("LOCAL_SIZE", str(ranks))
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")

@@ -10,7 +10,7 @@ from typing import Any
 from ds_dgemma.checkpoint.retention import Scores
 from ds_dgemma.checkpoint.run_state import StateReader, check_same_model
 from ds_dgemma.checkpoint.weights import local_directory, model_digest
-from ds_dgemma.config import RunConfig
+from ds_dgemma.config.run import RunConfig
 from ds_dgemma.data.batch import Batch, Example
 from ds_dgemma.data.examples import ExampleSet
 from ds_dgemma.data.image_files import ImageFiles, image_files
@@ -19,15 +19,15 @@ from ds_dgemma.data.stream import Share, Stream
 from ds_dgemma.data.streaming import Cursor, StreamedBatches, StreamedExamples
 from ds_dgemma.data.tokenizer import load_tokenizer
 from ds_dgemma.engine.ds_config import build_cpu_adam, deepspeed_config
-from ds_dgemma.engine.hostfile import check_expert_groups
-from ds_dgemma.engine.open_model import OutlinedModel, choose_kernels, outline_run
-from ds_dgemma.engine.ranks import RankLayout
 from ds_dgemma.engine.trainable import check_groups, check_router_balance, check_stage
 from ds_dgemma.evaluation.exam import Exam
+from ds_dgemma.launch.hostfile import check_expert_groups
 from ds_dgemma.model.spec import read_spec, text_spec
 from ds_dgemma.objective.collate import collate
 from ds_dgemma.objective.corruption import Corruption
-from ds_dgemma.run_directory import Start, check_same_data, check_same_optimizer
+from ds_dgemma.ranks.layout import RankLayout
+from ds_dgemma.run.directory import Start, check_same_data, check_same_optimizer
+from ds_dgemma.run.open_model import OutlinedModel, choose_kernels, outline_run
 
 CURSOR = "data_cursor"
 

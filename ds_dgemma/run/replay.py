@@ -17,15 +17,14 @@ from pydantic import ValidationError
 
 from ds_dgemma.checkpoint.run_state import Checkpoint, StateReader, check_same_model, open_state
 from ds_dgemma.checkpoint.weights import local_directory, model_digest
-from ds_dgemma.config import RunConfig
-from ds_dgemma.config_file import read_yaml
+from ds_dgemma.config.file import read_yaml
+from ds_dgemma.config.run import RunConfig
 from ds_dgemma.data.batch import Batch
 from ds_dgemma.data.examples import ExampleSet
 from ds_dgemma.data.image_files import image_files
 from ds_dgemma.data.read import read_split
 from ds_dgemma.data.tokenizer import load_tokenizer
-from ds_dgemma.engine.open_model import fill_model, outline_run
-from ds_dgemma.engine.ranks import RankLayout, connect, disconnect
+from ds_dgemma.engine.connect import connect
 from ds_dgemma.engine.router_balance import router_balance
 from ds_dgemma.errors import UserError, first_fault
 from ds_dgemma.model.lora import seed_dropout
@@ -33,7 +32,9 @@ from ds_dgemma.model.spec import read_spec, text_spec
 from ds_dgemma.objective.collate import collate
 from ds_dgemma.objective.corruption import Corruption
 from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
-from ds_dgemma.training.replay_file import SeenExample, SeenMicroBatch, SkippedStep, checkpoints_until, read_skipped
+from ds_dgemma.ranks.layout import RankLayout, disconnect
+from ds_dgemma.run.open_model import fill_model, outline_run
+from ds_dgemma.run.replay_file import SeenExample, SeenMicroBatch, SkippedStep, checkpoints_until, read_skipped
 
 
 @dataclass(frozen=True)

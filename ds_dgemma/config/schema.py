@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ds_dgemma.config import RunConfig
+from ds_dgemma.config.run import RunConfig
 
 Key = tuple[str, ...]
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from math import gcd
 from pathlib import Path
 
-from ds_dgemma.config import ParallelSection
+from ds_dgemma.config.run import ParallelSection
 from ds_dgemma.errors import UserError, one_line_each, told
 
 FORM = "`node1 slots=8`"

@@ -1,0 +1,1 @@
+"""A run's settings: the schema by section, and how a file becomes one of it."""

@@ -1,0 +1,1 @@
+"""How ranks are laid out, what they say to each other, and how they agree to stop."""

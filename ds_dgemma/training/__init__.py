@@ -1,1 +1,0 @@
-"""One optimizer step, and what to do when its numbers are bad."""
