@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ds_dgemma.data.batch import Batch
 from ds_dgemma.objective.denoising import DenoisingObjective, LossParts
-from ds_dgemma.run.update import Update
+from ds_dgemma.run.step import Update
 from ds_dgemma.tracking.metrics import StepMetrics
 
 

@@ -20,7 +20,7 @@ from ds_dgemma.run.replay_file import (
     checkpoints_until,
     write_skipped,
 )
-from ds_dgemma.run.update import Update
+from ds_dgemma.run.step import Update
 from ds_dgemma.tracking.sinks import Tracker
 
 SHOWN_EXAMPLES = 8
@@ -42,7 +42,11 @@ class BadSteps:
     ) -> None:
         self._config, self._ranks, self._stream, self._facts = config, ranks, stream, facts
         self._resumed, self._tracker = resumed, tracker
-        self.in_a_row: int = resumed.state.get("bad_steps_in_a_row", 0) if resumed else 0
+        self._in_a_row: int = resumed.state.get("bad_steps_in_a_row", 0) if resumed else 0
+
+    def facts(self) -> dict[str, int]:
+        """What a checkpoint keeps of them."""
+        return {"bad_steps_in_a_row": self._in_a_row}
 
     def check(self, done: Update) -> None:
         """Nothing for a step that was made; a collective for one that was skipped.
@@ -51,14 +55,14 @@ class BadSteps:
             BadNumbers: on every rank, when it was one too many.
         """
         if not done.skipped:
-            self.in_a_row = 0
+            self._in_a_row = 0
             return
-        self.in_a_row += 1
+        self._in_a_row += 1
         seen = [one for of_rank in gather(self._seen(done), self._ranks) for one in of_rank]
         ending = self._write_down(done.metrics.step, seen) if self._ranks.is_main else ""
-        if self.in_a_row >= self._config.health.max_bad_steps:
+        if self._in_a_row >= self._config.health.max_bad_steps:
             raise BadNumbers(
-                f"stopped at step {done.metrics.step}: NaN or infinity in {self.in_a_row} steps in a row, all of them "
+                f"stopped at step {done.metrics.step}: NaN or infinity in {self._in_a_row} steps in a row, all of them "
                 f"skipped (health.max_bad_steps). {ending}"
             )
 
@@ -69,7 +73,7 @@ class BadSteps:
             file = str(write_skipped(skipped, self._config.run.dir))
         except OSError as error:  # the run does not need it
             file = f"not written, {told(error)}"
-        record = {"kind": "skipped", "step": step, **tell(skipped), "in_a_row": self.in_a_row, "replay": file}
+        record = {"kind": "skipped", "step": step, **tell(skipped), "in_a_row": self._in_a_row, "replay": file}
         self._tracker.track(record)
         weights = skipped.checkpoint or f"none, the weights are still those of {self._config.model.path}"
         return f"Last checkpoint: {weights}. The last batch, for ds-dgemma replay: {file}."

@@ -18,6 +18,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from ds_dgemma import train
 from ds_dgemma.engine import deepspeed_engine
 from ds_dgemma.ranks.stop_request import StopRequest
+from ds_dgemma.run import open_engine
 
 GATHER = "_PartitionedParameterCoordinator__all_gather_params_"  # all that ZeRO-3 gathers for a module comes by here
 
@@ -73,7 +74,7 @@ def main(argv: list[str]) -> int:
 
     StopRequest.agreed = agreed_after
     frozen: dict[str, tuple[Any, torch.Tensor]] = {}
-    start, gathers = train.start_engine, Gathers()
+    start, gathers = open_engine.start_engine, Gathers()
 
     def traced(objective, *arguments):
         for name, parameter in objective.named_parameters():
@@ -81,7 +82,7 @@ def main(argv: list[str]) -> int:
                 frozen[name] = parameter, shard(parameter).detach().clone()
         return start(objective, *arguments)
 
-    train.start_engine = traced
+    open_engine.start_engine = traced
     code = train.main(argv)
     changed = [name for name, (parameter, before) in frozen.items() if not torch.equal(shard(parameter), before)]
     dtypes = sorted({str(before.dtype) for _, before in frozen.values()})
