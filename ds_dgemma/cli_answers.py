@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """Answer a prompt, or every conversation of a file."""
+    from ds_dgemma.data.messages import BadRow
     from ds_dgemma.data.pictures import place, placed_in
     from ds_dgemma.evaluation.answers import answer_prompts
     from ds_dgemma.evaluation.open_model import load_model
@@ -64,8 +66,12 @@ def generate(args: argparse.Namespace) -> None:
     if args.prompt is not None:
         images = [{"type": "image", "path": file} for file in args.image]
         content = [*images, {"type": "text", "text": args.prompt}] if images else args.prompt
-        (message,), _ = place([{"role": "user", "content": content}], [])
-        ids = [message_ids(found, placed_in([message], Path.cwd()), "--prompt")]
+        found = replace(found, images=replace(found.images, allow_urls=True))  # who types an address means it
+        try:
+            (message,), _ = place([{"role": "user", "content": content}], [])
+            ids = [message_ids(found, placed_in([message], Path.cwd()), "--prompt")]
+        except BadRow as problem:
+            raise UserError(f"--image: {problem}") from problem
         rows: list[dict[str, Any]] = []
     else:
         if args.image:

@@ -22,6 +22,7 @@ class ColumnsSection(Section):
     response: str = Field(description="the assistant's turn")
     system: str | None = Field(default=None, description="the system's turn")
     history: str | None = Field(default=None, description="column of earlier turns, a list of [user, assistant] pairs")
+    images: str | None = Field(default=None, description="column of the user's image, or of a list of them")
 
 
 class SourceSection(Section):

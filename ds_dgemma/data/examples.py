@@ -6,6 +6,7 @@ from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
+import xxhash
 
 from ds_dgemma.data.batch import Example, Span
 from ds_dgemma.data.canvas import Cut
@@ -183,6 +184,10 @@ def _over_length_error(
     return UserError("\n".join([*lines, "  Raise data.max_length, or set data.over_length to drop or truncate."]))
 
 
+def _digest_of_images(held: Documents) -> str:
+    return f" {xxhash.xxh3_64_hexdigest(held.images['digest'].tobytes())}" if len(held.images) else ""
+
+
 @dataclass(frozen=True)
 class ExampleSet:
     """The examples of all sources, one after another."""
@@ -207,7 +212,7 @@ class ExampleSet:
     @property
     def digest(self) -> str:
         """Of all sources: their content, what is learned of it, and how often it comes."""
-        return " ".join(examples.source.use for examples in self.sources)
+        return " ".join(f"{examples.source.use}{_digest_of_images(examples.documents)}" for examples in self.sources)
 
     def __len__(self) -> int:
         return self._firsts[-1]

@@ -36,7 +36,7 @@ from ds_dgemma.data.messages import (
     weight_of,
     words_of,
 )
-from ds_dgemma.data.pictures import Origin, place, take_column
+from ds_dgemma.data.pictures import COLUMNS, Origin, looks_like_image, place, take_column
 from ds_dgemma.data.turns import IGNORE, Turns, history_of, list_of, pair_of, said, string, turn_list, with_system
 
 SYSTEM = ("system", "system_prompt")
@@ -98,8 +98,11 @@ def read_row(record: dict[str, Any], layout: Layout) -> tuple[Conversation | Tex
     """
     row = _without(record, layout.ignore) if layout.ignore else dict(record)
     column: list[Origin] = []
+    named = layout.columns.images if layout.columns is not None else None
+    if named is not None:
+        column = take_column(row, (named,))
     if not MEDIA.isdisjoint(row):
-        column = take_column(row)
+        column = column or take_column(row)
         for key in MEDIA & row.keys():
             if row[key]:
                 raise BadRow(f"has {key}. {MISPLACED if key in IMAGES else TEXT_ONLY}")
@@ -109,7 +112,7 @@ def read_row(record: dict[str, Any], layout: Layout) -> tuple[Conversation | Tex
     else:
         name = layout.format
         if name == "auto":
-            name = _told_format(tuple(key for key, value in row.items() if value is not None), tuple(row))
+            name = _told_format(tuple(key for key, value in row.items() if value is not None), tuple(record))
         else:
             _demand(row, name)
         read = FORMATS[name](row)
@@ -119,8 +122,8 @@ def read_row(record: dict[str, Any], layout: Layout) -> tuple[Conversation | Tex
     elif column:
         raise BadRow(f"{column[0].name} stands beside running text, which has no place for it. Give a conversation.")
     unread = _left_over(row, read, name) if row else []
-    for key in record.keys() - row.keys() - layout.ignore - {*TOOLS}:
-        unread += [f"{key}' {name}" for name in sorted(keys_not_read(record[key]) - layout.ignore)]
+    for key in record.keys() - row.keys() - layout.ignore - {*TOOLS, *COLUMNS, named}:
+        unread += [f"{name} of {key}" for name in sorted(keys_not_read(record[key]) - layout.ignore)]
     return read, unread
 
 
@@ -320,6 +323,9 @@ def _left_over(row: Row, read: Conversation | Text, name: str) -> list[str]:
     for key in unread:
         if key in WORDS and not _stands_in(row[key], read):
             raise BadRow(f"has {key}, which {name} does not read. {_way_out(key, name)}")
+        if looks_like_image(row[key]):
+            way = "Name it in data.columns.images" if name == "data.columns" else "Call it image"
+            raise BadRow(f"has {key}, an image that {name} does not read. {way}, {IGNORE}.")
         if not isinstance(row[key], str) and decides(key):
             raise BadRow(
                 f"has {key}, which may say what is learned and is not known. Write weight (0 to 1) on each answer, "

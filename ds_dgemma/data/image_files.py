@@ -10,11 +10,13 @@ Shapes: P patches with D numbers each. Source: transformers `image_processing_pi
 import hashlib
 import io
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.request import urlopen
@@ -30,14 +32,17 @@ from transformers.models.gemma4.image_processing_pil_gemma4 import get_aspect_ra
 from ds_dgemma.config.data import DataSection
 from ds_dgemma.data.batch import Image
 from ds_dgemma.data.messages import BadRow, Message
-from ds_dgemma.data.pictures import Origin, image_parts, is_url
+from ds_dgemma.data.pictures import Origin, image_parts, is_url, shortened
 from ds_dgemma.data.tokenizer import image_tokens
 from ds_dgemma.errors import UserError, first_line
 
 FOLDER = Path(HF_HOME) / "ds_dgemma" / "images"
 MOST_PIXELS = 2**26
-MOST_BYTES = 2**26  # of an address that is fetched
+MOST_BYTES = 2**28  # of a file
+FEWER = f"at most {MOST_PIXELS // 2**20} million were expected: scale it down."
+LONGEST_PATH = 1024  # what is longer may be a file itself, in base64
 SECONDS = 30
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 KINDS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # others are programs, or take one
 
 Render = Callable[[list[Message], bool], str]  # as in `rendering.py`
@@ -88,9 +93,11 @@ class ImageFiles:
         return processor
 
     @property
-    def settings(self) -> str:
-        """Equal settings, equal soft tokens and patches."""
-        return self.processor.to_json_string() + str(self.allow_urls)
+    def settings(self) -> list[Any]:
+        """Equal settings, equal soft tokens and patches; the processor's as its files have them, if there are any."""
+        files = [self.directory / name for name in PROCESSOR_FILES]
+        written = [hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "" for file in files]
+        return [self.tokens, self.allow_urls, self.max_soft_tokens, self.positions, *written]
 
     def written(self, tokens: int) -> str:
         """An image as the tokenizer reads it, as transformers' `Gemma4Processor` writes it."""
@@ -143,25 +150,31 @@ class ImageFiles:
             return origin.address
         if is_url(origin.address):
             return self._fetched(origin)
+        path, shown = Path(origin.address), shortened(origin.address)
         try:
-            return Path(origin.address).read_bytes()
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise BadRow(f"{origin.name}: {shown} is no file.")
+            _check_size(status.st_size, origin)
+            return path.read_bytes()
         except (OSError, ValueError) as error:  # a NUL is no part of a path
             reason = getattr(error, "strerror", None) or error
-            raise BadRow(f"{origin.name}: no image {origin.address}: {reason}.") from error
+            hint = " Base64 is written data:image/png;base64,..." if len(origin.address) > LONGEST_PATH else ""
+            raise BadRow(f"{origin.name}: no image {shown}: {reason}.{hint}") from error
 
     def _fetched(self, origin: Origin) -> bytes:
         if not self.allow_urls:
             raise BadRow(
-                f"{origin.name} is {origin.address!s:.80}, which would be fetched. Set data.allow_urls: true, or give "
-                "a file."
+                f"{origin.name} is {shortened(origin.address)}, which would be fetched. Set data.allow_urls: true, or "
+                "give a file."
             )
         try:
             with urlopen(str(origin.address), timeout=SECONDS) as answer:
                 data = answer.read(MOST_BYTES + 1)
-        except (OSError, ValueError) as error:
-            raise BadRow(f"{origin.name}: {origin.address!s:.80} cannot be fetched: {first_line(error)}.") from error
-        if len(data) > MOST_BYTES:
-            raise BadRow(f"{origin.name}: {origin.address!s:.80} has over {MOST_BYTES // 2**20} MiB.")
+        except (OSError, ValueError, HTTPException) as error:
+            where = f"{origin.name}: {shortened(origin.address)}"
+            raise BadRow(f"{where} cannot be fetched: {first_line(error)}.") from error
+        _check_size(len(data), origin)
         return data
 
     def _kept(self, data: bytes, digest: str) -> str:
@@ -208,14 +221,29 @@ def _patches(files: ImageFiles, image: Image) -> tuple[np.ndarray, np.ndarray]:
         made = files.processor(load_image(picture), return_tensors="np")
     pixels, position = made["pixel_values"][0], made["image_position_ids"][0]
     if (tokens := int(made["num_soft_tokens_per_image"][0])) != image.tokens:
-        raise UserError(f"{image.file}: {tokens} soft tokens, but the rows were read with {image.tokens}.")
+        raise UserError(
+            f"{image.file}: {tokens} soft tokens, but the rows were read with {image.tokens}: the image processor of "
+            f"{files.directory} has changed meanwhile. Start again."
+        )
     is_real = (position >= 0).all(-1)
     return np.asarray(pixels[is_real], np.float32), np.asarray(position[is_real], np.int64)
 
 
+def _check_size(size: int, origin: Origin) -> None:
+    if size > MOST_BYTES:
+        shown, most = shortened(origin.address), MOST_BYTES // 2**20
+        raise BadRow(f"{origin.name}: {shown} has over {most} MiB, which is no image to train on: scale it down.")
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """Width and height of an image as it is seen: turned by its EXIF mark."""
+    with _opened(data) as picture:
+        return load_image(picture).size
+
+
 def _checked(data: bytes, origin: Origin) -> tuple[int, int]:
-    """Width and height of an image, as it is seen: turned by its EXIF mark."""
-    where = f"{origin.name}: {origin.address}" if isinstance(origin.address, str) else origin.name
+    """Width and height of an image, as it is seen."""
+    where = f"{origin.name}: {shortened(origin.address)}" if isinstance(origin.address, str) else origin.name
     if not data:
         raise BadRow(f"{where} is empty: no byte is in it.")
     try:
@@ -223,14 +251,15 @@ def _checked(data: bytes, origin: Origin) -> tuple[int, int]:
             if (frames := getattr(picture, "n_frames", 1)) > 1:
                 raise BadRow(f"{where} has {frames} frames: a still image was expected.")
             if picture.width * picture.height > MOST_PIXELS:
-                raise BadRow(
-                    f"{where} has {picture.width} x {picture.height} pixels, at most {MOST_PIXELS // 2**20} million "
-                    "were expected: scale it down."
-                )
+                raise BadRow(f"{where} has {picture.width} x {picture.height} pixels, {FEWER}")
             return load_image(picture).size
+    except Pillow.DecompressionBombError as error:
+        raise BadRow(
+            f"{where} has over {2 * (Pillow.MAX_IMAGE_PIXELS or 0) // 10**6} million pixels, {FEWER}"
+        ) from error
     except UnidentifiedImageError as error:
         raise BadRow(f"{where} is no image, or a broken one: {', '.join(KINDS)} are read.") from error
-    except (OSError, SyntaxError, ValueError, Pillow.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise BadRow(f"{where} is no image, or a broken one: {first_line(error)}.") from error
 
 

@@ -44,6 +44,7 @@ IMAGE_PARTS = ("image", "image_url")
 IMAGES = frozenset(("image", "images", "image_url", "image_urls"))
 # what other models write around thoughts and calls; here it would be learned as text
 FOREIGN = ("<think>", "<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<function=")
+IMAGE_MARK = re.compile(r"<image( ?\d+)?>")
 EMPTY = (None, "", [], {})
 SPEAKERS = frozenset(("system", "user", "assistant"))
 
@@ -169,6 +170,12 @@ def foreign_marks(messages: list[Message]) -> list[str]:
     return [mark for text in answers if "<" in text or "[" in text for mark in FOREIGN if mark in text]
 
 
+def image_marks(messages: list[Message]) -> int:
+    """Texts with a place for an image that stays what it is, text."""
+    texts = [words_of(message["content"]) for message in messages if message["role"] != "assistant"]
+    return sum("<image" in text and IMAGE_MARK.search(text) is not None for text in texts)
+
+
 @lru_cache
 def decides(key: str, words: frozenset[str] = DECIDING) -> bool:
     """Whether a key's name sounds as if it says what is learned."""
@@ -177,7 +184,7 @@ def decides(key: str, words: frozenset[str] = DECIDING) -> bool:
 
 def words_of(content: str | list[dict[str, Any]]) -> str:
     """The words of a content, images left out."""
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
 
 
 def _content(content: Any, name: str) -> str | list[dict[str, Any]]:

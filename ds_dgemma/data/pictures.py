@@ -8,9 +8,11 @@ user's text, as in TRL.
 
 import base64
 import binascii
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
 
 from ds_dgemma.data.messages import IMAGE_PARTS, BadRow, Message, kind_of
 from ds_dgemma.errors import counted
@@ -18,6 +20,9 @@ from ds_dgemma.errors import counted
 COLUMNS = ("images", "image")
 PLACEHOLDER = "<image>"
 BESIDE = ("type", "detail", "cache_control", "format")  # say nothing of the picture
+LONGEST_NAME = 1024
+SHOWN = 120  # characters of an address
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 ADDRESSES = ("image", "path", "url", "image_url")  # keys of a part
 
 
@@ -51,6 +56,8 @@ def _part(part: dict[str, Any], name: str) -> dict[str, Any]:
         return {"type": "image", "image": Unplaced(name)}
     ((key, value),) = known.items()
     if key == "image_url" and isinstance(value, dict):
+        if others := [key for key in value if value[key] and key not in ("url", *BESIDE)]:
+            raise BadRow(f"{name}'s image_url has {others[0]}, which is not read. It has url.")
         value = value.get("url")
     return {"type": "image", "image": origin_of(value, f"{name}'s {key}")}
 
@@ -58,6 +65,8 @@ def _part(part: dict[str, Any], name: str) -> dict[str, Any]:
 def origin_of(value: Any, name: str) -> Origin:
     """An image as rows give it: an address, `{bytes, path}` as `datasets` has it, or base64 in a data: address."""
     if isinstance(value, dict) and not value.keys() - {"bytes", "path"}:
+        if isinstance(value.get("bytes"), str):
+            raise BadRow(f"{name} has bytes as a text. Write a path, or data:image/png;base64,...")
         value = value.get("bytes") or value.get("path")
     if not isinstance(value, str | bytes) or not value:
         raise BadRow(f"{name} is {kind_of(value) if value != '' else 'empty'}, expected a path, an address or bytes.")
@@ -67,8 +76,8 @@ def origin_of(value: Any, name: str) -> Origin:
 
 
 def _decoded(address: str, name: str) -> bytes:
-    head, _, body = address.partition(",")
-    if not head.endswith(";base64"):
+    head, comma, body = address.partition(",")
+    if not comma or not head.endswith(";base64"):
         raise BadRow(f"{name} is a data: address that is not base64: data:image/png;base64,... was expected.")
     try:
         return base64.b64decode(body, validate=True)
@@ -76,13 +85,13 @@ def _decoded(address: str, name: str) -> bytes:
         raise BadRow(f"{name} is no base64: {error}.") from error
 
 
-def take_column(row: dict[str, Any]) -> list[Origin]:
+def take_column(row: dict[str, Any], names: tuple[str, ...] = COLUMNS) -> list[Origin]:
     """Take the images out of a row's own column.
 
     Raises:
         BadRow: two columns of them, or what is no image.
     """
-    given = {key: value for key in COLUMNS if (value := row.pop(key, None)) not in (None, "", [], {})}
+    given = {key: value for key in names if (value := row.pop(key, None)) not in (None, "", [], {})}
     if len(given) > 1:
         raise BadRow("has image and images. Keep one of them, or name the other in data.ignore to leave it out.")
     for key, value in given.items():
@@ -110,6 +119,11 @@ def place(messages: list[Message], column: list[Origin]) -> tuple[list[Message],
     if column and (said := next((n for n, m in enumerate(messages) if PLACEHOLDER in _answer(m)), None)) is not None:
         raise BadRow(f"messages[{said}] holds {PLACEHOLDER}, an image's place, though it is the assistant's.")
     waiting = [part for _, part in image_parts(messages) if isinstance(part["image"], Unplaced)]
+    if waiting and not column:
+        raise BadRow(
+            f"{waiting[0]['image'].name} has an image without an address, and the row has no column images beside it. "
+            "Give the part image, path or url, or the row the column."
+        )
     if len(waiting) != len(column):
         where = waiting[0]["image"].name if waiting else "the row"
         raise BadRow(
@@ -131,15 +145,49 @@ def placed_in(messages: list[Message], folder: Path) -> list[Message]:
         origin = part.get("image")
         if origin is None or isinstance(origin.address, bytes) or is_url(origin.address):
             return part
-        path = Path(origin.address.removeprefix("file://")).expanduser()
-        return {**part, "image": origin._replace(address=str(folder / path))}
+        return {**part, "image": origin._replace(address=str(folder / _path(origin)))}
 
     return [_with(message, absolute) for message in messages]
 
 
+def _path(origin: Origin) -> Path:
+    address = str(origin.address)
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", address)
+    if address.lower().startswith("file:"):
+        parts = urlsplit(address)
+        if parts.netloc not in ("", "localhost"):
+            raise BadRow(f"{origin.name} is {shortened(address)}, a file of another machine: {parts.netloc}.")
+        address = unquote(parts.path)
+    elif scheme:
+        raise BadRow(
+            f"{origin.name} is {shortened(address)}: {scheme[1]}:// is not read. Give a path, file://, data: or, with "
+            "data.allow_urls, http(s)://."
+        )
+    try:
+        return Path(address).expanduser()
+    except RuntimeError as error:
+        raise BadRow(f"{origin.name} is {shortened(address)}: ~ has no meaning here: {error}") from error
+
+
 def is_url(address: str) -> bool:
     """Whether an image would have to be fetched."""
-    return address.startswith(("http://", "https://"))
+    return address[:8].lower().startswith(("http://", "https://"))
+
+
+def shortened(address: str | bytes) -> str:
+    """An address for people: a line, and not a whole file."""
+    if isinstance(address, bytes):
+        return f"{len(address):,} bytes"
+    return address if len(address) <= SHOWN else f"{address[:SHOWN]}... ({len(address):,} characters)"
+
+
+def looks_like_image(value: Any) -> bool:
+    """Whether a column's value is an image: as `datasets` has it, or a path; or a list of them."""
+    if isinstance(value, list):
+        return bool(value) and all(map(looks_like_image, value))
+    if isinstance(value, dict):
+        return value.keys() == {"bytes", "path"}
+    return isinstance(value, str) and len(value) <= LONGEST_NAME and value.lower().endswith(SUFFIXES)
 
 
 def image_parts(messages: list[Message]) -> Iterator[tuple[Message, dict[str, Any]]]:

@@ -32,6 +32,7 @@ class Reading:
     unread: Counter[str] = field(default_factory=Counter)  # key: rows that have it
     ignored: set[str] = field(default_factory=set)  # names of data.ignore that a row has
     foreign: Counter[str] = field(default_factory=Counter)  # another model's control text: answers that have it
+    places: int = 0  # texts with <image> in them and no image for it
     doubled_rows: int = 0
     doubled: list[tuple[int, str]] = field(default_factory=list)  # row, a key that an object of it has twice
     id_rows: array = field(default_factory=lambda: array("q"))
@@ -62,6 +63,7 @@ class Reading:
         self.unread += other.unread
         self.ignored |= other.ignored
         self.foreign += other.foreign
+        self.places += other.places
         self.doubled_rows += other.doubled_rows
         self.doubled = [*self.doubled, *other.doubled][:SHOWN]
         self.id_rows += other.id_rows
@@ -111,7 +113,11 @@ def _never_ignored(source: "Source", reading: Reading) -> list[str]:
 
 
 def _foreign(reading: Reading) -> list[str]:
-    return [
+    places = [
+        f"<image> stands in {counted(reading.places, 'text')} and is learned as plain text: the images of a row are in "
+        "its column image or images, or in parts of its messages"
+    ]
+    return places[: reading.places] + [
         f"{mark} stands in {counted(count, 'answer')} and is learned as plain text: thoughts go into "
         "reasoning_content, calls into tool_calls"
         for mark, count in reading.foreign.items()
@@ -119,8 +125,8 @@ def _foreign(reading: Reading) -> list[str]:
 
 
 def _printable(text: str) -> str:
-    """A row's own keys may hold what no terminal takes: halves of surrogate pairs."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    """A row's own words may hold what no line takes: breaks, commands to a terminal, halves of surrogate pairs."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def _bad_rows(source: "Source", reading: Reading, split: str) -> str:

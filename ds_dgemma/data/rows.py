@@ -40,7 +40,7 @@ class RowReader:
             data.invalid,
             data.control_tokens,
             data.chat_template_kwargs,
-            [self.images.tokens, self.images.allow_urls, self.images.max_soft_tokens],
+            self.images.settings,
             tokenizer.backend_tokenizer.to_str(),
             tokenizer.chat_template,
             {name: str(token) for name, token in tokenizer.special_tokens_map.items()},  # templates read them

@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 from ds_dgemma.config.data import DataSection, Learn, SourceSection
 from ds_dgemma.data.formats import Conversation, Layout, Text, read_row
 from ds_dgemma.data.json_files import JsonArray, JsonLines, NumberedRows, opens_an_array
-from ds_dgemma.data.messages import BadRow, foreign_marks, names_within
+from ds_dgemma.data.messages import BadRow, foreign_marks, image_marks, names_within
 from ds_dgemma.data.pictures import placed_in
 from ds_dgemma.data.reading import Reading
 from ds_dgemma.data.tables import csv_file, hub_dataset, parquet_file, saved_dataset
@@ -160,15 +160,16 @@ def read_rows(chunk: Chunk, source: Source, reading: Reading) -> Iterator[tuple[
             reading.ignored |= names_within(record, layout.ignore)
         try:
             read, unread = read_row(record, layout)
+            if isinstance(read, Conversation) and read.has_images:
+                read = replace(read, messages=placed_in(read.messages, source.folder(row)))
         except BadRow as problem:
             reading.bad(row, problem)
             continue
         if unread:
             reading.unread.update(unread)
         if isinstance(read, Conversation):
-            if read.has_images:
-                read = replace(read, messages=placed_in(read.messages, source.folder(row)))
             reading.foreign.update(foreign_marks(read.messages))
+            reading.places += image_marks(read.messages)
         yield row, read
 
 

@@ -4,14 +4,15 @@ noise.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from PIL import Image as Pillow
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
 from ds_dgemma.data.batch import Example, Image
 from ds_dgemma.data.examples import ExampleSet, row_of
+from ds_dgemma.data.image_files import size_of
 from ds_dgemma.objective.corruption import Corruption
 
 CONTEXT, LEARNED, FILL = "context", "learned", "fill"  # roles of a token
@@ -84,8 +85,7 @@ class Sequence:
 
 def _image(image: Image) -> dict[str, Any]:
     """An image for programs; its size is that of its file, in pixels."""
-    with Pillow.open(image.file) as picture:
-        width, height = picture.size
+    width, height = size_of(Path(image.file).read_bytes())
     return {"start": image.start, "tokens": image.tokens, "file": image.file, "width": width, "height": height}
 
 

@@ -139,10 +139,11 @@ def test_tokens_are_kept_until_data_or_template_change(tmp_path, tokenizer):
     assert folders() == first
     write_rows(path, chats(4))
     read(settings(path), tokenizer, cache)
+    second = folders()
     tokenizer.chat_template += " "
     assert len(read(settings(path), tokenizer, cache)) == 4
     assert len(folders()) == 3
-    last = (folders() - first).pop()
+    (last,) = folders() - second
     for kept in last.iterdir():
         kept.unlink()  # as a cleaner of old files, or an older version, leaves it
         read(settings(path), tokenizer, cache)

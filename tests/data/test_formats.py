@@ -70,7 +70,7 @@ def test_openai_messages_with_all_they_may_have():
             [TOOL],
             {"enable_thinking": True},
         ),
-        ["source", "messages' timestamp"],
+        ["source", "timestamp of messages"],
     )
 
 

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -17,7 +18,7 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from ds_dgemma.config.run import ObjectiveSection
-from ds_dgemma.data.image_files import ImageFiles, image_files
+from ds_dgemma.data.image_files import PROCESSOR_FILES, ImageFiles, image_files
 from ds_dgemma.data.messages import BadRow
 from ds_dgemma.data.pictures import Origin
 from ds_dgemma.data.read import read_split
@@ -108,13 +109,15 @@ def test_tokens_and_patches_are_those_of_the_processor(folder: Path, model: Path
 
 def test_every_form_of_row_gives_the_same_example(folder: Path, model: Path) -> None:
     data = (folder / "wide.png").read_bytes()
+    (folder / "so wide.png").write_bytes(data)
     address = f"data:image/png;base64,{base64.b64encode(data).decode()}"
     question, answer = "What is where?", {"role": "assistant", "content": "RcGs"}
     forms = [
         asked(picture("wide.png"), text(question)),
         asked({"type": "image", "image": str(folder / "wide.png")}, text(question)),
         asked({"type": "image_url", "image_url": {"url": address}}, text(question)),
-        asked({"type": "image", "url": (folder / "wide.png").as_uri()}, text(question)),
+        asked({"type": "image", "url": (folder / "so wide.png").as_uri()}, text(question)),
+        asked({"type": "image", "text": None, "path": "wide.png"}, text(question)),
         asked({"type": "image"}, text(question)) | {"images": ["wide.png"]},
         {"messages": [{"role": "user", "content": question}, answer], "images": ["wide.png"]},  # TRL's
         {
@@ -131,10 +134,31 @@ def test_every_form_of_row_gives_the_same_example(folder: Path, model: Path) -> 
     )
     table.cast_column("image", datasets.Image()).to_parquet(folder / "rows.parquet")
     from_table, _, _ = read(folder, model, file="rows.parquet")
-    for other in [*others, from_table[0]]:
+    columns = {"prompt": "prompt", "response": "completion", "images": "picture"}
+    table.rename_column("image", "picture").to_parquet(folder / "mapped.parquet")
+    mapped, _, _ = read(folder, model, file="mapped.parquet", columns=columns)
+    assert not mapped.told
+    for other in [*others, from_table[0], mapped[0]]:
         assert other.tokens_S.tolist() == first.tokens_S.tolist()
         assert [image[:2] for image in other.images] == [image[:2] for image in first.images]
         assert other.images[0].digest == first.images[0].digest
+
+
+def test_another_processor_or_another_picture_is_other_data(folder: Path, model: Path, tmp_path: Path) -> None:
+    row, other = asked(picture("square.png"), text("What is where?")), tmp_path / "model"
+    shutil.copytree(model, other)
+    before, _, _ = read(folder, other, row)
+    (written,) = [file for name in PROCESSOR_FILES if (file := other / name).is_file()]
+    written.write_text(written.read_text().replace('"max_soft_tokens": 70', '"max_soft_tokens": 140'))
+    after, files, _ = read(folder, other, row)
+    assert after[0].images[0].tokens > before[0].images[0].tokens
+    files.patches(after[0].images[0])
+    digest = after.digest
+    Image.new("RGB", SIZES["square.png"]).save(folder / "square.png")
+    assert read(folder, other, row)[0].digest != digest
+    written.unlink()
+    with pytest.raises(UserError, match="has no image processor, but rows have images"):
+        read(folder, other, row)
 
 
 def test_turns_keep_images_in_their_documents(folder: Path, model: Path) -> None:
@@ -209,7 +233,21 @@ ANSWER = {"role": "assistant", "content": "RcGs"}
         bad("", "an image with image and path. Keep one", row=asked(picture("wide.png", image="a.png"))),
         bad("", "an image with caption, which is not read", row=asked(picture("wide.png", caption="a cat"))),
         bad("", "path is a number, expected a path", row=asked({"type": "image", "path": 3})),
-        bad("", "has 1 place for images, and the row's column has 0", row=asked({"type": "image"})),
+        bad("", "messages[0] has an image without an address, and the row has no column", row=asked({"type": "image"})),
+        bad("pipe", "pipe is no file"),
+        bad("sparse.png", "sparse.png has over 256 MiB"),
+        bad("~nobody-of-this-name/a.png", "~ has no meaning here"),
+        bad("s3://bucket/a.png", "s3:// is not read. Give a path, file://, data: or"),
+        bad("file://elsewhere/a.png", "a file of another machine: elsewhere"),
+        bad("data:image/png;base64", "a data: address that is not base64"),
+        bad("iVBORw0KGgo" * 200, "characters): File name too long. Base64 is written data:image/png;base64,"),
+        bad("\x1b[31mred\n.png", r"\x1b[31mred\n.png: No such file"),
+        bad("", "has bytes as a text. Write a path, or data:", row=asked(text("?")) | {"image": {"bytes": "iVBOR"}}),
+        bad("", "image_url has alt, which is not read",
+            row=asked({"type": "image_url", "image_url": {"url": "wide.png", "alt": "a cat"}})),
+        bad("", "has picture, an image that messages does not read. Call it image",
+            row=asked(text("?")) | {"picture": {"bytes": None, "path": "wide.png"}}),
+        bad("", "has photo, an image that messages does not read", row=asked(text("<image>")) | {"photo": "a.jpeg"}),
         bad("", "has 2 places for images, and the row's column has 1",
             row=asked(text("<image><image>What is where?")) | {"images": ["wide.png"]}),
         bad("", "has image and images. Keep one", row=asked(text("?")) | {"images": ["wide.png"], "image": "wide.png"}),
@@ -233,6 +271,9 @@ def test_a_bad_image_is_a_line_that_names_its_row(
     first, second = Image.new("RGB", (30, 30)), Image.new("RGB", (30, 30), "red")
     first.save(folder / "frames.gif", save_all=True, append_images=[second])
     Image.new("1", (9000, 9000)).save(folder / "huge.png")
+    os.mkfifo(folder / "pipe")
+    with (folder / "sparse.png").open("wb") as file:
+        file.truncate(2**30)
     with pytest.raises(UserError) as error:
         read(folder, model, asked(text("What is where?")), row, **data)
     head, *lines = str(error.value).splitlines()

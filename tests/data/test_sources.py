@@ -252,11 +252,13 @@ def test_what_is_not_read_and_what_stands_twice_is_told(tmp_path):
 
 
 def test_names_that_no_row_has_and_another_models_marks_are_told(tmp_path):
-    thought = [TURNS[0], {"role": "assistant", "content": "<think>so</think>a"}]
+    thought = [{"role": "user", "content": "<image> a?"}, {"role": "assistant", "content": "<think>so</think>a"}]
     path = write(tmp_path, json.dumps({"messages": thought, "distractor": "x", "note": "y"}).encode())
     assert told(path, ignore=["note", "distracter"]) == [
         f"{path}: not read: distractor (1 row)",
         f"{path}: no row has distracter, which data.ignore names. Did you mean distractor?",
+        f"{path}: <image> stands in 1 text and is learned as plain text: the images of a row are in its column image "
+        "or images, or in parts of its messages",
         f"{path}: <think> stands in 1 answer and is learned as plain text: thoughts go into reasoning_content, "
         "calls into tool_calls",
     ]
