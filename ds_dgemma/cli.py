@@ -179,8 +179,8 @@ def parser() -> argparse.ArgumentParser:
     _add_layout(export_)
     export_.add_argument(
         "--format",
-        choices=["peft", "vllm", "merged"],
-        help="of a LoRA run: adapter for PEFT (default) or vLLM, or the model with it added",
+        choices=["peft", "merged"],
+        help="of a LoRA run: adapter for PEFT (default), or the model with it added",
     )
 
     merge_ = _add(commands, "merge", merge)

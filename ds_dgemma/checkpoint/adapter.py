@@ -102,11 +102,11 @@ class AdapterReader:
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"adapter {directory} cannot be read: {first_line(error)}.") from error
         if any(re.search(r"\.experts\.\d+\.", key) for key in self._shapes):
-            raise UserError(f"adapter {directory} is in vLLM's form. Export it again with --format peft.")
+            raise UserError(f"adapter {directory} has a pair for each expert, which PEFT's form does not have.")
         if _is_for_the_decoder_only(self._shapes):
             raise UserError(
-                f"adapter {directory} has factors for the decoder only: it is in vLLM's form, or was made without the "
-                "encoder, which shares these weights. Export it again with --format peft."
+                f"adapter {directory} has factors for the decoder only: it was made without the encoder, which shares "
+                "these weights. Export it again."
             )
         self._wrappers = dict(self._find(possible))
         self.targets = tuple(target for name, target in possible.items() if name in self._wrappers)

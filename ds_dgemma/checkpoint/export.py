@@ -1,6 +1,6 @@
 """From a run directory to files that others load: no launcher, no GPU, never the whole model in memory.
 
-A trained model becomes a checkpoint for transformers; a LoRA run an adapter for PEFT or vLLM, or, merged, a checkpoint
+A trained model becomes a checkpoint for transformers; a LoRA run an adapter for PEFT, or, merged, a checkpoint
 too. The training state is in logical tensors, so a single process can put transformers' tensors together whatever
 topology trained them. What was not trained (vision tower, layer scalars, frozen parts) is copied bit for bit from the
 model that the run started from. A directory appears whole or not at all.
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ds_dgemma.checkpoint.adapter import CONFIG as ADAPTER_CONFIG
 from ds_dgemma.checkpoint.adapter import AdapterReader
-from ds_dgemma.checkpoint.adapter_export import AdapterFormat, write_adapter
+from ds_dgemma.checkpoint.adapter_export import write_adapter
 from ds_dgemma.checkpoint.hf_weights import Change, Layout, write_weights
 from ds_dgemma.checkpoint.load import find_places
 from ds_dgemma.checkpoint.merge import Merged
@@ -40,7 +40,7 @@ from ds_dgemma.model.spec import read_spec
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What weights lie in, a model's other copies too; the last ones are of GGML, Keras, Flax, ONNX and Rust.
 WEIGHTS = (".safetensors", *PICKLED, ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot")
-Format = Literal[AdapterFormat, "merged"]
+Format = Literal["peft", "merged"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def export_run(
     with whole_directory(out, ADAPTER_CONFIG, set()) as beside:
         read = partial(_read_factor, run.trained, run.lora)
         stored = DTYPES.get(dtype, torch.float32)
-        write_adapter(beside, _targets(run), run.lora, read, run.base, run.revision, form, stored)
+        write_adapter(beside, _targets(run), run.lora, read, run.base, run.revision, stored)
     return out
 
 
