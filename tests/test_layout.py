@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ds_dgemma"
 
-EVERYONE_MAY_IMPORT = {"config", "errors"}
+EVERYONE_MAY_IMPORT = {"config", "errors", "files"}
 # Besides itself and what everyone may import. No two folders import each other.
 MAY_IMPORT = {
     "data": set(),

@@ -21,8 +21,8 @@ from xxhash import xxh3_128
 
 from ds_dgemma.checkpoint.manifest import CHECKSUM, Entry, describe, write_state
 from ds_dgemma.checkpoint.run_state import open_checkpoint, step_directory
-from ds_dgemma.checkpoint.whole_directory import flush, sync_directory
 from ds_dgemma.errors import UserError, first_line
+from ds_dgemma.files import flush, sync_directory
 
 FILE_BYTES = 2 * 2**30  # of host memory for copies while writing
 PARTIAL = ".partial"  # being written

@@ -5,7 +5,6 @@ project wrote is replaced, renamed or removed: a hidden file in it says so. (Not
 random, and an export would not be the same twice.)
 """
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 
 from ds_dgemma.checkpoint.weights import INDEX
 from ds_dgemma.errors import UserError, told
+from ds_dgemma.files import flush, lock, sync_directory
 
 MARK = ".ds_dgemma"
 
@@ -77,13 +77,11 @@ def _remove(directory: Path) -> None:
 def _alone(out: Path) -> Iterator[None]:
     """Keep a second writer of the same directory out."""
     path = _neighbour(out, "lock")
-    with path.open("a") as lock:
+    with path.open("a") as file:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, wait=False)
         except BlockingIOError:
             raise UserError(f"--out {out} is being written by another process. Wait, or choose another.") from None
-        except OSError:  # a file system without locks
-            pass
         try:
             yield
         finally:
@@ -100,19 +98,3 @@ def _check_replaceable(out: Path, known: set[str], marker: str) -> None:
         raise UserError(f"--out {out} holds {strangers[0]}, which would be lost. Move it away, or choose another.")
     if not (out / MARK).is_file():
         raise UserError(f"--out {out} is a checkpoint that ds-dgemma did not write. Choose another directory.")
-
-
-def flush(file: Path) -> None:
-    """Bring a file to the disk, readable for all."""
-    file.chmod(0o644)  # safetensors writes for the owner alone
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
-def sync_directory(directory: Path) -> None:
-    """Make renames in a directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,9 +9,7 @@ Shapes: P patches with D numbers each. Source: transformers `image_processing_pi
 
 import hashlib
 import io
-import os
 import stat
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +33,7 @@ from ds_dgemma.data.messages import BadRow, Message
 from ds_dgemma.data.pictures import Origin, image_parts, is_url, shortened
 from ds_dgemma.data.tokenizer import image_tokens
 from ds_dgemma.errors import UserError, first_line
+from ds_dgemma.files import atomic_file
 
 FOLDER = Path(HF_HOME) / "ds_dgemma" / "images"
 MOST_PIXELS = 2**26
@@ -182,9 +181,8 @@ class ImageFiles:
         if not path.exists():
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
+                with atomic_file(path, binary=True) as file:
                     file.write(data)
-                os.replace(file.name, path)
             except OSError as error:
                 raise UserError(
                     f"images of rows cannot be kept in {self.folder}: {error.strerror or error}. Set HF_HOME to a "

@@ -17,7 +17,6 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from functools import cache
 from itertools import combinations, islice
 from pathlib import Path
@@ -25,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from ds_dgemma.errors import UserError
+from ds_dgemma.files import atomic_file
 
 BLANK = "."
 SYMBOLS = {"digits": "123456789", "letters": "ABCDEFGHI"}
@@ -41,18 +41,13 @@ def write_sudoku(size: int, split: str, count: int, seed: int, out: Path, symbol
         raise UserError(f"--count {count}: at least 1 puzzle is needed.")
     if out.is_dir():
         raise UserError(f"--out {out} is a directory; name the JSONL file to write.")
-    part = out.with_name(f"{out.name}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w") as file:  # before the search, so that a path that cannot be written costs no wait
+        with atomic_file(out) as file:  # before the search, so that a path that cannot be written costs no wait
             for puzzle, solution in make_puzzles(size, split, count, seed):
                 file.write(json.dumps(record(puzzle, solution, SYMBOLS[symbols])) + "\n")
-        part.replace(out)
     except OSError as error:
         raise UserError(f"--out {out}: cannot write there ({error.strerror}). Name another file.") from error
-    finally:
-        with suppress(OSError):
-            part.unlink()
 
 
 def record(puzzle: Cells, solution: Cells, symbols: str = SYMBOLS["digits"]) -> dict[str, list[dict[str, str]]]:

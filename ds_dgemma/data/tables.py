@@ -8,7 +8,6 @@ file are text as it stands there: 007 stays 007.
 import csv
 import gzip
 import io
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from ds_dgemma.data.json_files import CHUNK, NumberedRows, digest_of, opened
 from ds_dgemma.data.messages import TEXT_ONLY
 from ds_dgemma.data.reading import Reading
 from ds_dgemma.errors import UserError, first_line
+from ds_dgemma.files import atomic_file
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -198,10 +198,8 @@ def _unpacked(path: Path, name: str) -> Path:
     unpacked = Path(config.HF_DATASETS_CACHE) / "ds_dgemma" / f"{digest_of(path, name)}.parquet"
     if not unpacked.exists():
         unpacked.parent.mkdir(parents=True, exist_ok=True)
-        beside = unpacked.with_suffix(f".{os.getpid()}")
-        with gzip.open(path, "rb") as packed, beside.open("wb") as file:
+        with gzip.open(path, "rb") as packed, atomic_file(unpacked, binary=True) as file:
             shutil.copyfileobj(packed, file)
-        beside.rename(unpacked)
     return unpacked
 
 

@@ -8,7 +8,6 @@ ranks that come at once wait for the first by a file lock, and where a file syst
 twice.
 """
 
-import fcntl
 import gc
 import json
 import logging
@@ -35,6 +34,7 @@ from ds_dgemma.data.rows import RowReader
 from ds_dgemma.data.sources import Chunk, Split
 from ds_dgemma.data.workers import map_in_order
 from ds_dgemma.errors import UserError
+from ds_dgemma.files import lock
 
 PARALLEL_FROM = 20_000  # rows; fewer are done before worker processes are up
 MAX_WORKERS = 16
@@ -223,9 +223,7 @@ def _stamp(file: str) -> tuple[int, int]:
 def _locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock, which a killed process gives back."""
     with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks: the rename alone keeps the result whole
+        if not lock(file, wait=True):  # the rename alone keeps the result whole
             log.warning("no file locks in %s: every rank tokenizes for itself", path.parent)
         yield
 

@@ -8,8 +8,6 @@ complete.json   {"step": N}: the last step is done and all is written; with "ear
                 it. An exit code alone proves nothing: DeepSpeed's launcher exits with 0 when it is killed
 """
 
-import errno
-import fcntl
 import json
 import os
 import socket
@@ -22,10 +20,10 @@ from typing import IO, Any
 
 from ds_dgemma.checkpoint.run_state import Checkpoint, StateReader, newest, open_state, step_directories, step_directory
 from ds_dgemma.checkpoint.save import settle
-from ds_dgemma.checkpoint.whole_directory import flush, sync_directory
 from ds_dgemma.config.file import read_yaml, resolved_yaml, same_run_problems
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.errors import UserError, one_line_each, told
+from ds_dgemma.files import atomic_file, lock, sync_directory
 
 CONFIG = "config.yaml"
 DEEPSPEED = "deepspeed.json"
@@ -166,17 +164,23 @@ def claim(directory: Path) -> IO[str]:
         (directory / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         if not os.access(directory, os.W_OK) or not os.access(directory / CHECKPOINTS, os.W_OK):
             raise PermissionError(None, "not writable")
-        lock = (directory / LOCK).open("a+")
+        file = (directory / LOCK).open("a+")
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
             try:
-                _lock(lock, directory)
+                if not lock(file, wait=False):
+                    print(
+                        f"warning: run.dir: {directory} is on a disk without file locks, so nothing keeps a second job "
+                        "out of it. Start no two.",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 settle(directory / CHECKPOINTS)
-                lock.truncate(0)
-                lock.write(f"process {os.getpid()} of {socket.gethostname()}, since {time.time_ns()}\n")
-                lock.flush()
-                os.fsync(lock.fileno())  # the ranks of other hosts read it: they see the same directory, or another
-                return lock
+                file.truncate(0)
+                file.write(f"process {os.getpid()} of {socket.gethostname()}, since {time.time_ns()}\n")
+                file.flush()
+                os.fsync(file.fileno())  # the ranks of other hosts read it: they see the same directory, or another
+                return file
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise UserError(
@@ -186,20 +190,6 @@ def claim(directory: Path) -> IO[str]:
                 time.sleep(0.5)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise UserError(f"run.dir: {directory} cannot be used: {told(error)}. Choose another directory.") from error
-
-
-def _lock(file: IO[str], directory: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-            raise
-        print(
-            f"warning: run.dir: {directory} is on a disk without file locks ({told(error)}), so nothing keeps a second "
-            "job out of it. Start no two.",
-            file=sys.stderr,
-            flush=True,
-        )
 
 
 def owner(directory: Path) -> str:
@@ -255,12 +245,5 @@ def mark_unfinished(directory: Path) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file durably, whole or not at all."""
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        beside.write_text(text)
-        flush(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    sync_directory(path.parent)
+    with atomic_file(path) as file:
+        file.write(text)

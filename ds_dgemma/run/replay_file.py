@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ds_dgemma.checkpoint.run_state import step_directories
 from ds_dgemma.errors import UserError, first_fault, told
+from ds_dgemma.files import atomic_file
 from ds_dgemma.run.directory import CHECKPOINTS
 
 REPLAY = "replay"
@@ -73,9 +74,8 @@ def write_skipped(step: SkippedStep, run_dir: Path) -> Path:
     """Write the file, whole or not at all; return where."""
     path = run_dir / REPLAY / f"step-{step.step:06d}.json"
     path.parent.mkdir(exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(step.model_dump_json(indent=1) + "\n")
-    beside.replace(path)
+    with atomic_file(path) as file:
+        file.write(step.model_dump_json(indent=1) + "\n")
     return path
 
 

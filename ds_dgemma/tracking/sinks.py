@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from ds_dgemma.config.run import WandbSection
 from ds_dgemma.errors import UserError, first_fault
+from ds_dgemma.files import atomic_file
 from ds_dgemma.tracking.metrics import START, Record, StepMetrics, read_lines, to_line
 
 TABLES = ("answers",)  # rows rather than a number
@@ -136,12 +137,8 @@ def _cut_back(path: Path, keep_through_step: int) -> None:
         for line, record in read_lines(path)
         if int(record["step"]) + (record.get("kind") == START) <= keep_through_step
     ]
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", encoding="utf-8") as file:
+    with atomic_file(path) as file:
         file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 class ConsoleSink:

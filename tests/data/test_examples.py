@@ -1,6 +1,7 @@
 """Rows cut into examples by hand: canvases of 8 characters, `<bos><|turn>user\\n` before a prompt."""
 
 import copy
+import errno
 import fcntl
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -157,7 +158,7 @@ def test_ranks_that_tokenize_at_once_agree_and_leave_no_debris(tmp_path, tokeniz
 
     def no_locks(file, operation):
         together.wait()
-        raise OSError("no locks here")
+        raise OSError(errno.ENOLCK, "no locks here")
 
     if not locks:
         monkeypatch.setattr(fcntl, "flock", no_locks)
