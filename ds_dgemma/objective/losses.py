@@ -11,7 +11,7 @@ token that the model sees in its place:
 
 The shift is Bayes' rule: whoever sees x at its place knows that it was kept with probability alpha, or drawn, x or any
 other, with (1 - alpha) / K. Added by the loss it need not be learned, and f learns what the other tokens say of the
-target, the leave-one-out posterior. A new loss is a row of LOSSES, its name in `config.LossName`, and a test.
+target, the leave-one-out posterior. A new loss is a row of LOSSES, its name in `config/run.py` (LossName), and a test.
 
 Shapes: N canvas tokens; level_N fp32 in [0, 1]. Sources: Gourevitch et al., arXiv 2605.22765; Rhine-AI-Lab
 `diffusion-gemma-sft` `sft_loss.py` and NVIDIA Megatron-Bridge `diffusion_loss_variant`, where the largest weight is a

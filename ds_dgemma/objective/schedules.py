@@ -2,7 +2,7 @@
 level is as far between `objective.noise_eps` and `objective.noise_max`.
 
 So with every schedule a canvas with a larger u has more noise. A new one is a function here, its name in SCHEDULES and
-in `config.NoiseSchedule`, and a test.
+in `config/run.py` (NoiseSchedule), and a test.
 
 Sources: uniform, DiffusionGemma's, gemma/diffusion `hackable_diffusion_adapter/hd/sft_model.py`; cosine, the share of
 masked tokens in MaskGIT, cos(pi / 2 * r) of an even r (arXiv 2202.04200, section 3.2); logit_normal, the time steps of
