@@ -6,6 +6,7 @@ a matrix's gradient and momentum, makes the update, and leaves each rank its sha
 `runtime/zero/stage3.py`, `_apply_muon_to_accumulated_grads`). An expert's matrix is a matrix of its own.
 """
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from ds_dgemma.config.optimizer import OptimizerSection
 from ds_dgemma.engine.trainable import parameter_groups
 
+COMPILERS = ("cc", "gcc", "clang")  # that Triton looks for
 ParameterGroups = list[dict[str, Any]]
 
 
@@ -67,8 +69,8 @@ def muon(params: dict[str, Any], in_fp32: bool) -> Callable[[ParameterGroups], t
 
     if in_fp32:
         original_muon.ns_compute_dtype = lambda ns_method="gram": torch.float32
-    if not torch.cuda.is_available():
-        torch.compiler.set_stance("force_eager")  # it would ask for a C++ compiler, to gain nothing
+    if not torch.cuda.is_available() or not any(map(shutil.which, COMPILERS)):
+        torch.compiler.set_stance("force_eager")  # compiling needs a compiler, and gains nothing on a CPU
     kernel = {name: value for name, value in params.items() if name in ("fused", "foreach")}
 
     def make(groups: ParameterGroups) -> torch.optim.Optimizer:
