@@ -4,8 +4,8 @@ A format takes (pops) what it reads out of the row. What is left over is looked 
 decide what is learned make the row refused, the others are named as not read. So nothing is dropped in silence.
 `data.ignore` names keys that are left out on purpose, of a row and of its messages. Null counts as absent.
 
-A new format: a function here, its name in FORMATS and in `config/data.py` (FormatName), the keys that tell it in TOLD_BY, an
-example file in ds_configs/examples/, a test.
+A new format: a function here, its name in FORMATS and in `config/data.py` (FormatName), the keys that tell it in
+TOLD_BY, an example file in ds_configs/examples/, a test.
 """
 
 from collections.abc import Callable, Collection
