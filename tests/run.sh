@@ -23,8 +23,8 @@ check() {
 check format ruff format --check --quiet .
 check lint ruff check --quiet .
 check types pyright
-# one more than CI has cores: many a test waits for processes that it started
-check tests python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
+# two more than CI has cores: many a test waits for processes that wait for each other
+check tests python -m pytest -n 4 --dist loadfile --no-loadscope-reorder "$@"
 
 ((${#failed[@]} == 0)) && exit
 printf 'failed: %s\n' "${failed[*]}"

@@ -130,6 +130,19 @@ def test_all_problems_are_told_at_once_in_the_order_of_the_file() -> None:
     assert {"--set", "sft.yaml"} == set(places[3:])
 
 
+def test_a_wrong_type_hides_neither_a_boolean_nor_what_two_settings_say_together() -> None:
+    mistakes = [
+        "optimizer.lrr=1",
+        "train.global_batch_size=65",
+        "train.micro_batch_size=2",
+        "tracking.console_every=true",
+    ]
+    heading, *lines = refusal(GOOD, *mistakes, "health.spike_window=few").splitlines()
+    assert heading == "4 problems in sft.yaml"
+    for words in ("optimizer.lrr", "65", "console_every = true", "spike_window"):
+        assert any(words in line for line in lines), words
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -5,6 +5,7 @@ The file is read as YAML 1.2 core types, so `1e-4` is a number, `on` and `off` a
 paths start at the current directory. Neither torch nor deepspeed is imported: a wrong config fails at once.
 """
 
+import copy
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from math import isqrt
@@ -22,6 +23,7 @@ from ds_dgemma.config.schema import (
     dotted,
     expected,
     meaning,
+    members_of,
     nearest,
     section_of,
     settings,
@@ -223,15 +225,23 @@ class _Source:
         return str(self.path)
 
     def validate(self) -> RunConfig | None:
-        """Return the config, or None with every problem noted."""
-        try:
-            config = RunConfig.model_validate(self.values)
-        except ValidationError as error:
-            self.problems.extend(_translate(error, self))
-            return None
-        before = len(self.problems)
-        self.problems.extend(_booleans_for_numbers(config, self))
-        return config if len(self.problems) == before else None
+        """Note every problem; return the config, with defaults where settings are wrong, or None where that is none."""
+        values = copy.deepcopy(self.values)
+        wrong = dict(_booleans_for_numbers(self))
+        self.problems.extend(wrong.values())
+        while True:
+            for key in wrong:
+                _remove(values, key)
+            try:
+                config = RunConfig.model_validate(values)
+                # a whole section that is wrong may be what the others speak of
+                return config if all(len(key) > 1 for key in wrong) else None
+            except ValidationError as error:
+                found = {key: problem for key, problem in _translate(error, self) if key not in wrong}
+            self.problems.extend(found.values())
+            if not any(_remove(values, key) for key in found):
+                return None
+            wrong |= found
 
 
 def _read_text(path: Path) -> str:
@@ -258,8 +268,16 @@ def _all_problems(heading: str, problems: Sequence[Problem]) -> UserError:
     return one_line_each(heading, [f"{p.where:<{places}}  {p.what:<{whats}}  {p.advice}" for p in problems])
 
 
-def _translate(error: ValidationError, source: _Source) -> Iterator[Problem]:
-    """pydantic's errors in our words; the branches of one union become one problem."""
+def _remove(values: dict[str, Any], key: Key) -> bool:
+    """Leave a setting out; whether there was one."""
+    inside: Any = values
+    for part in key[:-1]:
+        inside = inside.get(part) if isinstance(inside, dict) else None
+    return isinstance(inside, dict) and inside.pop(key[-1], None) is not None
+
+
+def _translate(error: ValidationError, source: _Source) -> Iterator[tuple[Key, Problem]]:
+    """pydantic's errors in our words, by setting; the branches of one union become one problem."""
     seen: set[Key] = set()
     for found in error.errors(include_url=False):
         key, field, inside = _resolve(found["loc"])
@@ -268,13 +286,13 @@ def _translate(error: ValidationError, source: _Source) -> Iterator[Problem]:
             continue
         seen.add(key)
         if field is None:
-            yield Problem(source.place(key), dotted(key), f"unknown setting.{nearest(key)}")
+            yield key, Problem(source.place(key), dotted(key), f"unknown setting.{nearest(key)}")
         elif found["type"] == "missing" and not inside:
-            yield Problem(source.place(key), dotted(key), f"is required: {expected(field)}; {meaning(field)}.")
+            yield key, Problem(source.place(key), dotted(key), f"is required: {expected(field)}; {meaning(field)}.")
         elif found["type"] == "value_error":
-            yield Problem(source.place(key), dotted(key), f"{found['msg'].removeprefix('Value error, ')}.")
+            yield key, Problem(source.place(key), dotted(key), f"{found['msg'].removeprefix('Value error, ')}.")
         else:
-            yield _wrong_value(key, field, source)
+            yield key, _wrong_value(key, field, source)
 
 
 def _wrong_value(key: Key, field: FieldInfo, source: _Source) -> Problem:
@@ -300,12 +318,11 @@ def _resolve(loc: tuple[int | str, ...]) -> tuple[Key, FieldInfo | None, tuple[i
     return key, field, ()
 
 
-def _booleans_for_numbers(config: RunConfig, source: _Source) -> Iterator[Problem]:
+def _booleans_for_numbers(source: _Source) -> Iterator[tuple[Key, Problem]]:
     """pydantic reads true as 1; nobody means that."""
     for key, field in settings(inside_optional=True):
-        given = _lookup(source.values, key, None)
-        if isinstance(given, bool) and not isinstance(_value(config, key), bool):
-            yield _wrong_value(key, field, source)
+        if isinstance(_lookup(source.values, key, None), bool) and bool not in members_of(field.annotation):
+            yield key, _wrong_value(key, field, source)
 
 
 def _cross_section_problems(config: RunConfig, source: _Source) -> Iterator[Problem]:

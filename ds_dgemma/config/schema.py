@@ -42,14 +42,14 @@ def settings(
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
     """The section that a field holds, also where it may be null or holds a list of them; None for a plain setting."""
-    return next((m for m in _members(field.annotation) if isinstance(m, type) and issubclass(m, BaseModel)), None)
+    return next((m for m in members_of(field.annotation) if isinstance(m, type) and issubclass(m, BaseModel)), None)
 
 
-def _members(annotation: Any) -> Iterator[Any]:
+def members_of(annotation: Any) -> Iterator[Any]:
     """A type and all that it is made of."""
     yield annotation
     for member in get_args(annotation):
-        yield from _members(member)
+        yield from members_of(member)
 
 
 def default_of(field: FieldInfo) -> Any:
@@ -84,7 +84,9 @@ def expected(field: FieldInfo) -> str:
     if section is not None:
         required = [name for name, inner in section.model_fields.items() if inner.is_required()]
         null = "null or " if type(None) in get_args(field.annotation) else ""
-        what = "a list of sections" if any(get_origin(m) is tuple for m in _members(field.annotation)) else "a section"
+        what = (
+            "a list of sections" if any(get_origin(m) is tuple for m in members_of(field.annotation)) else "a section"
+        )
         return f"{null}{what} with {', '.join(required or section.model_fields)}"
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     bounds = [
