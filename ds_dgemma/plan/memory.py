@@ -301,6 +301,8 @@ def _muon(inventory: Inventory, setup: Setup) -> Bytes:
     (deepspeed 0.19.8 `stage3.py`, `_apply_muon_to_accumulated_grads`; `muon/original_muon.py`, `muon_update`.)
     """
     matrices = [p for p in inventory.parameters if p.is_trained and setup.is_muons(p)]
+    if not matrices:  # all are frozen
+        return {}
     element = FP32 if setup.zero.offload_optimizer else setup.zero.communication_bytes
     largest = max(matrices, key=setup.local)
     whole, (rows, columns) = setup.local(largest), largest.shape[-2:]
