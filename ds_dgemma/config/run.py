@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field, model_validator
 from ds_dgemma.config.data import DataSection, Section
 from ds_dgemma.config.evaluation import EvaluationSection, ValidationSection
 from ds_dgemma.config.optimizer import OptimizerSection, Pattern, check_expression
+from ds_dgemma.config.tracking import TrackingSection
 
 ATTENTION_AND_MLP = (
     *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
@@ -265,29 +266,6 @@ class HealthSection(Section):
         description="a loss so many robust deviations above the median of recent ones is told as a spike; 0: none is",
     )
     spike_window: int = Field(default=50, ge=20, description="recent losses that spikes are measured against")
-
-
-class WandbSection(Section):
-    """Weights & Biases; the run id is kept in the run directory, so a resumed run continues its curve."""
-
-    mode: Literal["online", "offline", "disabled"] = Field(default="disabled", description="where wandb logs")
-    project: str = Field(default="ds_dgemma", description="project")
-    entity: str | None = Field(default=None, description="team or user; wandb's default when absent")
-    name: str | None = Field(default=None, description="run name; the run directory's name when absent")
-    tags: tuple[str, ...] = Field(default=(), description="tags")
-
-
-class TrackingSection(Section):
-    """What is written while training; `metrics.jsonl` always has every step."""
-
-    console_every: int = Field(default=10, ge=1, description="steps between plain lines when not on a terminal")
-    peak_tflops: float | None = Field(
-        default=None,
-        gt=0,
-        description="of one device in dense bf16 products, what `mfu` is a share of; null: by the name of the CUDA "
-        "card, and where that is unknown, or on the CPU, `mfu` is null",
-    )
-    wandb: WandbSection = WandbSection()
 
 
 class RunConfig(Section):
