@@ -7,8 +7,7 @@ paths start at the current directory. Neither torch nor deepspeed is imported: a
 
 import copy
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
-from math import isqrt
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +15,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from ds_dgemma.config.division import divisors, either
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.config.schema import (
     Key,
-    default_of,
     dotted,
     expected,
+    lookup,
     meaning,
     members_of,
     nearest,
@@ -30,30 +30,7 @@ from ds_dgemma.config.schema import (
     show,
 )
 from ds_dgemma.config.yaml import CoreDumper, CoreLoader
-from ds_dgemma.errors import UserError, first_line, one_line_each
-
-# Settings that leave the numbers of a run alone; every other one is fixed by the run directory's config.yaml.
-MAY_CHANGE_WITHIN_A_RUN = (
-    "run",
-    "model.path",  # another place of the same model: its digest is compared, as the data's is
-    "model.revision",
-    "model.attention",
-    "data.train",
-    "data.validation",
-    "data.validation_split",
-    "data.workers",
-    "train.micro_batch_size",
-    "train.early_stopping_patience",
-    "train.activation_checkpointing",
-    "parallel",
-    "objective.logits_chunk_mib",
-    "validation",
-    "evaluation",
-    "checkpoint",
-    "health",
-    "tracking",
-    "deepspeed",
-)
+from ds_dgemma.errors import UserError, first_fault, first_line, one_line_each
 
 
 class Problem(NamedTuple):
@@ -93,61 +70,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return source.values
 
 
+def recorded_config(path: Path) -> RunConfig:
+    """A run directory's config.yaml.
+
+    Raises:
+        UserError: no run of this version wrote it.
+    """
+    try:
+        return RunConfig.model_validate(read_yaml(path))
+    except ValidationError as error:
+        raise UserError(f"{path} is not what a run of this version writes: {first_fault(error)}.") from error
+
+
 def resolved_yaml(config: RunConfig) -> str:
     """Every setting with its value, defaults written out, in the order of the reference."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=CoreDumper, sort_keys=False, allow_unicode=True)
-
-
-def check_topology(config: RunConfig, world_size: int) -> int:
-    """Return the micro-batches per optimizer step on `world_size` ranks, or say which sizes would fit."""
-    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
-    ep = config.parallel.expert_parallel_size
-    per_pass = micro * world_size
-    problems = []
-    if batch % per_pass:
-        nearest = sorted({max(batch // per_pass, 1) * per_pass, (batch // per_pass + 1) * per_pass})
-        advice = f"train.global_batch_size {_either(nearest)}"
-        if batch % world_size == 0:
-            advice += f", or train.micro_batch_size {_either(_divisors(batch // world_size))}"
-        problems.append(
-            f"train.global_batch_size = {batch}  is not a multiple of {per_pass}, "
-            f"train.micro_batch_size {micro} × {_ranks(world_size)}. Set {advice}."
-        )
-    if world_size % ep:
-        problems.append(
-            f"parallel.expert_parallel_size = {ep}  does not divide {_ranks(world_size)}. "
-            f"Set {_either(_divisors(world_size))}, or start a multiple of {ep} ranks."
-        )
-    if problems:
-        raise one_line_each("the run config", problems)
-    return batch // per_pass
-
-
-def same_run_problems(old: Mapping[str, Any], new: RunConfig) -> list[str]:
-    """Settings that change a run's numbers and differ from `old`, the run directory's config.yaml.
-
-    A setting that `old` does not name counts as its default: it was written before the setting existed.
-    """
-    dumped = new.model_dump(mode="json")
-    problems = []
-    for key, field in settings():
-        if _may_change(key):
-            continue
-        before, now = _lookup(old, key, default_of(field)), _lookup(dumped, key, None)
-        if isinstance(before, Mapping) and isinstance(now, Mapping):  # a section that may be null, there in both
-            problems += [
-                _differs((*key, name), before.get(name), now.get(name))
-                for name in {**before, **now}
-                if before.get(name) != now.get(name)
-            ]
-        elif before != now:
-            why = " (the learning rate's schedule ends there)" if key == ("train", "max_steps") else ""
-            problems.append(_differs(key, before, now) + why)
-    return problems
-
-
-def _differs(key: Key, before: Any, now: Any) -> str:
-    return f"{dotted(key)}: run directory has {show(before)}, this config says {show(now)}"
 
 
 class _Source:
@@ -296,7 +233,7 @@ def _translate(error: ValidationError, source: _Source) -> Iterator[tuple[Key, P
 
 
 def _wrong_value(key: Key, field: FieldInfo, source: _Source) -> Problem:
-    what = f"{dotted(key)} = {show(_lookup(source.values, key, None))}"
+    what = f"{dotted(key)} = {show(lookup(source.values, key, None))}"
     return Problem(source.place(key), what, f"expected {expected(field)}: {meaning(field)}.")
 
 
@@ -321,7 +258,7 @@ def _resolve(loc: tuple[int | str, ...]) -> tuple[Key, FieldInfo | None, tuple[i
 def _booleans_for_numbers(source: _Source) -> Iterator[tuple[Key, Problem]]:
     """pydantic reads true as 1; nobody means that."""
     for key, field in settings(inside_optional=True):
-        if isinstance(_lookup(source.values, key, None), bool) and bool not in members_of(field.annotation):
+        if isinstance(lookup(source.values, key, None), bool) and bool not in members_of(field.annotation):
             yield key, _wrong_value(key, field, source)
 
 
@@ -333,7 +270,7 @@ def _cross_section_problems(config: RunConfig, source: _Source) -> Iterator[Prob
 
     train = config.train
     if train.global_batch_size % train.micro_batch_size:
-        fits = _either(_divisors(train.global_batch_size))
+        fits = either(divisors(train.global_batch_size))
         yield problem(
             "train.micro_batch_size",
             f"does not divide train.global_batch_size {train.global_batch_size}. Set {fits}.",
@@ -357,38 +294,8 @@ def _missing_json(wanted: Path, config_path: Path) -> str:
     return f"no such file; relative paths start at the current directory, {Path.cwd()}.{hint}"
 
 
-def _may_change(key: Key) -> bool:
-    return any(dotted(key[:length]) in MAY_CHANGE_WITHIN_A_RUN for length in range(1, len(key) + 1))
-
-
-def _lookup(values: Any, key: Key, default: Any) -> Any:
-    for part in key:
-        if isinstance(values, list) and part.isdigit() and int(part) < len(values):
-            values = values[int(part)]
-            continue
-        if not isinstance(values, Mapping) or part not in values:
-            return default
-        values = values[part]
-    return values
-
-
 def _value(config: BaseModel, key: Key) -> Any:
     value: Any = config
     for part in key:
         value = getattr(value, part)
     return value
-
-
-def _divisors(number: int) -> list[int]:
-    below = [divisor for divisor in range(1, isqrt(number) + 1) if number % divisor == 0]
-    return sorted({*below, *(number // divisor for divisor in below)})
-
-
-def _either(numbers: Sequence[int]) -> str:
-    """2, 4 or 8"""
-    *most, last = map(str, numbers)
-    return f"{', '.join(most)} or {last}" if most else last
-
-
-def _ranks(count: int) -> str:
-    return "1 rank" if count == 1 else f"{count} ranks"

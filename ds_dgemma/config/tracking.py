@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ds_dgemma.config.data import Section
+from ds_dgemma.config.section import Section
 
 
 class WandbSection(Section):

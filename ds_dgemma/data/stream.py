@@ -14,30 +14,18 @@ from ds_dgemma.data.batch import Batch, Example
 from ds_dgemma.data.examples import ExampleSet
 from ds_dgemma.data.order import Item, Order
 from ds_dgemma.data.workers import map_in_order, start_server
-from ds_dgemma.errors import UserError
 
 Collate = Callable[[list[tuple[Example, int]]], Batch]  # examples, each with its epoch
 
 
 @dataclass(frozen=True)
 class Share:
-    """Which rows of a global batch are a rank's."""
+    """Which rows of a global batch are a rank's; `config/division.py` has checked that it divides."""
 
     global_batch_size: int
     micro_batch_size: int
     rank: int = 0
     world_size: int = 1
-
-    def __post_init__(self) -> None:
-        unit = self.micro_batch_size * self.world_size
-        if self.global_batch_size % unit:
-            below = self.global_batch_size // unit * unit
-            fitting = " or ".join(str(size) for size in (below, below + unit) if size)
-            raise UserError(
-                f"train.global_batch_size {self.global_batch_size} is not a multiple of "
-                f"train.micro_batch_size x ranks = {self.micro_batch_size} x {self.world_size} = {unit}. "
-                f"Use {fitting}."
-            )
 
     @property
     def accumulation(self) -> int:

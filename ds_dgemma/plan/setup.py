@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ds_dgemma.config.file import check_topology
+from ds_dgemma.config.division import check_topology
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.engine.ds_config import DTYPES, zero_config
 from ds_dgemma.engine.optimizers import is_muon_matrix

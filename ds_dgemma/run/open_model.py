@@ -14,16 +14,17 @@ from transformers import DiffusionGemmaConfig
 
 from ds_dgemma.checkpoint.load import find_places, materialise, plain
 from ds_dgemma.checkpoint.names import Place, is_expert
+from ds_dgemma.checkpoint.pretrained import Pretrained
 from ds_dgemma.checkpoint.progress import ReadProgress
 from ds_dgemma.checkpoint.run_state import StateReader
 from ds_dgemma.checkpoint.weights import WeightReader
+from ds_dgemma.config.division import check_experts
 from ds_dgemma.config.run import LoraSection, RunConfig
 from ds_dgemma.engine.adapters import Adapters, attach_adapters, choose_adapters
 from ds_dgemma.engine.ds_config import DTYPES
 from ds_dgemma.engine.expert_parallel import place_experts
 from ds_dgemma.engine.sharding import zero3
 from ds_dgemma.engine.trainable import freeze, trained_names
-from ds_dgemma.errors import UserError
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.kernel_choice import Wanted, choose_all, problem_on
 from ds_dgemma.model.parts import ImageRule
@@ -56,14 +57,12 @@ class OutlinedModel:
         return sizes
 
 
-def outline_run(
-    config: RunConfig, spec: DiffusionGemmaConfig, directory: Path, ranks: RankLayout, resumed: bool
-) -> OutlinedModel:
+def outline_run(config: RunConfig, model: Pretrained, ranks: RankLayout, resumed: bool) -> OutlinedModel:
     """What a run trains, on meta; see `outline_model`. Resumed adapters are read from the training state."""
     grouped = config.parallel.grouped_matmul
     return outline_model(
-        spec,
-        directory,
+        model.spec,
+        model.directory,
         ranks,
         grouped_matmul=ranks.device.type == "cuda" if grouped == "auto" else grouped == "on",
         train_router=config.model.train_router,
@@ -98,13 +97,8 @@ def outline_model(
         UserError: the experts do not divide, the checkpoint lacks tensors or has them in other shapes, or the patterns
         of `frozen` or `lora` do not fit the model.
     """
-    experts, size = text_spec(spec).num_experts, ranks.expert_parallel_size
-    if experts % size:
-        fitting = [n for n in range(1, ranks.world + 1) if experts % n == 0 and ranks.world % n == 0]
-        raise UserError(
-            f"parallel.expert_parallel_size = {size} does not divide the model's {experts} experts. "
-            f"With {ranks.world} ranks: {', '.join(map(str, fitting))}."
-        )
+    size = ranks.expert_parallel_size
+    check_experts(text_spec(spec).num_experts, size, ranks.world)
     stack = build_stack(
         spec,
         train_router=train_router,
