@@ -173,10 +173,12 @@ class _Writer:
                 )
             spans.append(Span(start, end, 0.0, part.number))
         spans.sort()
-        shared = max((_shared(tokens.ids, other.ids) for other in others), default=1)
-        first = next(span.start for span in spans if span.weight)
+        scored_from = 1
+        if others:
+            shared = max(_shared(tokens.ids, other.ids) for other in others)
+            scored_from = max(min(shared, next(span.start for span in spans if span.weight)), 1)
         images = place_images(tokens.ids, self._image_id, draft.images) if draft.images else ()
-        return Document(row, tokens.ids, tuple(spans), max(min(shared, first), 1), False, images), alone
+        return Document(row, tokens.ids, tuple(spans), scored_from, False, images), alone
 
 
 def _shared(ids: list[int], others: list[int]) -> int:

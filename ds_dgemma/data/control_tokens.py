@@ -54,6 +54,10 @@ class ControlTokens:
                 behind = start + len(name)
                 yield start, name
 
+    def is_in(self, text: str) -> bool:
+        """Whether a text holds a control token."""
+        return self._first.search(text) is not None and next(self.within(text), None) is not None
+
     def ends(self, text: str) -> bool:
         """Whether a text ends with a control token."""
         return any(text[-length:] in self._marks for length in self._lengths)
@@ -125,7 +129,7 @@ def checked(
                 f"{where} holds {token}, which stands for an image: take it out of the text. "
                 "An image is a part of the content, {type: image, path: ...}."
             )
-    if policy == "allow" or next(control.within(together), None) is None:
+    if policy == "allow" or not control.is_in(together):
         return brought
     if policy == "error":
         raise _refusal(brought, control)

@@ -33,6 +33,11 @@ class TokenizedText:
         """Whether it was encoded in several pieces."""
         return len(self._pieces) > 1
 
+    def token_at(self, char: int) -> int | None:
+        """The token that a character of a text in one piece belongs to, where that is known."""
+        encoding = self._pieces[0][2]
+        return encoding.char_to_token(char) if encoding else None
+
     def tokens_before(self, char: int) -> int | None:
         """How many tokens lie before a character; None where a token straddles its begin."""
         if char == len(self.text):
@@ -107,6 +112,8 @@ class Encoder:
         alone = self._alone.get(known.special)
         if alone is None:
             alone = self._alone[known.special] = self._backend.encode(known.special, add_special_tokens=False).ids
+        if (begun := text.token_at(char)) is not None and text.ids[max(begun - len(alone), 0) : begun] == alone:
+            return begun
         place, behind, special = len(text.ids), known.behind, self._control.ids
         while behind >= 0:
             place -= 1

@@ -133,6 +133,9 @@ def messages(row: Row) -> Conversation:
     """OpenAI's: `messages` of {role, content}, with `tools`, `tool_calls`, thoughts and weights."""
     turns = turn_list(row.pop("messages"), "messages")
     if all(map(is_plain, turns)):
+        if OF_ALL_TURNS.isdisjoint(row):  # as of most rows
+            check_order([turn["role"] for turn in turns])
+            return Conversation(turns, [None] * len(turns))
         return _conversation(row, [(turn, None) for turn in turns])
     return _conversation(row, [read_message(turn, f"messages[{n}]") for n, turn in enumerate(turns)])
 
@@ -264,7 +267,7 @@ def _conversation(row: Row, turns: Turns, reads_system: bool = True) -> Conversa
     check_order(roles)
     if "tool" in roles:
         link_answers([turn for turn, _ in turns])
-    if OF_ALL_TURNS.isdisjoint(row):  # as of most rows
+    if OF_ALL_TURNS.isdisjoint(row):
         return Conversation([turn for turn, _ in turns], [weight for _, weight in turns])
     if reads_system:
         for key in SYSTEM:

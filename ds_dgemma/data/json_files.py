@@ -24,10 +24,12 @@ import numpy as np
 
 from ds_dgemma.data.messages import BadRow, kind_of
 from ds_dgemma.data.reading import Reading
+from ds_dgemma.data.workers import start_server
 from ds_dgemma.errors import UserError, told
 
 CHUNK = 500  # rows per piece of work
 BLOCK = 2**23  # bytes read at once
+LARGE = 2**25  # bytes
 ARRAY_HINT = " A JSON array becomes JSONL with: jq -c '.[]'"
 BLANK = b" \t\r\n\v\f"
 BOM = "\ufeff"
@@ -94,6 +96,8 @@ class JsonLines:
     def index(self) -> Index:
         """One pass over the file."""
         with opened(self.path, self.name) as file:
+            if self.path.stat().st_size >= LARGE:
+                start_server()  # of who will tokenize it: it imports while the file is scanned
             return _scan(file)
 
     def __len__(self) -> int:

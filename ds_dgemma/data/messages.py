@@ -42,9 +42,6 @@ TEXT_ONLY = "Video and audio are not trained on: leave this row out, or put what
 MISPLACED = "An image is a part of a message's content, {type: image, path: ...}, or stands in the row's column images."
 IMAGE_PARTS = ("image", "image_url")
 IMAGES = frozenset(("image", "images", "image_url", "image_urls"))
-# what other models write around thoughts and calls; here it would be learned as text
-FOREIGN = ("<think>", "<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<function=")
-IMAGE_MARK = re.compile(r"<image( ?\d+)?>")
 EMPTY = (None, "", [], {})
 SPEAKERS = frozenset(("system", "user", "assistant"))
 
@@ -164,18 +161,6 @@ def names_within(value: Any, names: frozenset[str]) -> frozenset[str]:
     if isinstance(value, list):
         return frozenset().union(*(names_within(item, names) for item in value))
     return frozenset()
-
-
-def foreign_marks(messages: list[Message]) -> list[str]:
-    """The FOREIGN marks in answers, once for each answer that has one."""
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    return [mark for text in answers if "<" in text or "[" in text for mark in FOREIGN if mark in text]
-
-
-def image_marks(messages: list[Message]) -> int:
-    """Texts with a place for an image that stays what it is, text."""
-    texts = [words_of(message["content"]) for message in messages if message["role"] != "assistant"]
-    return sum("<image" in text and IMAGE_MARK.search(text) is not None for text in texts)
 
 
 @lru_cache

@@ -73,9 +73,9 @@ class Recipes:
     ):
         """`make`: the documents of a conversation by a rendering, or by the template's own."""
         self._template, self._source, self._variables = template, source, variables
-        self._control, self._image_tokens, self._make = control, image_tokens, make
+        self._control, self._make = control, make
         self._whole, within = _operands(template.environment.parse(source))
-        self._within = re.compile("|".join(map(re.escape, sorted(within - {""} | {MARK, END}))))
+        self._within = re.compile("|".join(map(re.escape, sorted({*within, *image_tokens} - {""} | {MARK, END}))))
         self._known: dict[tuple[Any, ...], list[_Recipe] | None] = {}
 
     def drafts(self, data: Conversation) -> list[Draft] | None:
@@ -89,9 +89,7 @@ class Recipes:
                 return None
             contents.append(content)
         together = "\0".join(contents)
-        if self._within.search(together) or any(token in together for token in self._image_tokens):
-            return None
-        if next(self._control.within(together), None) is not None:
+        if self._within.search(together) or self._control.is_in(together):
             return None
         key = (*[message["role"] for message in data.messages], *data.weights)
         if key not in self._known:

@@ -18,7 +18,8 @@ from typing import Any, Literal, Protocol
 from ds_dgemma.config.data import DataSection, Learn, SourceSection
 from ds_dgemma.data.formats import Conversation, Layout, Text, read_row
 from ds_dgemma.data.json_files import JsonArray, JsonLines, NumberedRows, opens_an_array
-from ds_dgemma.data.messages import BadRow, foreign_marks, image_marks, names_within
+from ds_dgemma.data.marks import foreign_marks, image_marks, may_have_marks
+from ds_dgemma.data.messages import BadRow, names_within
 from ds_dgemma.data.pictures import placed_in
 from ds_dgemma.data.reading import Reading
 from ds_dgemma.data.tables import csv_file, hub_dataset, parquet_file, saved_dataset
@@ -167,7 +168,7 @@ def read_rows(chunk: Chunk, source: Source, reading: Reading) -> Iterator[tuple[
             continue
         if unread:
             reading.unread.update(unread)
-        if isinstance(read, Conversation):
+        if isinstance(read, Conversation) and may_have_marks(read.messages):
             reading.foreign.update(foreign_marks(read.messages))
             reading.places += image_marks(read.messages)
         yield row, read

@@ -30,9 +30,9 @@ def connect(ranks: RankLayout, timeout_minutes: float) -> None:
         )
     import deepspeed  # its accelerator is chosen at import
 
-    # On the CPU DeepSpeed would compile a shared-memory all-reduce at start. It needs a compiler, and the lock of a
-    # build that was killed makes every later run wait for ever; gloo does the same work.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    from ds_dgemma.engine import private
+
+    private.without_shared_memory()
     quiet_libraries()
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)

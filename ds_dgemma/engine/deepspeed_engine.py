@@ -7,7 +7,8 @@ import torch
 from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 
 from ds_dgemma.config.optimizer import OptimizerSection
-from ds_dgemma.engine.optimizers import muon, muon_groups, share_gradients_as_ever
+from ds_dgemma.engine import private
+from ds_dgemma.engine.optimizers import muon, muon_groups
 from ds_dgemma.engine.trainable import parameter_groups
 from ds_dgemma.model.stack import DiffusionGemmaStack
 from ds_dgemma.objective.denoising import DenoisingObjective
@@ -36,7 +37,7 @@ def start_engine(
         dist_init_required=False,
     )
     if made:
-        share_gradients_as_ever(engine)
+        private.share_gradients_with_muon(engine)
     # Below ZeRO-3 DeepSpeed casts buffers with the model; rotary frequencies in bf16 would blur long positions.
     for name, buffer in objective.named_buffers():
         owner, _, leaf = name.rpartition(".")
@@ -66,19 +67,10 @@ def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float:
 
 
 def was_skipped(engine: Any) -> bool:
-    """Whether DeepSpeed left the update out, its gradient's norm being NaN or infinite: the same on every rank.
-
-    What was accumulated is gone then. (DeepSpeed 0.19.8 `stage_1_and_2.py`, `step`: with an offloaded optimizer it
-    keeps the buffer that the next step adds to, and every later step would be skipped too.)
+    """Whether DeepSpeed left the update out, its gradient's norm being NaN or infinite: the same on every rank. What
+    was accumulated is gone then.
     """
     skipped = not engine.was_step_applied()
-    if skipped and engine.zero_optimization_stage() < 3 and hasattr(engine.optimizer, "averaged_gradients"):
-        engine.optimizer.averaged_gradients = dict.fromkeys(engine.optimizer.averaged_gradients)
+    if skipped:
+        private.forget_gradients(engine)
     return skipped
-
-
-def count_steps_done(engine: deepspeed.DeepSpeedEngine, steps: int) -> None:
-    """Tell a resumed engine how far the run is."""
-    engine.global_steps = steps
-    engine.micro_steps = steps * engine.gradient_accumulation_steps()
-    engine.global_samples = steps * engine.train_batch_size()

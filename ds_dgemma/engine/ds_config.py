@@ -93,7 +93,7 @@ _REFUSED_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 _LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
-_OFFLOAds_dgemmaEVICE = "zero_optimization.offload_optimizer.device"
+_OFFLOAD_DEVICE = "zero_optimization.offload_optimizer.device"
 _LONGEST_BUILD = 900  # seconds; torch waits for ever for the lock of a build
 _OWNED_ADAM_PARAMS = ("lr", "betas", "eps", "weight_decay")
 _FREE_ADAM_PARAMS = (
@@ -279,7 +279,7 @@ def _fill_for_muon(settings: dict[str, Any]) -> Iterator[str]:
 
 def _choose_adam(settings: dict[str, Any], device: str) -> None:
     """torch's AdamW, fused on a GPU; for an offloaded optimizer DeepSpeed's CPU Adam, unless the JSON does without."""
-    params, offloaded = settings["optimizer"]["params"], _get(settings, _OFFLOAds_dgemmaEVICE) == "cpu"
+    params, offloaded = settings["optimizer"]["params"], _get(settings, _OFFLOAD_DEVICE) == "cpu"
     if not offloaded or settings.get("zero_force_ds_cpu_optimizer") is False:
         params.setdefault("torch_adam", True)
     if (device == "cuda" or offloaded) and params.get("torch_adam") and "foreach" not in params:
@@ -292,7 +292,7 @@ def build_cpu_adam(settings: dict[str, Any]) -> None:
     Raises:
         UserError: what it is compiled with is missing, that failed, or a build that was killed would be waited for.
     """
-    if _get(settings, _OFFLOAds_dgemmaEVICE) != "cpu" or _get(settings, "optimizer.params.torch_adam"):
+    if _get(settings, _OFFLOAD_DEVICE) != "cpu" or _get(settings, "optimizer.params.torch_adam"):
         return
     from deepspeed.git_version_info import installed_ops
     from deepspeed.ops.op_builder import CPUAdamBuilder  # pyright: ignore[reportAttributeAccessIssue]

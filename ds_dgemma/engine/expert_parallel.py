@@ -15,7 +15,6 @@ import torch
 from deepspeed.module_inject.auto_ep_config import AutoEPConfig, MoELayerSpec
 from deepspeed.module_inject.auto_ep_layer import (
     AutoEPMoELayer,
-    _AllToAllV,
     compute_split_plan,
     permute_by_local_expert,
     unpermute_by_local_expert,
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from transformers import DiffusionGemmaConfig
 
 from ds_dgemma.engine.experts import Experts
+from ds_dgemma.engine.private import AllToAll
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
 
@@ -78,9 +78,9 @@ class ExpertParallelExperts(AutoEPMoELayer):
             plan = compute_split_plan(
                 top_k_index, self.num_experts, self.ep_size, self.num_local_experts, self.ep_group, counts
             )
-            rows = _AllToAllV.apply(self.ep_group, rows, plan.input_splits, plan.output_splits)
+            rows = AllToAll.apply(self.ep_group, rows, plan.input_splits, plan.output_splits)
             rows = self._compute(rows, plan.local_counts_by_source)
-            rows = _AllToAllV.apply(self.ep_group, rows, plan.output_splits, plan.input_splits)
+            rows = AllToAll.apply(self.ep_group, rows, plan.output_splits, plan.input_splits)
         return _Combine.apply(rows, top_k_weights, order_R, place_R)
 
     def _compute(self, rows: Tensor, counts: Tensor) -> Tensor:

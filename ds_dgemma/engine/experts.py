@@ -18,11 +18,9 @@ from deepspeed.moe.ep_experts import GroupedExperts, apply_expert_activation
 from torch import Tensor
 
 from ds_dgemma.config.run import LoraSection
+from ds_dgemma.engine.private import EXPERT_TAGS, shape_of
 from ds_dgemma.model.kernels import in_vectors
 from ds_dgemma.model.lora import Adapter, Target
-
-# AutoEP's marks of one rank's part of the experts.
-TAGS = ("allreduce", "group_name", "ds_zero_placement_family", "ds_zero_partition_group_name", "is_expert_group")
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
@@ -31,7 +29,7 @@ class Experts(GroupedExperts):
     """Takes the place of DeepSpeed's, its parameters and their tags included."""
 
     def __init__(self, base: GroupedExperts) -> None:
-        experts, inner, hidden = getattr(base.w1, "ds_shape", base.w1.shape)  # ZeRO-3's shards have no shape
+        experts, inner, hidden = shape_of(base.w1)
         super().__init__(
             hidden,
             inner,
@@ -52,9 +50,9 @@ class Experts(GroupedExperts):
         Its factors are tagged as AutoEP tags the weights, so that ZeRO shares them among the ranks that hold the same
         experts and reduces their gradients there; untagged they would be averaged over ranks that hold others.
         """
-        adapter = Adapter(target, lora, getattr(self.w1, "ds_shape", self.w1.shape)[0])
+        adapter = Adapter(target, lora, shape_of(self.w1)[0])
         for factor in adapter.parameters():
-            for tag in TAGS:
+            for tag in EXPERT_TAGS:
                 setattr(factor, tag, getattr(self.w1, tag))
         setattr(self, target.name.rpartition(".")[2], adapter)
 

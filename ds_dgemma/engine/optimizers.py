@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ds_dgemma.config.optimizer import OptimizerSection
+from ds_dgemma.engine import private
 from ds_dgemma.engine.trainable import parameter_groups
 
 COMPILERS = ("cc", "gcc", "clang")  # that Triton looks for
@@ -31,8 +32,7 @@ def muon_groups(module: nn.Module, optimizer: OptimizerSection) -> ParameterGrou
     DeepSpeed asks the parameters too which of the two they are.
     """
     for name, parameter in module.named_parameters():
-        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
-        parameter.use_muon = is_muon_matrix(name, dimensions)  # pyright: ignore[reportAttributeAccessIssue]
+        private.tag_for_muon(parameter, is_muon_matrix(name, len(private.shape_of(parameter))))
     own = {
         True: {"momentum": optimizer.muon_momentum, "lr": optimizer.muon_lr},
         False: {"betas": optimizer.betas, "eps": optimizer.eps, "lr": optimizer.lr},
@@ -64,11 +64,10 @@ def muon(params: dict[str, Any], in_fp32: bool) -> Callable[[ParameterGroups], t
     `in_fp32`: the iteration that makes a matrix orthogonal computes in fp32 too, not in half precision.
     """
     from deepspeed.moe.utils import configure_moe_param_groups
-    from deepspeed.runtime.zero.muon import original_muon
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
     if in_fp32:
-        original_muon.ns_compute_dtype = lambda ns_method="gram": torch.float32
+        private.orthogonalise_in_fp32()
     if not torch.cuda.is_available() or not any(map(shutil.which, COMPILERS)):
         torch.compiler.set_stance("force_eager")  # compiling needs a compiler, and gains nothing on a CPU
     kernel = {name: value for name, value in params.items() if name in ("fused", "foreach")}
@@ -77,12 +76,3 @@ def muon(params: dict[str, Any], in_fp32: bool) -> Callable[[ParameterGroups], t
         return MuonWithAuxAdam(configure_moe_param_groups(groups), torch.optim.AdamW, kernel)
 
     return make
-
-
-def share_gradients_as_ever(engine: Any) -> None:
-    """Have each rank sent its share of a gradient, not the whole: half the bytes.
-
-    DeepSpeed 0.19.8 refuses that beside Muon at the start, from when Muon took gradients on their way; now it gathers
-    the shares that were summed up (`stage3.py`, `_apply_muon_to_accumulated_grads`).
-    """
-    engine.optimizer.reduce_scatter = True

@@ -218,7 +218,7 @@ class Sampler:
         if not rows:  # a rank without work, in others' calls
             ids = torch.zeros(1, self._length, dtype=torch.int64, device=self._device)
             hidden = prefix.denoise([len(prefix.lengths) - 1], ids, None)
-            self._stack.embed_tokens.sample(hidden, temperature, lambda logits: None, self._length)
+            self._stack.embed_tokens.sample(hidden, temperature, lambda logits, share: None, self._length)
             return []
         soft = [row.soft_LH for row in rows if row.soft_LH is not None]  # of all, but for the first step of a canvas
         canvases = torch.stack([row.canvas_L for row in rows])
@@ -227,13 +227,13 @@ class Sampler:
         steps: list[_Step] = []
         drawing: dict[int, Tensor] = {}
 
-        def take(logits_NV: Tensor) -> None:
-            for logits_LV in logits_NV.split(self._length):
+        def take(logits_NV: Tensor, share_NV: Tensor) -> None:
+            for logits_LV, share_LV in zip(*(each.split(self._length) for each in (logits_NV, share_NV)), strict=True):
                 group, place = numbered[len(steps)]
                 if id(group) not in drawing:
                     drawing.clear()
                     drawing[id(group)] = group.exponentials()
-                steps.append(self._choose(logits_LV, drawing[id(group)][place]))
+                steps.append(self._choose(logits_LV, share_LV, drawing[id(group)][place]))
 
         at_once = max(1, LOGITS // (4 * self._vocabulary * self._length)) * self._length
         soft_NH = self._stack.embed_tokens.sample(hidden, temperature, take, at_once)
@@ -243,13 +243,12 @@ class Sampler:
             row.soft_LH = soft_LH
         return steps
 
-    def _choose(self, logits_LV: Tensor, exponential_LV: Tensor) -> _Step:
-        probability = logits_LV.softmax(-1)
-        entropy = -(logits_LV.log_softmax(-1) * probability).sum(-1)
+    def _choose(self, logits_LV: Tensor, probability_LV: Tensor, exponential_LV: Tensor) -> _Step:
+        entropy = -(logits_LV.log_softmax(-1) * probability_LV).sum(-1)
         by_entropy, order = entropy.sort()
         is_accepted = torch.empty_like(order, dtype=torch.bool)
         is_accepted[order] = by_entropy.cumsum(0) - by_entropy <= self._settings.entropy_bound
-        drawn = (probability / exponential_LV).argmax(-1)
+        drawn = (probability_LV / exponential_LV).argmax(-1)
         return _Step(logits_LV.argmax(-1), drawn, is_accepted, entropy)
 
     def _finish(self, rows: list[_Row], steps: list[_Step]) -> None:

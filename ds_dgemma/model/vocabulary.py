@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
+Take = Callable[[Tensor, Tensor], None]
+
 WIDEST_CAP = 40.0  # exp(-2 * 40) is a normal number in fp32
 CPU_CHUNK = 4 * 2**20  # bytes of fp32 logits
 
@@ -108,11 +110,11 @@ class TiedVocabulary(nn.Module):
         """
         return self(_Score, hidden_NH, target_N, weight_N, chunk, gradient, shift, torch.is_grad_enabled())
 
-    def sample(self, hidden_NH: Tensor, temperature: Tensor, take: Callable[[Tensor], None], rows: int) -> Tensor:
+    def sample(self, hidden_NH: Tensor, temperature: Tensor, take: Take, rows: int) -> Tensor:
         """The next tokens' logits by a temperature, `rows` tokens at a time, and the soft embedding of all.
 
-        `take` gets each chunk's logits over the temperature [rows, V], in order, fp32 at least. Returns
-        softmax(those) @ weight * sqrt(H), [N, H]. No gradient.
+        `take` gets each chunk's logits over the temperature and their softmax [rows, V], in order, fp32 at least.
+        Returns softmax(those) @ weight * sqrt(H), [N, H]. No gradient.
         """
         return self(_Sample, hidden_NH, temperature, take, rows)
 
@@ -240,7 +242,7 @@ class _Sample(torch.autograd.Function):
         owner: TiedVocabulary,
         hidden_NH: Tensor,
         temperature: Tensor,
-        take: Callable[[Tensor], None],
+        take: Take,
         rows: int,
     ):
         soft_NH = torch.empty_like(hidden_NH)
@@ -248,8 +250,11 @@ class _Sample(torch.autograd.Function):
             part = slice(start, start + rows)
             logits = F.linear(hidden_NH[part], weight).to(wide(weight.dtype))
             logits.div_(owner.softcap).tanh_().mul_(owner.softcap).div_(temperature)
-            take(logits)
-            soft_NH[part] = logits.to(weight.dtype).softmax(-1, wide(weight.dtype)).to(weight.dtype) @ weight
+            share = logits.softmax(-1)
+            take(logits, share)
+            if share.dtype != weight.dtype:
+                share = logits.to(weight.dtype).softmax(-1, wide(weight.dtype)).to(weight.dtype)
+            soft_NH[part] = share @ weight
         return soft_NH * owner.scale
 
 

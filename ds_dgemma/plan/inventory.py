@@ -15,7 +15,7 @@ from transformers import DiffusionGemmaConfig
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.engine.adapters import adapt_experts, choose_adapters
 from ds_dgemma.engine.expert_parallel import place_experts
-from ds_dgemma.engine.sharding import is_expert_parameter
+from ds_dgemma.engine.private import is_expert_parameter
 from ds_dgemma.engine.trainable import freeze
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.flops import VOCABULARY, Products, products_of, unit_of

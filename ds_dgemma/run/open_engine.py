@@ -3,8 +3,9 @@
 from typing import Any
 
 from ds_dgemma.config.run import RunConfig
-from ds_dgemma.engine.deepspeed_engine import count_steps_done, start_engine
+from ds_dgemma.engine.deepspeed_engine import start_engine
 from ds_dgemma.engine.optimizer_state import create_moments
+from ds_dgemma.engine.private import count_steps_done
 from ds_dgemma.objective.denoising import DenoisingObjective
 from ds_dgemma.ranks.layout import RankLayout
 from ds_dgemma.run.open_model import fill_model

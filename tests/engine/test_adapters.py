@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ds_dgemma.config.run import LoraSection
 from ds_dgemma.engine.adapters import choose_adapters
-from ds_dgemma.engine.experts import TAGS, Experts
+from ds_dgemma.engine.experts import Experts
+from ds_dgemma.engine.private import EXPERT_TAGS as TAGS
 from ds_dgemma.errors import UserError
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.lora import Target
