@@ -8,7 +8,6 @@ paths start at the current directory. Neither torch nor deepspeed is imported: a
 import copy
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from math import isqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ from ds_dgemma.config.schema import (
     settings,
     show,
 )
+from ds_dgemma.config.topology import divisors, either
 from ds_dgemma.config.yaml import CoreDumper, CoreLoader
 from ds_dgemma.errors import UserError, first_line, one_line_each
 
@@ -96,31 +96,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def resolved_yaml(config: RunConfig) -> str:
     """Every setting with its value, defaults written out, in the order of the reference."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=CoreDumper, sort_keys=False, allow_unicode=True)
-
-
-def check_topology(config: RunConfig, world_size: int) -> int:
-    """Return the micro-batches per optimizer step on `world_size` ranks, or say which sizes would fit."""
-    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
-    ep = config.parallel.expert_parallel_size
-    per_pass = micro * world_size
-    problems = []
-    if batch % per_pass:
-        nearest = sorted({max(batch // per_pass, 1) * per_pass, (batch // per_pass + 1) * per_pass})
-        advice = f"train.global_batch_size {_either(nearest)}"
-        if batch % world_size == 0:
-            advice += f", or train.micro_batch_size {_either(_divisors(batch // world_size))}"
-        problems.append(
-            f"train.global_batch_size = {batch}  is not a multiple of {per_pass}, "
-            f"train.micro_batch_size {micro} × {_ranks(world_size)}. Set {advice}."
-        )
-    if world_size % ep:
-        problems.append(
-            f"parallel.expert_parallel_size = {ep}  does not divide {_ranks(world_size)}. "
-            f"Set {_either(_divisors(world_size))}, or start a multiple of {ep} ranks."
-        )
-    if problems:
-        raise one_line_each("the run config", problems)
-    return batch // per_pass
 
 
 def same_run_problems(old: Mapping[str, Any], new: RunConfig) -> list[str]:
@@ -333,7 +308,7 @@ def _cross_section_problems(config: RunConfig, source: _Source) -> Iterator[Prob
 
     train = config.train
     if train.global_batch_size % train.micro_batch_size:
-        fits = _either(_divisors(train.global_batch_size))
+        fits = either(divisors(train.global_batch_size))
         yield problem(
             "train.micro_batch_size",
             f"does not divide train.global_batch_size {train.global_batch_size}. Set {fits}.",
@@ -377,18 +352,3 @@ def _value(config: BaseModel, key: Key) -> Any:
     for part in key:
         value = getattr(value, part)
     return value
-
-
-def _divisors(number: int) -> list[int]:
-    below = [divisor for divisor in range(1, isqrt(number) + 1) if number % divisor == 0]
-    return sorted({*below, *(number // divisor for divisor in below)})
-
-
-def _either(numbers: Sequence[int]) -> str:
-    """2, 4 or 8"""
-    *most, last = map(str, numbers)
-    return f"{', '.join(most)} or {last}" if most else last
-
-
-def _ranks(count: int) -> str:
-    return "1 rank" if count == 1 else f"{count} ranks"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
 
+from ds_dgemma.config.topology import batch_problem
 from ds_dgemma.data.batch import Batch, Example
 from ds_dgemma.data.examples import ExampleSet
 from ds_dgemma.data.order import Item, Order
@@ -29,15 +30,8 @@ class Share:
     world_size: int = 1
 
     def __post_init__(self) -> None:
-        unit = self.micro_batch_size * self.world_size
-        if self.global_batch_size % unit:
-            below = self.global_batch_size // unit * unit
-            fitting = " or ".join(str(size) for size in (below, below + unit) if size)
-            raise UserError(
-                f"train.global_batch_size {self.global_batch_size} is not a multiple of "
-                f"train.micro_batch_size x ranks = {self.micro_batch_size} x {self.world_size} = {unit}. "
-                f"Use {fitting}."
-            )
+        if problem := batch_problem(self.global_batch_size, self.micro_batch_size, self.world_size):
+            raise UserError(problem)
 
     @property
     def accumulation(self) -> int:

@@ -18,12 +18,12 @@ from ds_dgemma.checkpoint.progress import ReadProgress
 from ds_dgemma.checkpoint.run_state import StateReader
 from ds_dgemma.checkpoint.weights import WeightReader
 from ds_dgemma.config.run import LoraSection, RunConfig
+from ds_dgemma.config.topology import check_experts
 from ds_dgemma.engine.adapters import Adapters, attach_adapters, choose_adapters
 from ds_dgemma.engine.ds_config import DTYPES
 from ds_dgemma.engine.expert_parallel import place_experts
 from ds_dgemma.engine.sharding import zero3
 from ds_dgemma.engine.trainable import freeze, trained_names
-from ds_dgemma.errors import UserError
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.kernel_choice import Wanted, choose_all, problem_on
 from ds_dgemma.model.parts import ImageRule
@@ -98,13 +98,7 @@ def outline_model(
         UserError: the experts do not divide, the checkpoint lacks tensors or has them in other shapes, or the patterns
         of `frozen` or `lora` do not fit the model.
     """
-    experts, size = text_spec(spec).num_experts, ranks.expert_parallel_size
-    if experts % size:
-        fitting = [n for n in range(1, ranks.world + 1) if experts % n == 0 and ranks.world % n == 0]
-        raise UserError(
-            f"parallel.expert_parallel_size = {size} does not divide the model's {experts} experts. "
-            f"With {ranks.world} ranks: {', '.join(map(str, fitting))}."
-        )
+    check_experts(text_spec(spec).num_experts, ranks.expert_parallel_size, ranks.world)
     stack = build_stack(
         spec,
         train_router=train_router,
@@ -113,7 +107,7 @@ def outline_model(
         image_rule=image_rule,
         train_vision_embedding=train_vision_embedding,
     )
-    place_experts(stack, size, ranks.expert_rank, grouped_matmul)
+    place_experts(stack, ranks.expert_parallel_size, ranks.expert_rank, grouped_matmul)
     reader = WeightReader(directory)
     places = find_places(stack, reader, expert_rank=ranks.expert_rank, copy_decoder_scalars=copy_decoder_scalars)
     freeze(stack, frozen, list(reader.files))

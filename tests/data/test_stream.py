@@ -155,7 +155,10 @@ def test_what_workers_get_is_small(tmp_path, path, tokenizer):
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused():
-    with pytest.raises(UserError, match=r"2 x 3 = 6\. Use 6 or 12"):
+    with pytest.raises(
+        UserError,
+        match=r"not a multiple of 6, train.micro_batch_size 2 × 3 ranks\. Set train.global_batch_size 6 or 12",
+    ):
         Share(global_batch_size=8, micro_batch_size=2, world_size=3)
 
 
