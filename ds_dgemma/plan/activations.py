@@ -20,34 +20,31 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ds_dgemma.model.parts import Canvas
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack, SweepLayer
-from ds_dgemma.model.sweep import Call, Calls, Checkpointing, LayerPass, Places, make_calls
+from ds_dgemma.model.sweep import Checkpointing, LayerPass, Places, make_calls
 from ds_dgemma.plan.setup import Shape
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes of one layer and example under one kind of activation checkpointing, without the experts' rows."""
+    """Bytes that one layer keeps, for one example, and for each row of a routed expert."""
 
     stored: int  # from the canvases' visit to the backward pass
-    again: int  # what the backward pass computes again and keeps for itself
-    has_graph: bool  # whether nothing is computed again: the experts' rows are stored too
+    again: int  # what the backward pass computes again and keeps for itself; 0: nothing, all is stored, rows too
+    row: int  # where the expert is
+    returned: int  # where it came back to its token
 
 
-@dataclass(frozen=True)
-class LayerActivations:
-    """What one layer keeps, for one example, and for each row of a routed expert."""
-
-    kept: dict[Checkpointing, Kept]
-    row: int  # bytes where the expert is
-    returned: int  # bytes where it came back to its token
+Activations = dict[Checkpointing, Kept]
 
 
-def trace(stack: DiffusionGemmaStack, shape: Shape, dtype: torch.dtype) -> list[LayerActivations]:
+def trace(stack: DiffusionGemmaStack, shape: Shape, dtype: torch.dtype) -> list[Activations]:
     """Trace layers that are alike once for one example, in `dtype`; `stack`, on meta, is of no use after that."""
-    layers, traced = [], {}
     stack.to(dtype)
     stack.has_dropout = False  # ours draws from generators, which meta has not; torch's own keeps as much
-    calls = _calls(stack, shape, dtype)
+    canvases = [Canvas(0, start) for start in shape.starts]
+    places = Places.on("meta", (shape.clean,), canvases, shape.canvas_length, guessed=(shape.canvases - 1,))
+    calls = make_calls(stack, places, False, torch.empty(1, dtype=dtype, device="meta"))
+    layers, traced = [], {}
     for number, (kind, layer) in enumerate(zip(stack.layer_types, stack.sweep_layers(), strict=True), start=1):
         is_last = number == len(stack.layer_types)  # its graph is kept in any case: the backward pass begins there
         alike = (kind, is_last, *((name, p.requires_grad) for name, p in layer.named_parameters()))
@@ -55,42 +52,34 @@ def trace(stack: DiffusionGemmaStack, shape: Shape, dtype: torch.dtype) -> list[
             rows = _of_a_row(layer, text_spec(stack.config), dtype.itemsize)
             layer.experts = _UncountedExperts()
             window = stack.window if kind == "sliding_attention" else None
-            passes = {
-                how: LayerPass(layer, replace(calls, checkpointing=how), window, is_last, differentiates=True)
+            traced[alike] = {
+                how: Kept(
+                    *_visit(LayerPass(layer, replace(calls, checkpointing=how), window, is_last, True), dtype), *rows
+                )
                 for how in get_args(Checkpointing)
             }
-            traced[alike] = LayerActivations({how: _kept(one, dtype) for how, one in passes.items()}, *rows)
         layers.append(traced[alike])
     return layers
 
 
-def _calls(stack: DiffusionGemmaStack, shape: Shape, dtype: torch.dtype) -> Calls:
-    """The calls of a micro-batch of one example with one first guess."""
-    canvases = [Canvas(0, start) for start in shape.starts]
-    places = Places.on("meta", (shape.clean,), canvases, shape.canvas_length, guessed=(shape.canvases - 1,))
-    return make_calls(stack, places, False, torch.empty(1, dtype=dtype, device="meta"))
-
-
-def _kept(layer_pass: LayerPass, dtype: torch.dtype) -> Kept:
-    """Let a layer go its way through a micro-batch and count what is there after it, its output left out, which is the
-    next layer's input.
+def _visit(layer_pass: LayerPass, dtype: torch.dtype) -> tuple[int, int]:
+    """Let a layer go its way through a micro-batch: what it stored and computed again. Its output is left out, which is
+    the next layer's input.
     """
-
-    def inputs(call: Call) -> Tensor:
-        hidden_size = layer_pass.layer.input_layernorm.weight.numel()
-        return torch.empty(1, len(call.is_canvas_N1), hidden_size, dtype=dtype, device="meta")
-
-    calls, has_graph = layer_pass.calls, layer_pass.keeps_graph
-    clean, guess, canvas, both = map(inputs, (calls.clean, calls.guesses, calls.canvases, calls.all))
+    calls, H = layer_pass.calls, layer_pass.layer.input_layernorm.weight.numel()
+    clean, guess, canvas, both = (
+        torch.empty(1, len(call.is_canvas_N1), H, dtype=dtype, device="meta")
+        for call in (calls.clean, calls.guesses, calls.canvases, calls.all)
+    )
     with _Tensors() as made, torch.no_grad():
         layer_pass.read(clean, guess)
         layer_pass.denoise(canvas)
         stored = made.bytes
-    if has_graph:
-        return Kept(stored, 0, has_graph)  # with the outputs, as large as the inputs, which were there before
+    if layer_pass.keeps_graph:
+        return stored, 0  # with the outputs, as large as the inputs, which were there before
     with _Tensors() as made:
         output, _ = layer_pass.again(both.requires_grad_())
-        return Kept(stored + both.nbytes, made.bytes - output.nbytes, has_graph)
+        return stored + both.nbytes, made.bytes - output.nbytes
 
 
 class _Tensors(TorchDispatchMode):

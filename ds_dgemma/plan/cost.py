@@ -31,7 +31,7 @@ def cost(inventory: Inventory, shape: Shape, setup: Setup, self_conditioning: fl
     # First guesses of a micro-batch, as many as are expected: those of a coin, and one to stay in step without any.
     counted, empty = self_conditioning * canvases, (1 - self_conditioning) ** canvases
     work = _work(inventory, shape, setup, counted, empty)
-    sent = _sharded(inventory, setup) if setup.stage == 3 else _whole(inventory, setup)
+    sent = _of_zero(inventory, setup)
     sent["all-to-all"] = _all_to_all(inventory, shape, setup, counted + empty)
     sent["host memory, both ways"] = _host(inventory, setup)
     return Cost(
@@ -76,24 +76,22 @@ def _ring(parameters: Iterable[Parameter], setup: Setup) -> float:
     return sum(setup.local(p) * (1 - 1 / setup.holders(p)) for p in parameters)
 
 
-def _sharded(inventory: Inventory, setup: Setup) -> dict[str, float]:
-    """ZeRO-3's bytes: parameters at every use, small ones once after the update."""
+def _of_zero(inventory: Inventory, setup: Setup) -> dict[str, float]:
+    """Bytes of parameters, at stage 3 at every use, small ones and else once after the update; and of gradients."""
     trained, times = inventory.trained, gathers(inventory, setup)
+    ring = _ring(trained, setup)
+    if setup.stage < 3:
+        # An all-reduce is a reduce-scatter and an all-gather; stage 1 makes one a step, in fp32.
+        reduced = setup.sent * setup.accumulation if setup.stage == 2 else FP32
+        return {"all-gather": setup.element * ring, "reduce": 2 * reduced * ring}
     gathered = sum(_ring([p], setup) * times[p.unit] for p in inventory.parameters if not setup.is_small(p))
     kept_whole = _ring((p for p in trained if setup.is_small(p)), setup)
     # Muon gathers gradient and momentum, and then the update and the momentum from the rank that made them.
     muon = 4 * setup.sent * _ring((p for p in trained if setup.is_muons(p)), setup)
     return {
         "all-gather": setup.element * (gathered * setup.accumulation + kept_whole) + muon,
-        "reduce": setup.sent * _ring(trained, setup) * setup.accumulation,
+        "reduce": setup.sent * ring * setup.accumulation,
     }
-
-
-def _whole(inventory: Inventory, setup: Setup) -> dict[str, float]:
-    """Bytes of stages 1 and 2. An all-reduce is a reduce-scatter and an all-gather; stage 1 makes one a step, in fp32."""
-    ring = _ring(inventory.trained, setup)
-    reduced = setup.sent * setup.accumulation if setup.stage == 2 else FP32
-    return {"all-gather": setup.element * ring, "reduce": 2 * reduced * ring}
 
 
 def _all_to_all(inventory: Inventory, shape: Shape, setup: Setup, guesses: float) -> float:

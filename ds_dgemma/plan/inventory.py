@@ -5,7 +5,6 @@ parallel 1, and a rank of EP n holds 1/n of each of their tensors.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -17,7 +16,7 @@ from ds_dgemma.engine.expert_parallel import place_experts
 from ds_dgemma.engine.sharding import is_expert_parameter
 from ds_dgemma.engine.trainable import freeze
 from ds_dgemma.model.build import build_stack
-from ds_dgemma.model.flops import LAYERS, VOCABULARY, Products, products_of, unit_of
+from ds_dgemma.model.flops import Products, products_of, unit_of
 from ds_dgemma.model.lora import adapt_linears
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
@@ -40,41 +39,13 @@ class Inventory:
     """A model's parameters and the numbers of its config that sizes depend on."""
 
     parameters: list[Parameter]
+    trained: list[Parameter]  # those that get gradients
+    count: int  # elements of all
+    trained_count: int
+    outside: int  # elements that a run leaves as they are: the vision tower, which images need
     products: Products
     text: Any  # transformers' text config
-    outside: int  # parameters that a run leaves as they are: the vision tower, which images need
     patch: int  # numbers of an image's patch
-
-    @cached_property
-    def trained(self) -> list[Parameter]:
-        """Those that get gradients."""
-        return [parameter for parameter in self.parameters if parameter.is_trained]
-
-    @cached_property
-    def count(self) -> int:
-        """Elements that a run loads."""
-        return sum(parameter.numel for parameter in self.parameters)
-
-    @cached_property
-    def trained_count(self) -> int:
-        """Elements that get gradients."""
-        return sum(parameter.numel for parameter in self.trained)
-
-    @cached_property
-    def layers(self) -> list[list[Parameter]]:
-        """The layers' parameters."""
-        units = dict.fromkeys(p.unit for p in self.parameters if p.unit.startswith(LAYERS))
-        return [[p for p in self.parameters if p.unit == unit] for unit in units]
-
-    @cached_property
-    def vocabulary(self) -> Parameter:
-        """The tied embedding matrix."""
-        return next(p for p in self.parameters if p.unit == VOCABULARY)
-
-    @cached_property
-    def trained_vocabulary(self) -> int:
-        """Elements of the one buffer that the matrix's three uses add their gradients to; none where it is frozen."""
-        return self.vocabulary.numel if self.vocabulary.is_trained else 0
 
 
 def build_stack_for(config: RunConfig, spec: DiffusionGemmaConfig) -> DiffusionGemmaStack:
@@ -97,13 +68,18 @@ def build_stack_for(config: RunConfig, spec: DiffusionGemmaConfig) -> DiffusionG
 def take_inventory(stack: DiffusionGemmaStack) -> Inventory:
     """Count every parameter of a stack that was built at expert parallel 1."""
     vision: Any = stack.config.vision_config
+    parameters = [
+        Parameter(name, unit_of(name), tuple(p.shape), p.numel(), is_expert_parameter(p), p.requires_grad)
+        for name, p in stack.named_parameters()
+    ]
+    trained = [parameter for parameter in parameters if parameter.is_trained]
     return Inventory(
-        parameters=[
-            Parameter(name, unit_of(name), tuple(p.shape), p.numel(), is_expert_parameter(p), p.requires_grad)
-            for name, p in stack.named_parameters()
-        ],
+        parameters=parameters,
+        trained=trained,
+        count=sum(parameter.numel for parameter in parameters),
+        trained_count=sum(parameter.numel for parameter in trained),
+        outside=sum(map(prod, stack.outside.values())),
         products=products_of(stack),
         text=text_spec(stack.config),
-        outside=sum(map(prod, stack.outside.values())),
         patch=3 * vision.patch_size**2,
     )

@@ -10,9 +10,11 @@ or of this project; `tests/benchmarks/memory.py` holds the states against a real
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
+from ds_dgemma.model.flops import LAYERS, VOCABULARY
 from ds_dgemma.model.vision import AT_ONCE
-from ds_dgemma.plan.activations import LayerActivations
+from ds_dgemma.plan.activations import Activations
 from ds_dgemma.plan.inventory import Inventory, Parameter
 from ds_dgemma.plan.setup import Setup, Shape
 
@@ -52,7 +54,7 @@ class Memory:
         return int(self.peak * (1 + FRAGMENTATION)) + RUNTIME
 
 
-def memory(inventory: Inventory, layers: Sequence[LayerActivations], shape: Shape, setup: Setup) -> Memory:
+def memory(inventory: Inventory, layers: Sequence[Activations], shape: Shape, setup: Setup) -> Memory:
     """Add everything up for one rank; all ranks are alike but for padding."""
     resident, host = _states(inventory, setup)
     moments = {
@@ -60,7 +62,7 @@ def memory(inventory: Inventory, layers: Sequence[LayerActivations], shape: Shap
         "a layer, backward": _layer_backward(inventory, layers, shape, setup),
         "optimizer step": {"gradients of a tile": _largest_tile(inventory.trained, setup)},
     }
-    if setup.muon:
+    if any(map(setup.is_muons, inventory.trained)):
         moments["Muon"] = _muon(inventory, setup)
     if shape.images:
         tower, micro, H = inventory.products.tower, setup.micro_batch_size, inventory.text.hidden_size
@@ -80,17 +82,14 @@ def _states(inventory: Inventory, setup: Setup) -> tuple[Bytes, Bytes]:
     moments = sum((setup.sent if setup.is_muons(p) else 2 * FP32) * setup.share(p) for p in trained)
     optimizer = {"fp32 master": FP32 * shares, "moments": moments}
     device, host = ({}, {"weights": weights}) if setup.offload_param else ({"weights": weights}, {})
-    device["weights kept whole"] = setup.element * _local(
-        (p for p in everything if setup.comes(p) and setup.is_small(p)), setup
-    )
+    small = (p for p in everything if setup.comes(p) and setup.is_small(p))
+    device["weights kept whole"] = setup.element * _local(small, setup)
     if setup.offload_optimizer:
         host |= optimizer | {"gradients": FP32 * shares, "gradients, for the optimizer": FP32 * shares}
         host["weights, on their way back"] = setup.element * shares if setup.stage < 3 else 0
     else:
         device |= optimizer | {"gradients": FP32 * (_local(trained, setup) if setup.stage == 1 else shares)}
-    if setup.stage == 3:
-        device["reduce bucket"] = _reduce_buckets(setup)
-    return device, host
+    return device | {"reduce bucket": _reduce_buckets(setup)}, host
 
 
 def _local(parameters: Iterable[Parameter], setup: Setup) -> int:
@@ -99,7 +98,7 @@ def _local(parameters: Iterable[Parameter], setup: Setup) -> int:
 
 
 def _reduce_buckets(setup: Setup) -> int:
-    """The flat buffers that gradients are copied into before they are reduced; below stage 3 a backward pass's own."""
+    """The flat buffers that gradients are copied into before they are reduced; below stage 3 in a backward pass."""
     if not setup.zero.contiguous_gradients or _is_bf16_optimizer(setup):
         return 0
     if setup.stage == 3:
@@ -117,32 +116,29 @@ def _gathered(unit: Iterable[Parameter], setup: Setup) -> int:
     return setup.element * _local((p for p in unit if setup.comes(p) and not setup.is_small(p)), setup)
 
 
-def _gradients_of(unit: Iterable[Parameter], setup: Setup) -> int:
-    """Bytes of a unit's gradients as autograd makes them, whole."""
-    return setup.element * _local((p for p in unit if p.is_trained), setup)
-
-
 def _received(rows: int, setup: Setup) -> int:
     """Rows that the busiest rank's experts work on, of `rows` that each rank sends."""
     return int(rows * IMBALANCE) if setup.expert_parallel_size > 1 else rows
 
 
-def _kept(layer: LayerActivations, rows: int, setup: Setup) -> tuple[int, int]:
+def _kept(layer: Activations, rows: int, setup: Setup) -> tuple[int, int]:
     """Bytes of a layer for a micro-batch of so many routed rows: between forward and backward, and what the backward
     pass computes again.
     """
-    kept, micro = layer.kept[setup.activation_checkpointing], setup.micro_batch_size
-    experts = rows * layer.returned + _received(rows, setup) * layer.row
-    return micro * kept.stored + kept.has_graph * experts, micro * kept.again + (not kept.has_graph) * experts
+    kept, micro = layer[setup.activation_checkpointing], setup.micro_batch_size
+    stored, again = micro * kept.stored, micro * kept.again
+    experts = rows * kept.returned + _received(rows, setup) * kept.row
+    return (stored, again + experts) if again else (stored + experts, 0)
 
 
-def _layer_backward(inventory: Inventory, layers: Sequence[LayerActivations], shape: Shape, setup: Setup) -> Bytes:
-    tokens, H, units = setup.micro_batch_size * shape.tokens, inventory.text.hidden_size, inventory.layers
+def _layer_backward(inventory: Inventory, layers: Sequence[Activations], shape: Shape, setup: Setup) -> Bytes:
+    tokens, H = setup.micro_batch_size * shape.tokens, inventory.text.hidden_size
+    by_unit = groupby(inventory.parameters, key=lambda parameter: parameter.unit)
+    units = [list(members) for unit, members in by_unit if unit.startswith(LAYERS)]
     rows = tokens * inventory.text.top_k_experts
     travelling = rows + _received(rows, setup) if setup.expert_parallel_size > 1 else 0
     kept = [_kept(layer, rows, setup) for layer in layers]
-    largest = max(units, key=lambda unit: _gathered(unit, setup) + _gradients_of(unit, setup))
-    in_bucket = min(setup.zero.reduce_bucket_size, _gradients_of(largest, setup) // setup.element)
+    trained = [_local((p for p in unit if p.is_trained), setup) for unit in units]
     # Of the next layer whole tensors are fetched early until the bucket is full.
     most = setup.zero.prefetch_bucket_size + max(setup.local(p) for unit in units for p in unit)
     cast = 1 if setup.sent == setup.element else 2  # interleaved by rank, and before that in another type
@@ -151,38 +147,35 @@ def _layer_backward(inventory: Inventory, layers: Sequence[LayerActivations], sh
         "one layer, kept or recomputed": max(kept[-1][0], *(again for _, again in kept[:-1])),
         "working": tokens * H * FP32 * WORKING_COPIES + rows * H * (FP32 + setup.element),
         "all-to-all": travelling * H * setup.element,
-        "gathered layer": _gathered(largest, setup),
+        "gathered layer": max(_gathered(unit, setup) for unit in units),
         "prefetched": max((min(_gathered(unit, setup), setup.element * most) for unit in units[:-1]), default=0),
-        "a layer's gradients": _gradients_of(largest, setup),
-        "reduce buckets": _reduce_buckets(setup) if setup.stage < 3 else 0,
-        "reducing": in_bucket * setup.sent * cast,
-        "vocabulary's fp32 gradient": FP32 * inventory.trained_vocabulary,
+        "a layer's gradients": setup.element * max(trained),
+        "reducing": min(setup.zero.reduce_bucket_size, max(trained)) * setup.sent * cast,
+        "vocabulary's fp32 gradient": FP32 * inventory.products.vocabulary * inventory.products.trains_vocabulary,
     }
 
 
-def _vocabulary(inventory: Inventory, layers: Sequence[LayerActivations], shape: Shape, setup: Setup) -> Bytes:
-    """Losses, when all activations are kept; or the end of the backward pass, when the gradient is reduced instead."""
+def _vocabulary(inventory: Inventory, layers: Sequence[Activations], shape: Shape, setup: Setup) -> Bytes:
+    """Losses, when all activations are kept; or the end of the backward pass, when the gradient is sent instead."""
     tokens, H = setup.micro_batch_size * shape.tokens, inventory.text.hidden_size
+    trained = inventory.products.vocabulary * inventory.products.trains_vocabulary
     kept = sum(_kept(layer, tokens * inventory.text.top_k_experts, setup)[0] for layer in layers)
-    buckets = _reduce_buckets(setup) if setup.stage < 3 else 0
-    cast = inventory.trained_vocabulary * setup.sent if setup.sent != setup.element else 0
+    cast = trained * setup.sent if setup.sent != setup.element else 0
     logits = setup.logits_chunk_mib * 2**20 // FP32
     return {
-        "activations kept, or buckets": max(kept, buckets + cast),
+        "activations kept, or a gradient on its way": max(kept, cast),
         "hidden states and their gradient": 3 * tokens * H * setup.element,
         # fp32 logits, the soft cap's slope, and the gradient in the weight's type
         "logits chunk": logits * (2 * FP32 + setup.element),
-        "gathered vocabulary": _gathered([inventory.vocabulary], setup),
-        "vocabulary's fp32 gradient": FP32 * inventory.trained_vocabulary,
-        "vocabulary's gradient of a chunk": setup.element * inventory.trained_vocabulary,
+        "gathered vocabulary": _gathered((p for p in inventory.parameters if p.unit == VOCABULARY), setup),
+        "vocabulary's fp32 gradient": FP32 * trained,
+        "vocabulary's gradient of a chunk": setup.element * trained,
     }
 
 
 def _muon(inventory: Inventory, setup: Setup) -> Bytes:
     """Matrices made whole, as many as fill a reduce bucket, and the iteration on one of them."""
     matrices = [p for p in inventory.trained if setup.is_muons(p)]
-    if not matrices:  # all are frozen
-        return {}
     element = FP32 if setup.offload_optimizer else setup.sent
     largest = max(matrices, key=setup.local)
     whole, (rows, columns) = setup.local(largest), largest.shape[-2:]
@@ -198,8 +191,8 @@ def _muon(inventory: Inventory, setup: Setup) -> Bytes:
 
 
 def _largest_tile(trained: Sequence[Parameter], setup: Setup) -> int:
-    """Bytes of the largest flat fp32 copy of gradients that AdamW updates from at once: ZeRO-3 cuts its groups into tiles
-    of whole shares. None where the optimizer reads them where they are.
+    """Bytes of the largest flat fp32 copy of gradients that AdamW updates from: ZeRO-3 cuts its groups into tiles of
+    whole shares. None where the optimizer reads them where they are.
     """
     if setup.offload_optimizer or _is_bf16_optimizer(setup):
         return 0

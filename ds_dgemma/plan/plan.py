@@ -3,7 +3,7 @@
 Nothing of the model but its config.json is read, and no GPU is asked.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import gcd
@@ -15,7 +15,7 @@ from transformers import AutoConfig, DiffusionGemmaConfig
 
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.config.topology import check_experts, divisors
-from ds_dgemma.engine.ds_config import deepspeed_config
+from ds_dgemma.engine.ds_config import DTYPES, deepspeed_config
 from ds_dgemma.engine.trainable import all_names, check_trained, trained_names
 from ds_dgemma.model.spec import read_spec, text_spec
 from ds_dgemma.plan.activations import trace
@@ -41,42 +41,28 @@ class Limits:
     host_memory: float | None  # GiB of a node
     gpus_per_node: int
 
-    def node_bytes(self, needed: Memory, setup: Setup) -> int:
-        """Host memory of a node's ranks together."""
-        return sum(needed.host.values()) * min(setup.gpus, self.gpus_per_node)
-
-    def problems(self, needed: Memory, setup: Setup) -> list[str]:
-        """Why a setup does not fit; empty: it fits."""
-        found, host = [], self.node_bytes(needed, setup)
-        if needed.needed > self.gpu_memory * GIB:
-            found.append(f"a GPU needs {needed.needed / GIB:.1f} GiB of {self.gpu_memory:g}")
-        if self.host_memory is not None and host > self.host_memory * GIB:
-            found.append(f"a node needs {host / GIB:.1f} GiB of host memory of {self.host_memory:g}")
-        return found
-
 
 @dataclass(frozen=True)
 class Way:
-    """A setup that fits."""
+    """One way to run a config."""
 
     changes: list[str]  # what to set for it
     setup: Setup
     memory: Memory
+    node_bytes: int  # host memory of a node's ranks together
+    problems: list[str]  # why it does not fit; empty: it fits
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A run config on a number of GPUs."""
+class Plan(Way):
+    """A run config as it is, on a number of GPUs."""
 
     source: str  # where the model's shapes are from
     inventory: Inventory
-    setup: Setup
     shape: Shape
     limits: Limits
-    memory: Memory
     cost: Cost
-    problems: list[str]  # why it does not fit; empty: it fits
-    nearest: Way | None  # what would, when it does not
+    nearest: Way | None  # what would fit, when it does not
 
 
 def make_plan(config: RunConfig, gpus: int, limits: Limits, length: int | None = None, images: int = 0) -> Plan:
@@ -93,20 +79,36 @@ def make_plan(config: RunConfig, gpus: int, limits: Limits, length: int | None =
     inventory, setup = take_inventory(stack), read_setup(config, settings, gpus)
     check_trained(config, setup.stage, trained_names(stack), [*all_names(stack), *stack.outside])
     shape = read_shape(config, inventory.products.canvas_length, length, images)
-    needs = partial(memory, inventory, trace(stack, shape, setup.dtype), shape)
-    problems = limits.problems(needs(setup), setup)
-    changes = _changes(setup, inventory.text.num_experts, limits.gpus_per_node)
+    judge = partial(
+        _judge, setup, limits, partial(memory, inventory, trace(stack, shape, DTYPES[config.train.precision]), shape)
+    )
+    costs = cost(inventory, shape, setup, config.objective.self_conditioning_probability)
+    way = judge([])
+    changes = _changes(setup, inventory.text.num_experts, limits.gpus_per_node) if way.problems else ()
     return Plan(
+        **vars(way),
         source=source,
         inventory=inventory,
-        setup=setup,
         shape=shape,
         limits=limits,
-        memory=needs(setup),
-        cost=cost(inventory, shape, setup, config.objective.self_conditioning_probability),
-        problems=problems,
-        nearest=_nearest(setup, changes, needs, limits) if problems else None,
+        cost=costs,
+        nearest=_nearest(changes, judge),
     )
+
+
+def _judge(setup: Setup, limits: Limits, needs: Callable[[Setup], Memory], changes: Sequence[Change]) -> Way:
+    """A setup with changes made to it."""
+    for _, fields in changes:
+        setup = replace(setup, **fields)
+    needed, problems = needs(setup), []
+    node_bytes = sum(needed.host.values()) * min(setup.gpus, limits.gpus_per_node)
+    if setup.global_batch_size % (setup.micro_batch_size * setup.gpus):
+        problems.append("the batch does not divide")
+    if needed.needed > limits.gpu_memory * GIB:
+        problems.append(f"a GPU needs {needed.needed / GIB:.1f} GiB of {limits.gpu_memory:g}")
+    if limits.host_memory is not None and node_bytes > limits.host_memory * GIB:
+        problems.append(f"a node needs {node_bytes / GIB:.1f} GiB of host memory of {limits.host_memory:g}")
+    return Way([text for text, _ in changes], setup, needed, node_bytes, problems)
 
 
 def read_shapes(config: RunConfig) -> tuple[DiffusionGemmaConfig, str]:
@@ -141,24 +143,14 @@ def _changes(setup: Setup, experts: int, gpus_per_node: int) -> Iterator[Change]
         yield f"{gpus} GPUs", {"gpus": gpus}
 
 
-def _nearest(setup: Setup, changes: Iterable[Change], needs: Callable[[Setup], Memory], limits: Limits) -> Way | None:
+def _nearest(changes: Iterable[Change], judge: Callable[[Sequence[Change]], Way]) -> Way | None:
     """Make one change after the other until it fits; then leave out what was not needed, what costs most first."""
-
-    def way(made: list[Change]) -> Way | None:
-        changed = setup
-        for _, fields in made:
-            changed = replace(changed, **fields)
-        if changed.global_batch_size % (changed.micro_batch_size * changed.gpus):
-            return None
-        needed = needs(changed)
-        return None if limits.problems(needed, changed) else Way([text for text, _ in made], changed, needed)
-
     made: list[Change] = []
     for change in changes:
         made.append(change)
-        if way(made):
+        if not judge(made).problems:
             for unneeded in reversed(made[:-1]):
                 without = [other for other in made if other is not unneeded]
-                made = without if way(without) else made
-            return way(made)
+                made = made if judge(without).problems else without
+            return judge(made)
     return None

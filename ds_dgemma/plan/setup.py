@@ -1,9 +1,7 @@
-"""The choices that memory and arithmetic depend on, apart from the model: ranks, batch, ZeRO; and an example's shape."""
+"""The choices that memory and arithmetic depend on, apart from the model: ranks, batch, ZeRO; an example's shape."""
 
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.engine.ds_config import DTYPES, zero_config
@@ -29,17 +27,12 @@ class Setup:
     logits_chunk_mib: int
     balances_routers: bool
     muon: bool
-    dtype: torch.dtype
+    element: int  # bytes of a weight
     sent: int  # bytes of a gradient's element on its way
     stage: int
     offload_optimizer: bool
     offload_param: bool
     zero: Any  # the rest of DeepSpeed's reading of its ZeRO block; sizes in elements
-
-    @property
-    def element(self) -> int:
-        """Bytes of a weight."""
-        return self.dtype.itemsize
 
     @property
     def accumulation(self) -> int:
@@ -98,7 +91,7 @@ class Shape:
 
 def read_setup(config: RunConfig, deepspeed: dict[str, Any], gpus: int) -> Setup:
     """The setup that `config` and DeepSpeed's joined settings ask for, which were checked to divide over `gpus`."""
-    zero, dtype = zero_config(deepspeed), DTYPES[config.train.precision]
+    zero, element = zero_config(deepspeed), DTYPES[config.train.precision].itemsize
     return Setup(
         gpus=gpus,
         expert_parallel_size=config.parallel.expert_parallel_size,
@@ -108,11 +101,11 @@ def read_setup(config: RunConfig, deepspeed: dict[str, Any], gpus: int) -> Setup
         logits_chunk_mib=config.objective.logits_chunk_mib,
         balances_routers=config.objective.router_balance_weight > 0,
         muon=config.optimizer.type == "muon",
-        dtype=dtype,
-        sent=SENT_AS.get(str(deepspeed.get("communication_data_type")), dtype.itemsize),
+        element=element,
+        sent=SENT_AS.get(str(deepspeed.get("communication_data_type")), element),
         stage=int(zero.stage),
-        offload_optimizer=_on_cpu(zero.offload_optimizer),
-        offload_param=_on_cpu(zero.offload_param),
+        offload_optimizer=getattr(zero.offload_optimizer, "device", None) == "cpu",
+        offload_param=getattr(zero.offload_param, "device", None) == "cpu",
         zero=zero,
     )
 
@@ -132,7 +125,3 @@ def read_shape(config: RunConfig, canvas: int, length: int | None = None, images
     if images * (soft + MARKS) + canvas > clean:
         raise UserError(f"--images {images}: of {soft} tokens each they do not fit {clean} tokens beside a canvas.")
     return Shape(clean, most if wanted == "all" else min(wanted, most), canvas, (soft,) * images)
-
-
-def _on_cpu(offload: Any) -> bool:
-    return offload is not None and str(getattr(offload.device, "value", offload.device)) == "cpu"

@@ -204,8 +204,8 @@ def test_activations_are_those_that_a_layer_keeps_on_the_cpu(sudoku_run):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer.block(inputs, calls.all)
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    experts = shape.tokens * text_spec(spec).top_k_experts * (first.row + first.returned)
-    assert first.kept["full"].again + experts == pytest.approx(measured, rel=0.1)
+    experts = shape.tokens * text_spec(spec).top_k_experts * (first["full"].row + first["full"].returned)
+    assert first["full"].again + experts == pytest.approx(measured, rel=0.1)
 
 
 def test_what_checkpointing_keeps_is_the_sum_by_hand(tmp_path):
@@ -216,7 +216,7 @@ def test_what_checkpointing_keeps_is_the_sum_by_hand(tmp_path):
     traced = trace(build_stack_for(config, spec), shape, torch.bfloat16)
     for kind, number, size in (("sliding", 0, 256), ("full", 5, 512)):
         assert text.layer_types[number].startswith(kind)
-        kept = traced[number].kept
+        kept = traced[number]
         token = 2 * H + 8 * k  # a layer's input, and the experts that were chosen
         attended = 2 * heads * size + 4 * heads  # attention's output, its normaliser
         assert kept["full"].stored == token * shape.tokens
@@ -224,7 +224,7 @@ def test_what_checkpointing_keeps_is_the_sum_by_hand(tmp_path):
         # Nothing is computed again: the same graph, which has all keys and values, and its input.
         all_kept = kept["full"].again + 2 * H * shape.tokens
         assert kept["none"].stored == pytest.approx(all_kept, rel=0.01)
-    last = traced[-1].kept  # the backward pass begins with it
+    last = traced[-1]  # the backward pass begins with it
     assert last["full"] == last["selective"] == last["none"]
 
 
