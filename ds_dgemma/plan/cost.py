@@ -11,14 +11,11 @@ from ds_dgemma.plan.inventory import Inventory, Parameter
 from ds_dgemma.plan.memory import FP32
 from ds_dgemma.plan.setup import Setup, Shape
 
-NORM = "norm"
-
 
 @dataclass(frozen=True)
 class Cost:
     """An optimizer step of one GPU."""
 
-    tokens: int  # of the global batch, all of the longest kind
     useful_flops: float
     flops: float  # with what is computed again, and guesses that count for nothing
     sent: dict[str, int]  # bytes to other GPUs, by collective, and to and from host memory
@@ -35,7 +32,6 @@ def cost(inventory: Inventory, shape: Shape, setup: Setup, self_conditioning: fl
     sent["all-to-all"] = _all_to_all(inventory, shape, setup, counted + empty)
     sent["host memory, both ways"] = _host(inventory, setup)
     return Cost(
-        tokens=setup.global_batch_size * shape.tokens,
         useful_flops=work.useful,
         flops=work.useful + work.again,
         sent={name: round(size) for name, size in sent.items() if size},
@@ -57,17 +53,16 @@ def _work(inventory: Inventory, shape: Shape, setup: Setup, counted: float, empt
 def gathers(inventory: Inventory, setup: Setup) -> dict[str, int]:
     """How often a micro-step needs each unit whole: to read, to denoise, and in the backward pass, which calls a layer
     once and goes back through it at once. The vocabulary is looked up for either and then scores; the last norm follows
-    first guesses, and clean tokens and canvases.
-
-    What is used again at once is kept for that, unless stage3_max_reuse_distance is 0: then a layer is gathered for the
-    call and for going back, the vocabulary for the losses' gradient, the norm for each of its uses.
+    first guesses, and clean tokens and canvases. What is used again at once is kept for that, unless
+    stage3_max_reuse_distance is 0: then a layer is gathered for the call and for going back, the vocabulary for the
+    losses' gradient, the norm for each of its uses.
     """
     found = {}
     for unit, back in inventory.products.goes_back.items():
         found[unit] = 2 * setup.forwards + back + (unit == flops.VOCABULARY)
         if not setup.zero.max_reuse_distance:
             twice = unit == flops.VOCABULARY or (back and unit.startswith(flops.LAYERS))
-            found[unit] += setup.forwards + 1 if unit == NORM else twice
+            found[unit] += setup.forwards + 1 if unit == "norm" else twice
     return found
 
 

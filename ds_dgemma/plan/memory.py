@@ -62,6 +62,8 @@ def memory(inventory: Inventory, layers: Sequence[Activations], shape: Shape, se
         "a layer, backward": _layer_backward(inventory, layers, shape, setup),
         "optimizer step": {"gradients of a tile": _largest_tile(inventory.trained, setup)},
     }
+    while_reducing = resident if setup.stage == 3 else moments["a layer, backward"]
+    while_reducing["reduce bucket"] = _reduce_buckets(setup)
     if any(map(setup.is_muons, inventory.trained)):
         moments["Muon"] = _muon(inventory, setup)
     if shape.images:
@@ -89,7 +91,7 @@ def _states(inventory: Inventory, setup: Setup) -> tuple[Bytes, Bytes]:
         host["weights, on their way back"] = setup.element * shares if setup.stage < 3 else 0
     else:
         device |= optimizer | {"gradients": FP32 * (_local(trained, setup) if setup.stage == 1 else shares)}
-    return device | {"reduce bucket": _reduce_buckets(setup)}, host
+    return device, host
 
 
 def _local(parameters: Iterable[Parameter], setup: Setup) -> int:
@@ -98,7 +100,7 @@ def _local(parameters: Iterable[Parameter], setup: Setup) -> int:
 
 
 def _reduce_buckets(setup: Setup) -> int:
-    """The flat buffers that gradients are copied into before they are reduced; below stage 3 in a backward pass."""
+    """The flat buffers that gradients are copied into before they are reduced."""
     if not setup.zero.contiguous_gradients or _is_bf16_optimizer(setup):
         return 0
     if setup.stage == 3:
@@ -161,12 +163,11 @@ def _vocabulary(inventory: Inventory, layers: Sequence[Activations], shape: Shap
     trained = inventory.products.vocabulary * inventory.products.trains_vocabulary
     kept = sum(_kept(layer, tokens * inventory.text.top_k_experts, setup)[0] for layer in layers)
     cast = trained * setup.sent if setup.sent != setup.element else 0
-    logits = setup.logits_chunk_mib * 2**20 // FP32
     return {
         "activations kept, or a gradient on its way": max(kept, cast),
         "hidden states and their gradient": 3 * tokens * H * setup.element,
         # fp32 logits, the soft cap's slope, and the gradient in the weight's type
-        "logits chunk": logits * (2 * FP32 + setup.element),
+        "logits chunk": setup.logits_chunk_mib * 2**20 // FP32 * (2 * FP32 + setup.element),
         "gathered vocabulary": _gathered((p for p in inventory.parameters if p.unit == VOCABULARY), setup),
         "vocabulary's fp32 gradient": FP32 * trained,
         "vocabulary's gradient of a chunk": setup.element * trained,
@@ -184,8 +185,7 @@ def _muon(inventory: Inventory, setup: Setup) -> Bytes:
         chunk = max(whole, min(setup.zero.reduce_bucket_size, chunk))
     squares = whole // (rows * columns) * min(rows, columns) ** 2
     return {
-        "gradients and momentum, whole": 2 * element * chunk,
-        "being gathered": element * chunk if setup.gpus > 1 else 0,
+        "gradients and momentum, whole and being gathered": element * chunk * (3 if setup.gpus > 1 else 2),
         "a matrix being made orthogonal": element * (2 * whole + 4 * squares),
     }
 

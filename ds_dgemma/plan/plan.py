@@ -79,10 +79,8 @@ def make_plan(config: RunConfig, gpus: int, limits: Limits, length: int | None =
     inventory, setup = take_inventory(stack), read_setup(config, settings, gpus)
     check_trained(config, setup.stage, trained_names(stack), [*all_names(stack), *stack.outside])
     shape = read_shape(config, inventory.products.canvas_length, length, images)
-    judge = partial(
-        _judge, setup, limits, partial(memory, inventory, trace(stack, shape, DTYPES[config.train.precision]), shape)
-    )
-    costs = cost(inventory, shape, setup, config.objective.self_conditioning_probability)
+    activations = trace(stack, shape, DTYPES[config.train.precision])
+    judge = partial(_judge, setup, limits, partial(memory, inventory, activations, shape))
     way = judge([])
     changes = _changes(setup, inventory.text.num_experts, limits.gpus_per_node) if way.problems else ()
     return Plan(
@@ -91,13 +89,13 @@ def make_plan(config: RunConfig, gpus: int, limits: Limits, length: int | None =
         inventory=inventory,
         shape=shape,
         limits=limits,
-        cost=costs,
+        cost=cost(inventory, shape, setup, config.objective.self_conditioning_probability),
         nearest=_nearest(changes, judge),
     )
 
 
 def _judge(setup: Setup, limits: Limits, needs: Callable[[Setup], Memory], changes: Sequence[Change]) -> Way:
-    """A setup with changes made to it."""
+    """What a setup with changes made to it needs, and why it cannot be."""
     for _, fields in changes:
         setup = replace(setup, **fields)
     needed, problems = needs(setup), []

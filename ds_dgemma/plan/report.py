@@ -19,10 +19,8 @@ def as_dict(plan: Plan, tflops: float) -> dict[str, Any]:
         "model": plan.source,
         "parameters": plan.inventory.count,
         "trained_parameters": plan.inventory.trained_count,
-        "gpus": plan.setup.gpus,
         "fits": not plan.problems,
         "verdict": verdict(plan),
-        "problems": plan.problems,
         "nearest": nearest
         and {"changes": nearest.changes, "gpus": nearest.setup.gpus, "memory": asdict(nearest.memory)},
         "memory": asdict(needed) | {"worst": needed.worst, "peak": needed.peak, "needed": needed.needed},
@@ -54,7 +52,7 @@ def tables(plan: Plan, tflops: float) -> Group:
     inventory, shape = plan.inventory, plan.shape
     heading = (
         f"{plan.source}: {inventory.count / 1e9:.2f} B parameters, {inventory.trained_count / 1e9:.2g} B trained; "
-        f"{plan.setup.micro_batch_size} example(s) of {shape.clean} + {shape.tokens - shape.clean} tokens in a micro-batch"
+        f"{plan.setup.micro_batch_size} x ({shape.clean} + {shape.tokens - shape.clean}) tokens in a micro-batch"
     )
     table = Table("", "", show_header=False)
     table.columns[1].justify = "right"
@@ -68,7 +66,7 @@ def tables(plan: Plan, tflops: float) -> Group:
 def _sizes(plan: Plan) -> dict[str, str]:
     needed, worst = plan.memory, plan.memory.worst
     sizes = {f"on a GPU: {kind}": size for kind, size in needed.resident.items()}
-    sizes |= {f"on a GPU, {worst} (the worst moment): {kind}": size for kind, size in needed.moments[worst].items()}
+    sizes |= {f"on a GPU for a moment ({worst}): {kind}": size for kind, size in needed.moments[worst].items()}
     sizes["on a GPU: peak of tensors"] = needed.peak
     sizes[f"with CUDA and NCCL ({RUNTIME / GIB:.0f}) and {FRAGMENTATION:.0%} lost between blocks"] = needed.needed
     sizes |= {f"in host memory, a rank: {kind}": size for kind, size in needed.host.items()}
@@ -78,8 +76,7 @@ def _sizes(plan: Plan) -> dict[str, str]:
 
 def _step(costs: Cost, tflops: float) -> dict[str, str]:
     return {
-        "tokens of an optimizer step": f"{costs.tokens:,}",
-        "TFLOP of a GPU": f"{costs.flops / 1e12:,.0f}",
+        "TFLOP of a GPU in an optimizer step": f"{costs.flops / 1e12:,.0f}",
         "TFLOP of a GPU, of them computed again or for nothing": f"{(costs.flops - costs.useful_flops) / 1e12:,.0f}",
         f"seconds of arithmetic at {tflops:g} TFLOP/s": f"{costs.flops / (tflops * 1e12):,.2f}",
         **{f"GB sent by a GPU: {name}": f"{size / 1e9:,.1f}" for name, size in costs.sent.items()},
