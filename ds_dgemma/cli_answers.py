@@ -176,7 +176,7 @@ def _watch(args: argparse.Namespace, model: Any) -> Any:
         return None
     from ds_dgemma.evaluation.watch import Watch
 
-    return Watch(model.found.tokenizer)
+    return Watch(model.found.model.tokenizer)
 
 
 def _write(out: Path, text: str) -> None:

@@ -48,7 +48,7 @@ def train(config: RunConfig, ranks: RankLayout, prepared: Prepared, tracker: Tra
     engine, stream = open_engine(config, ranks, prepared), open_batches(config, ranks, prepared)
     batches, last = iter(stream), config.train.max_steps
     resumed_from = prepared.resumed and prepared.resumed.checkpoint
-    bad_steps = BadSteps(config, ranks, stream, prepared.facts, resumed_from, tracker)
+    bad_steps = BadSteps(config, ranks, prepared.facts, resumed_from, tracker)
     past = past_losses(config.run.dir / METRICS, config.health.spike_window) if ranks.is_main else ()
     spikes = SpikeDetector(config.health, past)
     utilisation = Utilisation.on(ranks.device, config.tracking.peak_tflops, engine.module.model)

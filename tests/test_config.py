@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ds_dgemma.config.file import load_config, read_yaml, resolved_yaml, same_run_problems
+from ds_dgemma.config.division import check_topology
+from ds_dgemma.config.file import load_config, read_yaml, resolved_yaml
 from ds_dgemma.config.run import RunConfig
+from ds_dgemma.config.same_run import same_run_problems
 from ds_dgemma.config.schema import REFERENCE_BEGIN, REFERENCE_END, reference_markdown
-from ds_dgemma.config.topology import check_topology
 from ds_dgemma.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "tracking": set(),
     "tools": set(),
     "objective": {"data", "model"},
-    "checkpoint": {"model"},
+    "checkpoint": {"data", "model"},
     "config": set(),
     "ranks": set(),
     "watch": {"ranks"},

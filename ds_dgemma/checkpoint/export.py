@@ -10,13 +10,12 @@ import json
 import re
 import shutil
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from ds_dgemma.checkpoint.adapter import CONFIG as ADAPTER_CONFIG
@@ -26,13 +25,12 @@ from ds_dgemma.checkpoint.hf_weights import Change, Layout, write_weights
 from ds_dgemma.checkpoint.load import find_places
 from ds_dgemma.checkpoint.merge import Merged
 from ds_dgemma.checkpoint.names import adapter_state_name, sources_of
-from ds_dgemma.checkpoint.retention import best_step
-from ds_dgemma.checkpoint.run_state import StateReader, check_same_model, newest, open_state, step_directory
-from ds_dgemma.checkpoint.weights import PICKLED, WeightReader, local_directory, model_digest, pieces
+from ds_dgemma.checkpoint.run_state import StateReader
+from ds_dgemma.checkpoint.trained_run import Run, open_run
+from ds_dgemma.checkpoint.weights import PICKLED, WeightReader, local_directory, pieces
 from ds_dgemma.checkpoint.whole_directory import whole_directory
-from ds_dgemma.config.file import read_yaml
-from ds_dgemma.config.run import LoraSection, RunConfig
-from ds_dgemma.errors import UserError, first_fault
+from ds_dgemma.config.run import LoraSection
+from ds_dgemma.errors import UserError
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.lora import Factor, Target, possible_targets, scaling
 from ds_dgemma.model.spec import read_spec
@@ -41,18 +39,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What weights lie in, a model's other copies too; the last ones are of GGML, Keras, Flax, ONNX and Rust.
 WEIGHTS = (".safetensors", *PICKLED, ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot")
 Format = Literal["peft", "merged"]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What there is to export."""
-
-    base: str  # the model that it started from, as its config says it
-    revision: str | None  # of a model on the hub
-    model: Path  # where that lies
-    bf16: bool  # computed in bf16
-    lora: LoraSection | None
-    trained: StateReader
 
 
 def export_run(
@@ -115,45 +101,6 @@ def merge_adapter(
     if warning := reader.base_warning(model):
         print(warning, file=sys.stderr)
     return _write_model(directory, out, adapter_change(reader), replace(layout or Layout(), dtype=DTYPES.get(dtype)))
-
-
-def open_run(run_dir: Path, step: int | Literal["best"] | None) -> Run:
-    """Read what a run started from, and the state to export."""
-    config = _settings(run_dir)
-    checkpoints = run_dir / "checkpoints"
-    if step == "best" and (step := best_step(checkpoints)) is None:
-        raise UserError(
-            f"--step best: no checkpoint of {run_dir} has what best_by measures. Give a number, or leave it out."
-        )
-    if step is None:
-        trained, problems = newest(checkpoints)
-        for problem in problems:
-            print(f"warning: {problem}", file=sys.stderr)
-    else:
-        if not step_directory(checkpoints, step).is_dir():
-            there = ", ".join(sorted(path.name for path in checkpoints.glob("step-*"))) or "none"
-            raise UserError(f"--step {step}: {run_dir} has no such checkpoint. It has: {there}.")
-        trained = open_state(step_directory(checkpoints, step))
-    if trained is None:
-        raise UserError(f"--run {run_dir} has no checkpoint yet.")
-    try:
-        model = local_directory(config.model.path, config.model.revision)
-    except UserError as error:
-        raise UserError(f"{run_dir} started from a model that is gone. {error}") from error
-    source, bf16 = config.model, config.train.precision == "bf16"
-    check_same_model(source.path, model_digest(model), trained.checkpoint)
-    return Run(source.path, source.revision, model, bf16, config.lora, trained)
-
-
-def _settings(run_dir: Path) -> RunConfig:
-    """A run directory's config.yaml."""
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"--run {run_dir} is no run directory: it has no config.yaml.")
-    try:
-        return RunConfig.model_validate(read_yaml(path))
-    except ValidationError as error:
-        raise UserError(f"{path} is not what a run of this version writes: {first_fault(error)}.") from error
 
 
 def _outline(directory: Path):

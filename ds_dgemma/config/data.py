@@ -2,14 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-
-class Section(BaseModel):
-    """A strict, frozen group of settings: an unknown key is an error, never a silent default."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
-
+from ds_dgemma.config.section import MAY_CHANGE, Section
 
 FormatName = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]  # data/formats.py
 Learn = Literal["last", "all", "weights"]
@@ -51,15 +46,17 @@ Sources = Annotated[tuple[SourceSection, ...], BeforeValidator(_as_sources)]
 class DataSection(Section):
     """Conversations and texts, and how they become token sequences."""
 
-    train: Sources = Field(
+    train: Annotated[Sources, MAY_CHANGE] = Field(
         min_length=1,
         description="a file (JSONL, JSON, CSV, Parquet; also .gz), folder, glob or hub dataset id as text; or a list "
         "of these, each as text or {path: ..., weight: 2, ...}",
     )
-    validation: Sources | None = Field(default=None, min_length=1, description="held-out data, as data.train")
+    validation: Annotated[Sources | None, MAY_CHANGE] = Field(
+        default=None, min_length=1, description="held-out data, as data.train"
+    )
     hub_config: str | None = Field(default=None, description="configuration name of a hub dataset")
     train_split: str = Field(default="train", description="split of a hub dataset")
-    validation_split: str = Field(default="test", description="split of a hub dataset")
+    validation_split: Annotated[str, MAY_CHANGE] = Field(default="test", description="split of a hub dataset")
     streaming: bool = Field(
         default=False, description="read and tokenize while training: for data that does not fit the disk"
     )
@@ -98,7 +95,7 @@ class DataSection(Section):
     )
     packing: bool = Field(default=False, description="several examples in a row of max_length; none sees another")
     group_by_length: bool = Field(default=False, description="micro-batches of examples of like length")
-    workers: Annotated[int, Field(ge=0, le=1024)] = Field(
+    workers: Annotated[int, Field(ge=0, le=1024), MAY_CHANGE] = Field(
         default=1, description="loader processes per rank; 0 loads inline"
     )
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from ds_dgemma.config.data import Section
+from ds_dgemma.config.section import Section
 
 
 class ValidationSection(Section):

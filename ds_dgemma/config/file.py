@@ -7,7 +7,7 @@ paths start at the current directory. Neither torch nor deepspeed is imported: a
 
 import copy
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +15,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from ds_dgemma.config.division import divisors, either
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.config.schema import (
     Key,
-    default_of,
     dotted,
     expected,
+    lookup,
     meaning,
     members_of,
     nearest,
@@ -28,32 +29,8 @@ from ds_dgemma.config.schema import (
     settings,
     show,
 )
-from ds_dgemma.config.topology import divisors, either
 from ds_dgemma.config.yaml import CoreDumper, CoreLoader
-from ds_dgemma.errors import UserError, first_line, one_line_each
-
-# Settings that leave the numbers of a run alone; every other one is fixed by the run directory's config.yaml.
-MAY_CHANGE_WITHIN_A_RUN = (
-    "run",
-    "model.path",  # another place of the same model: its digest is compared, as the data's is
-    "model.revision",
-    "model.attention",
-    "data.train",
-    "data.validation",
-    "data.validation_split",
-    "data.workers",
-    "train.micro_batch_size",
-    "train.early_stopping_patience",
-    "train.activation_checkpointing",
-    "parallel",
-    "objective.logits_chunk_mib",
-    "validation",
-    "evaluation",
-    "checkpoint",
-    "health",
-    "tracking",
-    "deepspeed",
-)
+from ds_dgemma.errors import UserError, first_fault, first_line, one_line_each
 
 
 class Problem(NamedTuple):
@@ -93,36 +70,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return source.values
 
 
+def recorded_config(path: Path) -> RunConfig:
+    """A run directory's config.yaml.
+
+    Raises:
+        UserError: no run of this version wrote it.
+    """
+    try:
+        return RunConfig.model_validate(read_yaml(path))
+    except ValidationError as error:
+        raise UserError(f"{path} is not what a run of this version writes: {first_fault(error)}.") from error
+
+
 def resolved_yaml(config: RunConfig) -> str:
     """Every setting with its value, defaults written out, in the order of the reference."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=CoreDumper, sort_keys=False, allow_unicode=True)
-
-
-def same_run_problems(old: Mapping[str, Any], new: RunConfig) -> list[str]:
-    """Settings that change a run's numbers and differ from `old`, the run directory's config.yaml.
-
-    A setting that `old` does not name counts as its default: it was written before the setting existed.
-    """
-    dumped = new.model_dump(mode="json")
-    problems = []
-    for key, field in settings():
-        if _may_change(key):
-            continue
-        before, now = _lookup(old, key, default_of(field)), _lookup(dumped, key, None)
-        if isinstance(before, Mapping) and isinstance(now, Mapping):  # a section that may be null, there in both
-            problems += [
-                _differs((*key, name), before.get(name), now.get(name))
-                for name in {**before, **now}
-                if before.get(name) != now.get(name)
-            ]
-        elif before != now:
-            why = " (the learning rate's schedule ends there)" if key == ("train", "max_steps") else ""
-            problems.append(_differs(key, before, now) + why)
-    return problems
-
-
-def _differs(key: Key, before: Any, now: Any) -> str:
-    return f"{dotted(key)}: run directory has {show(before)}, this config says {show(now)}"
 
 
 class _Source:
@@ -271,7 +233,7 @@ def _translate(error: ValidationError, source: _Source) -> Iterator[tuple[Key, P
 
 
 def _wrong_value(key: Key, field: FieldInfo, source: _Source) -> Problem:
-    what = f"{dotted(key)} = {show(_lookup(source.values, key, None))}"
+    what = f"{dotted(key)} = {show(lookup(source.values, key, None))}"
     return Problem(source.place(key), what, f"expected {expected(field)}: {meaning(field)}.")
 
 
@@ -296,7 +258,7 @@ def _resolve(loc: tuple[int | str, ...]) -> tuple[Key, FieldInfo | None, tuple[i
 def _booleans_for_numbers(source: _Source) -> Iterator[tuple[Key, Problem]]:
     """pydantic reads true as 1; nobody means that."""
     for key, field in settings(inside_optional=True):
-        if isinstance(_lookup(source.values, key, None), bool) and bool not in members_of(field.annotation):
+        if isinstance(lookup(source.values, key, None), bool) and bool not in members_of(field.annotation):
             yield key, _wrong_value(key, field, source)
 
 
@@ -330,21 +292,6 @@ def _missing_json(wanted: Path, config_path: Path) -> str:
         f" But there is {there}: give that path, or start from the folder that yours is relative to." if there else ""
     )
     return f"no such file; relative paths start at the current directory, {Path.cwd()}.{hint}"
-
-
-def _may_change(key: Key) -> bool:
-    return any(dotted(key[:length]) in MAY_CHANGE_WITHIN_A_RUN for length in range(1, len(key) + 1))
-
-
-def _lookup(values: Any, key: Key, default: Any) -> Any:
-    for part in key:
-        if isinstance(values, list) and part.isdigit() and int(part) < len(values):
-            values = values[int(part)]
-            continue
-        if not isinstance(values, Mapping) or part not in values:
-            return default
-        values = values[part]
-    return values
 
 
 def _value(config: BaseModel, key: Key) -> Any:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from ds_dgemma.config.data import Section
+from ds_dgemma.config.section import Section
 
 
 def checked_pattern(pattern: str) -> str:

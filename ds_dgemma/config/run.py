@@ -12,9 +12,11 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from ds_dgemma.config.data import DataSection, Section
+from ds_dgemma.config.data import DataSection
 from ds_dgemma.config.evaluation import EvaluationSection, ValidationSection
 from ds_dgemma.config.optimizer import OptimizerSection, Pattern, check_expression
+from ds_dgemma.config.section import MAY_CHANGE, Section
+from ds_dgemma.config.tracking import TrackingSection
 
 ATTENTION_AND_MLP = (
     *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
@@ -49,8 +51,8 @@ class RunSection(Section):
 class ModelSection(Section):
     """The checkpoint to start from."""
 
-    path: str = Field(description="a local transformers directory or a hub id")
-    revision: str | None = Field(default=None, description="branch, tag or commit of the hub id")
+    path: Annotated[str, MAY_CHANGE] = Field(description="a local transformers directory or a hub id")
+    revision: Annotated[str | None, MAY_CHANGE] = Field(default=None, description="branch, tag or commit of the hub id")
     train_router: bool = Field(default=False, description="train the expert routers too; frozen by default")
     freeze: tuple[Pattern, ...] = Field(
         default=(),
@@ -69,7 +71,7 @@ class ModelSection(Section):
         default="error",
         description="a checkpoint without the encoder's layer scalars is refused, or gets the decoder's",
     )
-    attention: Literal["auto", "sdpa", "flash_attn_4", "ffpa"] = Field(
+    attention: Annotated[Literal["auto", "sdpa", "flash_attn_4", "ffpa"], MAY_CHANGE] = Field(
         default="auto",
         description="attention kernels. auto: the fastest that are installed, fit the GPU and the layer, and pass a "
         "comparison with torch's; sdpa: torch's; a package's: where it fits, elsewhere torch's (head sizes up to 256: "
@@ -129,18 +131,20 @@ class TrainSection(Section):
     """Length, batch and arithmetic of a run."""
 
     max_steps: int = Field(ge=1, le=10**9, description="optimizer steps")
-    early_stopping_patience: int = Field(
+    early_stopping_patience: Annotated[int, MAY_CHANGE] = Field(
         default=0,
         ge=0,
         description="measurements of checkpoint.best_by in a row without a better one that end the run; 0: none do",
     )
     global_batch_size: int = Field(ge=1, le=10**9, description="examples per optimizer step, over all ranks")
-    micro_batch_size: int = Field(ge=1, le=10**9, description="examples per rank and forward; accumulation follows")
+    micro_batch_size: Annotated[int, MAY_CHANGE] = Field(
+        ge=1, le=10**9, description="examples per rank and forward; accumulation follows"
+    )
     precision: Literal["bf16", "fp32"] = Field(
         default="bf16", description="compute type; master weights and accumulated gradients are fp32 in both"
     )
     gradient_clipping: float = Field(default=1.0, ge=0, description="largest global gradient norm; 0 clips nothing")
-    activation_checkpointing: Literal["full", "selective", "none"] = Field(
+    activation_checkpointing: Annotated[Literal["full", "selective", "none"], MAY_CHANGE] = Field(
         default="full",
         description="full: keep a layer's input, compute the rest again in the backward pass; selective: keep its "
         "attention's output too, which is dear at length; none: keep everything",
@@ -203,7 +207,7 @@ class ObjectiveSection(Section):
     canvases_per_example: int | Literal["all"] = Field(
         default=1, description="canvases denoised per example and step, drawn without replacement; or all"
     )
-    logits_chunk_mib: int = Field(
+    logits_chunk_mib: Annotated[int, MAY_CHANGE] = Field(
         default=256, ge=1, le=2**20, description="largest piece of fp32 logits held at once, MiB"
     )
 
@@ -267,33 +271,10 @@ class HealthSection(Section):
     spike_window: int = Field(default=50, ge=20, description="recent losses that spikes are measured against")
 
 
-class WandbSection(Section):
-    """Weights & Biases; the run id is kept in the run directory, so a resumed run continues its curve."""
-
-    mode: Literal["online", "offline", "disabled"] = Field(default="disabled", description="where wandb logs")
-    project: str = Field(default="ds_dgemma", description="project")
-    entity: str | None = Field(default=None, description="team or user; wandb's default when absent")
-    name: str | None = Field(default=None, description="run name; the run directory's name when absent")
-    tags: tuple[str, ...] = Field(default=(), description="tags")
-
-
-class TrackingSection(Section):
-    """What is written while training; `metrics.jsonl` always has every step."""
-
-    console_every: int = Field(default=10, ge=1, description="steps between plain lines when not on a terminal")
-    peak_tflops: float | None = Field(
-        default=None,
-        gt=0,
-        description="of one device in dense bf16 products, what `mfu` is a share of; null: by the name of the CUDA "
-        "card, and where that is unknown, or on the CPU, `mfu` is null",
-    )
-    wandb: WandbSection = WandbSection()
-
-
 class RunConfig(Section):
     """One run."""
 
-    run: RunSection
+    run: Annotated[RunSection, MAY_CHANGE]
     seed: int = Field(default=0, ge=0, description="key of data order and of all noise")
     model: ModelSection
     lora: LoraSection | None = Field(
@@ -301,15 +282,15 @@ class RunConfig(Section):
     )
     data: DataSection
     train: TrainSection
-    parallel: ParallelSection = ParallelSection()
+    parallel: Annotated[ParallelSection, MAY_CHANGE] = ParallelSection()
     objective: ObjectiveSection = ObjectiveSection()
     optimizer: OptimizerSection = OptimizerSection()
-    validation: ValidationSection = ValidationSection()
-    evaluation: EvaluationSection = EvaluationSection()
-    checkpoint: CheckpointSection = CheckpointSection()
-    health: HealthSection = HealthSection()
-    tracking: TrackingSection = TrackingSection()
-    deepspeed: Path = Field(description="DeepSpeed's JSON, passed to DeepSpeed whole")
+    validation: Annotated[ValidationSection, MAY_CHANGE] = ValidationSection()
+    evaluation: Annotated[EvaluationSection, MAY_CHANGE] = EvaluationSection()
+    checkpoint: Annotated[CheckpointSection, MAY_CHANGE] = CheckpointSection()
+    health: Annotated[HealthSection, MAY_CHANGE] = HealthSection()
+    tracking: Annotated[TrackingSection, MAY_CHANGE] = TrackingSection()
+    deepspeed: Annotated[Path, MAY_CHANGE] = Field(description="DeepSpeed's JSON, passed to DeepSpeed whole")
 
     def faults(self) -> Iterator[tuple[str, str]]:
         """What settings of different sections say against each other: a setting, and what is wrong with it."""

@@ -7,7 +7,7 @@ import difflib
 import json
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -141,6 +141,18 @@ def show(value: Any) -> str:
     if len(text) <= 60:
         return text
     return f"{text[:25]}...{text[-32:]}" if isinstance(value, str | Path) else text[:57] + "..."
+
+
+def lookup(values: Any, key: Key, default: Any) -> Any:
+    """What nested mappings and lists hold under a key."""
+    for part in key:
+        if isinstance(values, list) and part.isdigit() and int(part) < len(values):
+            values = values[int(part)]
+            continue
+        if not isinstance(values, Mapping) or part not in values:
+            return default
+        values = values[part]
+    return values
 
 
 def reference_markdown() -> str:

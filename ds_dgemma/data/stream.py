@@ -10,28 +10,22 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
 
-from ds_dgemma.config.topology import batch_problem
 from ds_dgemma.data.batch import Batch, Example
 from ds_dgemma.data.examples import ExampleSet
 from ds_dgemma.data.order import Item, Order
 from ds_dgemma.data.workers import map_in_order, start_server
-from ds_dgemma.errors import UserError
 
 Collate = Callable[[list[tuple[Example, int]]], Batch]  # examples, each with its epoch
 
 
 @dataclass(frozen=True)
 class Share:
-    """Which rows of a global batch are a rank's."""
+    """Which rows of a global batch are a rank's; `config/division.py` has checked that it divides."""
 
     global_batch_size: int
     micro_batch_size: int
     rank: int = 0
     world_size: int = 1
-
-    def __post_init__(self) -> None:
-        if problem := batch_problem(self.global_batch_size, self.micro_batch_size, self.world_size):
-            raise UserError(problem)
 
     @property
     def accumulation(self) -> int:

@@ -56,5 +56,5 @@ def answer_prompts(
                     f"{model.found.source} answers with NaN or infinity: its weights hold some, or training has "
                     "diverged. Take an earlier checkpoint."
                 )
-            said[row] = said_of(answer, model.stop_ids, model.found.tokenizer)
+            said[row] = said_of(answer, model.stop_ids, model.found.model.tokenizer)
     return [said[row] for row in range(len(prompts))]

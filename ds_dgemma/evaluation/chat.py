@@ -38,7 +38,7 @@ def chat(model: OpenModel, system: str | None, seed: int, watches: bool) -> None
             except UserError as problem:  # of this line alone
                 print(problem, file=sys.stderr)
                 continue
-            watch = Watch(model.found.tokenizer) if watches else None
+            watch = Watch(model.found.model.tokenizer) if watches else None
             (answer,) = answer_prompts(model, [ids], 1, [seed + answers], watch)
             if watch is not None:
                 watch.close()

@@ -40,7 +40,7 @@ def evaluate(
     for question in questions:  # a record of another task is refused before minutes are spent on answers
         score(task, question, "", group_by)
     images = replace(found.images, allow_urls=data.allow_urls, max_soft_tokens=data.max_soft_tokens)
-    prompts = prompt_ids(questions, found.tokenizer, data, images)
+    prompts = prompt_ids(questions, found.model.tokenizer, data, images)
     model = load_model(replace(found, images=images))
     began = time.monotonic()
     said = answer_prompts(model, prompts, batch_size, range(seed, seed + len(prompts)))
@@ -52,7 +52,7 @@ def evaluate(
         "task": task_name,
         **summarise(scores),
         "manner": {
-            **manner(said, questions, found.tokenizer),
+            **manner(said, questions, found.model.tokenizer),
             "seconds": seconds,
         },
         "seed": seed,

@@ -8,20 +8,19 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from ds_dgemma.checkpoint.adapter import AdapterReader
-from ds_dgemma.checkpoint.export import adapter_change, changes_of, open_run
+from ds_dgemma.checkpoint.export import adapter_change, changes_of
 from ds_dgemma.checkpoint.hf_weights import Change
 from ds_dgemma.checkpoint.load import find_places, materialise, plain
 from ds_dgemma.checkpoint.names import Place
-from ds_dgemma.checkpoint.weights import WeightReader, local_directory
-from ds_dgemma.data.image_files import ImageFiles, of_model
-from ds_dgemma.data.tokenizer import load_tokenizer
+from ds_dgemma.checkpoint.pretrained import Pretrained, open_pretrained
+from ds_dgemma.checkpoint.trained_run import open_run
+from ds_dgemma.checkpoint.weights import WeightReader
+from ds_dgemma.data.image_files import ImageFiles
 from ds_dgemma.evaluation.sampler_settings import SamplerSettings, ends_of, read_settings
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.lora import possible_targets
-from ds_dgemma.model.spec import read_spec, text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
 
 ONE_THREAD_BELOW = 50_000_000  # parameters: a smaller model's CPU threads mostly wait for each other
@@ -52,8 +51,7 @@ class Found:
     """Where everything of a source lies; no weights are read."""
 
     source: Source
-    directory: Path  # of the checkpoint, which the run started from
-    tokenizer: PreTrainedTokenizerFast
+    model: Pretrained  # the checkpoint, which the run started from
     images: ImageFiles
     settings: SamplerSettings
     change: Change | None = None  # what an adapter or a run made of the checkpoint
@@ -79,19 +77,16 @@ def find_model(source: Source, settings: Mapping[str, Any]) -> Found:
     change, bf16 = None, True
     if source.run is not None:
         run = open_run(source.run, source.step)
-        directory, change, bf16 = run.model, changes_of(run), run.bf16
+        model, change, bf16 = open_pretrained(str(run.model)), changes_of(run), run.bf16
     else:
         assert source.model is not None
-        directory = local_directory(source.model, source.revision)
-    spec = read_spec(str(directory))
-    tokenizer = load_tokenizer(directory, text_spec(spec).vocab_size)
+        model = open_pretrained(source.model, source.revision)
     if source.adapter is not None:
-        reader = AdapterReader(source.adapter, possible_targets(build_stack(spec)))
+        reader = AdapterReader(source.adapter, possible_targets(build_stack(model.spec)))
         if warning := reader.base_warning(str(source.model)):
             print(warning, file=sys.stderr)
         change = adapter_change(reader)
-    settings_read = read_settings(directory, settings)
-    return Found(source, directory, tokenizer, of_model(directory, tokenizer, spec), settings_read, change, bf16)
+    return Found(source, model, model.images(), read_settings(model.directory, settings), change, bf16)
 
 
 def load_model(found: Found) -> OpenModel:
@@ -103,7 +98,7 @@ def load_model(found: Found) -> OpenModel:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     dtype = torch.bfloat16 if on_gpu and found.bf16 else torch.float32
-    stack, reader = build_stack(read_spec(str(found.directory))), ChangedReader(found.directory, found.change, dtype)
+    stack, reader = build_stack(found.model.spec), ChangedReader(found.model.directory, found.change, dtype)
     if on_gpu:  # on a CPU transformers' own experts, whose rounding `generate()` has
         from ds_dgemma.engine.expert_parallel import place_experts  # DeepSpeed takes seconds to import
 
@@ -114,7 +109,7 @@ def load_model(found: Found) -> OpenModel:
     reader.close()
     if not on_gpu and sum(parameter.numel() for parameter in stack.parameters()) < ONE_THREAD_BELOW:
         torch.set_num_threads(1)
-    return OpenModel(found, stack.eval(), device, ends_of(found.settings, found.tokenizer))
+    return OpenModel(found, stack.eval(), device, ends_of(found.settings, found.model.tokenizer))
 
 
 class ChangedReader(WeightReader):

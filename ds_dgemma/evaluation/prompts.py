@@ -22,7 +22,7 @@ def message_ids(
     Raises:
         UserError: text without a token, or an image that cannot be read.
     """
-    tokenizer = found.tokenizer
+    tokenizer = found.model.tokenizer
     for message in messages:
         for token in found.images.tokens:
             if token in words_of(message["content"]):

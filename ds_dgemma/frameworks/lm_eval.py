@@ -58,19 +58,19 @@ class DiffusionGemmaLM(LM):
     @property
     def tokenizer_name(self) -> str:
         """What distinguishes its rendering, for the harness's cache."""
-        return str(self._model.found.directory).replace("/", "__")
+        return str(self._model.found.model.directory).replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template itself; another one by name is not known."""
         if isinstance(chat_template, str):
             raise UserError(f"--apply_chat_template {chat_template}: the checkpoint has one template. Give no name.")
-        return str(self._model.found.tokenizer.chat_template)
+        return str(self._model.found.model.tokenizer.chat_template)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as text."""
         continues = not add_generation_prompt
         return str(
-            self._model.found.tokenizer.apply_chat_template(
+            self._model.found.model.tokenizer.apply_chat_template(
                 chat_history,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
@@ -96,7 +96,7 @@ class DiffusionGemmaLM(LM):
         return [made[n] for n in range(len(requests))]
 
     def _ids(self, text: str) -> list[int]:
-        tokenizer = self._model.found.tokenizer
+        tokenizer = self._model.found.model.tokenizer
         begin = str(tokenizer.bos_token or "")
         whole = text if text.startswith(begin) else begin + text
         return tokenizer(whole, add_special_tokens=False)["input_ids"]

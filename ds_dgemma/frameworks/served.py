@@ -74,6 +74,6 @@ def cut(said: Said, most: int | None, stops: Iterable[str], model: OpenModel) ->
     text, ended = said.text, said.answer.stopped
     if most is not None and said.tokens > most:  # whole canvases are made
         tokens = said.answer.before_stop(model.stop_ids)[:most]
-        text, ended = str(model.found.tokenizer.decode(tokens)), False
+        text, ended = str(model.found.model.tokenizer.decode(tokens)), False
     ends = [place for stop in stops if stop and (place := text.find(stop)) >= 0]
     return (text[: min(ends)], True) if ends else (text, ended)

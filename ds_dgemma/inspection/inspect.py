@@ -7,17 +7,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ds_dgemma.checkpoint.weights import local_directory
+from ds_dgemma.checkpoint.pretrained import open_pretrained
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.data.read import arrangement_of, read_split
 from ds_dgemma.data.sources import Split
-from ds_dgemma.data.tokenizer import load_tokenizer
 from ds_dgemma.errors import UserError
 from ds_dgemma.inspection.console import show
 from ds_dgemma.inspection.page import write_page
 from ds_dgemma.inspection.sequences import Sequence, sequences
 from ds_dgemma.inspection.summary import padding_share, summarise
-from ds_dgemma.model.spec import read_spec, text_spec
 from ds_dgemma.objective.corruption import Corruption
 
 SHOWN = 3
@@ -32,19 +30,16 @@ def inspect(
     Raises:
         UserError: all that is wrong with the data; a file that cannot be written.
     """
-    directory = local_directory(config.model.path, config.model.revision, download=False)
-    spec = read_spec(str(directory))
-    text = text_spec(spec)
-    tokenizer = load_tokenizer(directory, text.vocab_size)
-    examples = read_split(config, split, spec, tokenizer, shows=True)
-    corruption = Corruption(config.objective, config.seed, text.vocab_size)
+    model = open_pretrained(config.model.path, config.model.revision, download=False)
+    examples = read_split(config, split, model.spec, model.tokenizer, shows=True)
+    corruption = Corruption(config.objective, config.seed, model.text.vocab_size)
 
     told = [f"{split}: {line}" for line in examples.told]
     share = padding_share(examples.lengths_N, arrangement_of(config), config.train.micro_batch_size)
     kind = "packed" if config.data.packing else f"of {config.train.micro_batch_size}"
     told.append(f"{split}: rows {kind}, padded, would hold {share:.1%} padding; batches hold none")
-    summaries = [summarise(source, tokenizer) for source in examples.sources]
-    seen = sequences(examples, corruption, tokenizer)
+    summaries = [summarise(source, model.tokenizer) for source in examples.sources]
+    seen = sequences(examples, corruption, model.tokenizer)
     shown = list(islice(seen, SHOWN if rows is None else rows))
     show(console, summaries, shown, told)
     try:

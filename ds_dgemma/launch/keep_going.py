@@ -18,8 +18,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ds_dgemma.config.file import load_config, read_yaml, same_run_problems
+from ds_dgemma.config.file import load_config, read_yaml
 from ds_dgemma.config.run import RunConfig
+from ds_dgemma.config.same_run import same_run_problems
 from ds_dgemma.errors import EXIT_BAD_NUMBERS, EXIT_STOPPED, EXIT_UNREACHABLE, EXIT_USER_ERROR, UserError
 from ds_dgemma.launch import multinode
 from ds_dgemma.launch.job import Nodes, Signals, new_job, run_job

@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ds_dgemma.config.division import check_topology
 from ds_dgemma.config.file import load_config
-from ds_dgemma.config.topology import check_topology
 from ds_dgemma.errors import EXIT_UNREACHABLE, EXIT_USER_ERROR, UserError
 from ds_dgemma.launch.environment import (
     environment_files,

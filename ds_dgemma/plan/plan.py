@@ -13,8 +13,8 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, DiffusionGemmaConfig
 
+from ds_dgemma.config.division import check_experts, divisors
 from ds_dgemma.config.run import RunConfig
-from ds_dgemma.config.topology import check_experts, divisors
 from ds_dgemma.engine.ds_config import DTYPES, deepspeed_config
 from ds_dgemma.engine.trainable import all_names, check_trained, trained_names
 from ds_dgemma.model.spec import read_spec, text_spec

@@ -4,17 +4,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from ds_dgemma.checkpoint.run_state import Checkpoint
 from ds_dgemma.config.run import RunConfig
-from ds_dgemma.data.batch import Batch
-from ds_dgemma.data.order import Item
-from ds_dgemma.data.stream import Stream
-from ds_dgemma.data.streaming import StreamedBatches
 from ds_dgemma.errors import BadNumbers, told
 from ds_dgemma.ranks.layout import RankLayout, gather
-from ds_dgemma.run.directory import CONFIG
 from ds_dgemma.run.replay_file import (
-    SeenExample,
     SeenMicroBatch,
     SkippedStep,
     checkpoints_until,
@@ -25,8 +21,6 @@ from ds_dgemma.tracking.sinks import Tracker
 
 SHOWN_EXAMPLES = 8
 
-UNKNOWN = Item(-1, -1)  # an example of a stream
-
 
 class BadSteps:
     """Looks at every step. The count in a row goes into checkpoints: a resumed run ends where it would have ended."""
@@ -35,12 +29,11 @@ class BadSteps:
         self,
         config: RunConfig,
         ranks: RankLayout,
-        stream: Stream | StreamedBatches,
         facts: Mapping[str, Any],
         resumed: Checkpoint | None,
         tracker: Tracker,
     ) -> None:
-        self._config, self._ranks, self._stream, self._facts = config, ranks, stream, facts
+        self._config, self._ranks, self._facts = config, ranks, facts
         self._resumed, self._tracker = resumed, tracker
         self._in_a_row: int = resumed.state.get("bad_steps_in_a_row", 0) if resumed else 0
 
@@ -82,51 +75,30 @@ class BadSteps:
         checkpoint = next(iter(checkpoints_until(self._config.run.dir, step - 1)), None)
         if checkpoint is None and self._resumed is not None:  # of another run
             checkpoint = self._resumed.path
-        begun = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
         return SkippedStep(
             step=step,
-            seed=self._config.seed,
             problem="loss" if any(one.bad for one in seen) else "gradient",
-            config=self._config.run.dir / CONFIG,
+            ranks=self._ranks.world,
+            micro_batch_size=self._config.train.micro_batch_size,
             model_digest=self._facts["model_digest"],
             data_digest=self._facts["data_digest"],
             checkpoint=checkpoint,
-            steps_after_checkpoint=step - 1 - begun,
             micro_batches=tuple(seen),
         )
 
     def _seen(self, done: Update) -> list[SeenMicroBatch]:
         """This rank's micro-batches."""
-        shares = self._stream.shares(done.metrics.step - 1)
-        seen = []
-        for number, batch in enumerate(done.micro_batches):
-            share = shares[number] if shares else [UNKNOWN] * len(batch.documents)
-            loss, diffusion_nll, ar_nll, router = done.losses[number].tolist()
-            examples = [_seen_example(batch, document, *item) for document, item in enumerate(share)]
-            seen.append(
-                SeenMicroBatch(
-                    rank=self._ranks.rank,
-                    micro_batch=number,
-                    bad=not all(map(math.isfinite, (loss, diffusion_nll, ar_nll, router))),
-                    loss=loss,
-                    diffusion_nll=diffusion_nll,
-                    ar_nll=ar_nll,
-                    examples=tuple(examples),
-                )
+        losses = torch.stack(done.losses).tolist()
+        return [
+            SeenMicroBatch(
+                rank=self._ranks.rank,
+                micro_batch=number,
+                bad=not all(map(math.isfinite, values)),
+                loss=values[0],
+                examples=batch.sample_ids,
             )
-        return seen
-
-
-def _seen_example(batch: Batch, document: int, index: int, epoch: int) -> SeenExample:
-    canvases = batch.canvases_of(document)
-    return SeenExample(
-        id=batch.sample_ids[document],
-        index=index,
-        epoch=epoch,
-        canvases=tuple(batch.canvases[number][1] for number in canvases),
-        noise_levels=tuple(batch.noise_levels[number] for number in canvases),
-        self_conditioning=tuple(batch.self_condition_C[canvases].tolist()),
-    )
+            for number, (batch, values) in enumerate(zip(done.micro_batches, losses, strict=True))
+        ]
 
 
 def tell(skipped: SkippedStep) -> dict[str, str]:
@@ -136,7 +108,7 @@ def tell(skipped: SkippedStep) -> dict[str, str]:
     values = sorted({str(one.loss) for one in skipped.bad})
     where = []
     for one in skipped.bad:
-        ids = [str(example.id) for example in one.examples]
+        ids = list(map(str, one.examples))
         more = f" and {len(ids) - SHOWN_EXAMPLES} more" if len(ids) > SHOWN_EXAMPLES else ""
         where.append(f"{one.name}, examples {' '.join(ids[:SHOWN_EXAMPLES])}{more}")
     return {"problem": f"the loss ({', '.join(values)})", "where": "; ".join(where)}

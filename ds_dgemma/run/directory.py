@@ -20,8 +20,9 @@ from typing import IO, Any
 
 from ds_dgemma.checkpoint.run_state import Checkpoint, StateReader, newest, open_state, step_directories, step_directory
 from ds_dgemma.checkpoint.save import settle
-from ds_dgemma.config.file import read_yaml, resolved_yaml, same_run_problems
+from ds_dgemma.config.file import read_yaml, resolved_yaml
 from ds_dgemma.config.run import RunConfig
+from ds_dgemma.config.same_run import same_run_problems
 from ds_dgemma.errors import UserError, one_line_each, told
 from ds_dgemma.files import atomic_file, lock, sync_directory
 

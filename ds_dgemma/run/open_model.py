@@ -14,11 +14,12 @@ from transformers import DiffusionGemmaConfig
 
 from ds_dgemma.checkpoint.load import find_places, materialise, plain
 from ds_dgemma.checkpoint.names import Place, is_expert
+from ds_dgemma.checkpoint.pretrained import Pretrained
 from ds_dgemma.checkpoint.progress import ReadProgress
 from ds_dgemma.checkpoint.run_state import StateReader
 from ds_dgemma.checkpoint.weights import WeightReader
+from ds_dgemma.config.division import check_experts
 from ds_dgemma.config.run import LoraSection, RunConfig
-from ds_dgemma.config.topology import check_experts
 from ds_dgemma.engine.adapters import Adapters, attach_adapters, choose_adapters
 from ds_dgemma.engine.ds_config import DTYPES
 from ds_dgemma.engine.expert_parallel import place_experts
@@ -56,14 +57,12 @@ class OutlinedModel:
         return sizes
 
 
-def outline_run(
-    config: RunConfig, spec: DiffusionGemmaConfig, directory: Path, ranks: RankLayout, resumed: bool
-) -> OutlinedModel:
+def outline_run(config: RunConfig, model: Pretrained, ranks: RankLayout, resumed: bool) -> OutlinedModel:
     """What a run trains, on meta; see `outline_model`. Resumed adapters are read from the training state."""
     grouped = config.parallel.grouped_matmul
     return outline_model(
-        spec,
-        directory,
+        model.spec,
+        model.directory,
         ranks,
         grouped_matmul=ranks.device.type == "cuda" if grouped == "auto" else grouped == "on",
         train_router=config.model.train_router,
@@ -98,7 +97,8 @@ def outline_model(
         UserError: the experts do not divide, the checkpoint lacks tensors or has them in other shapes, or the patterns
         of `frozen` or `lora` do not fit the model.
     """
-    check_experts(text_spec(spec).num_experts, ranks.expert_parallel_size, ranks.world)
+    size = ranks.expert_parallel_size
+    check_experts(text_spec(spec).num_experts, size, ranks.world)
     stack = build_stack(
         spec,
         train_router=train_router,
@@ -107,7 +107,7 @@ def outline_model(
         image_rule=image_rule,
         train_vision_embedding=train_vision_embedding,
     )
-    place_experts(stack, ranks.expert_parallel_size, ranks.expert_rank, grouped_matmul)
+    place_experts(stack, size, ranks.expert_rank, grouped_matmul)
     reader = WeightReader(directory)
     places = find_places(stack, reader, expert_rank=ranks.expert_rank, copy_decoder_scalars=copy_decoder_scalars)
     freeze(stack, frozen, list(reader.files))

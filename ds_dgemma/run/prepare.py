@@ -7,22 +7,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from ds_dgemma.checkpoint.pretrained import open_pretrained
 from ds_dgemma.checkpoint.retention import Scores
 from ds_dgemma.checkpoint.run_state import StateReader, check_same_model
-from ds_dgemma.checkpoint.weights import local_directory, model_digest
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.data.batch import Batch, Example
 from ds_dgemma.data.examples import ExampleSet
-from ds_dgemma.data.image_files import ImageFiles, image_files
+from ds_dgemma.data.image_files import ImageFiles
 from ds_dgemma.data.read import open_stream, order_of, read_split
 from ds_dgemma.data.stream import Share, Stream
 from ds_dgemma.data.streaming import Cursor, StreamedBatches, StreamedExamples
-from ds_dgemma.data.tokenizer import load_tokenizer
 from ds_dgemma.engine.ds_config import build_cpu_adam, deepspeed_config
 from ds_dgemma.engine.trainable import check_trained
 from ds_dgemma.evaluation.exam import Exam
 from ds_dgemma.launch.hostfile import check_expert_groups
-from ds_dgemma.model.spec import read_spec, text_spec
 from ds_dgemma.objective.collate import collate
 from ds_dgemma.objective.corruption import Corruption
 from ds_dgemma.ranks.layout import RankLayout
@@ -74,23 +72,20 @@ def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
     resumed, warnings = start.resumed, list(start.warnings)
     if config.optimizer.warmup_steps >= config.train.max_steps:
         warnings.append("optimizer.warmup_steps is not below train.max_steps: the run ends before lr is reached.")
-    directory = local_directory(config.model.path, config.model.revision, download=False)
-    spec = read_spec(str(directory))
-    text = text_spec(spec)
-    tokenizer = load_tokenizer(directory, text.vocab_size)
-    model = outline_run(config, spec, directory, ranks, resumed is not None)
+    pretrained = open_pretrained(config.model.path, config.model.revision, download=False)
+    spec, tokenizer = pretrained.spec, pretrained.tokenizer
+    model = outline_run(config, pretrained, ranks, resumed is not None)
     attention, dropped = choose_kernels(config, spec, ranks.device)
     warnings += dropped
-    weights = model_digest(directory)
     if resumed:
-        check_same_model(config.model.path, weights, resumed.checkpoint)
+        check_same_model(config.model.path, pretrained.digest, resumed.checkpoint)
         check_same_optimizer(config.optimizer.type, resumed.checkpoint)
         resumed.check_fits(model.trained_sizes(ranks))
     check_trained(config, settings["zero_optimization"]["stage"], model.trained_names(), model.reader.files)
     if model.adapters and (warning := model.adapters.base_warning(config.model.path)):
         warnings.append(warning)
 
-    images = image_files(tokenizer, spec, config.data)
+    images = pretrained.images(config.data)
     told, held_out, measured_on = [], [], None
     if config.data.streaming:
         examples = open_stream(config, spec, tokenizer, ranks.is_main)
@@ -105,11 +100,11 @@ def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
         measured_on = f"{validation.digest} {len(held_out)} {config.validation.noise_levels}"
     exam, best_by = None, config.checkpoint.best_by
     if config.evaluation.every:
-        exam = Exam.of(config, directory, tokenizer, images)
+        exam = Exam.of(config, pretrained.directory, tokenizer, images)
         if best_by.startswith("evaluation/"):
             exam.check_measure(best_by)
             measured_on = exam.digest
-    corruption = Corruption(config.objective, config.seed, text.vocab_size)
+    corruption = Corruption(config.objective, config.seed, pretrained.text.vocab_size)
     build_cpu_adam(settings)
     if ranks.is_main:
         print("\n".join(told), flush=True)
@@ -119,7 +114,7 @@ def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
             print(f"continuing from {resumed.checkpoint.path}", flush=True)
     facts = {
         "model": config.model.path,
-        "model_digest": weights,
+        "model_digest": pretrained.digest,
         "optimizer": config.optimizer.type,
         "data_digest": examples.digest,
         "examples": len(examples) if isinstance(examples, ExampleSet) else 0,

@@ -7,34 +7,33 @@ step followed it they are not the very ones that the step had.
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 
-from ds_dgemma.checkpoint.run_state import Checkpoint, StateReader, check_same_model, open_state
-from ds_dgemma.checkpoint.weights import local_directory, model_digest
-from ds_dgemma.config.file import read_yaml
+from ds_dgemma.checkpoint.pretrained import open_pretrained
+from ds_dgemma.checkpoint.run_state import StateReader, check_same_model, open_state
+from ds_dgemma.config.file import recorded_config
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.data.batch import Batch
-from ds_dgemma.data.examples import ExampleSet
-from ds_dgemma.data.image_files import image_files
-from ds_dgemma.data.read import read_split
-from ds_dgemma.data.tokenizer import load_tokenizer
+from ds_dgemma.data.order import Item, Order
+from ds_dgemma.data.read import order_of, read_split
+from ds_dgemma.data.stream import Share, make_batch
 from ds_dgemma.engine.connect import connect
 from ds_dgemma.engine.router_balance import router_balance
-from ds_dgemma.errors import UserError, first_fault
+from ds_dgemma.errors import UserError
 from ds_dgemma.model.lora import seed_dropout
-from ds_dgemma.model.spec import read_spec, text_spec
 from ds_dgemma.objective.collate import collate
 from ds_dgemma.objective.corruption import Corruption
 from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
 from ds_dgemma.ranks.layout import RankLayout, disconnect
+from ds_dgemma.run.directory import CONFIG
 from ds_dgemma.run.open_model import fill_model, outline_run
-from ds_dgemma.run.replay_file import SeenExample, SeenMicroBatch, SkippedStep, checkpoints_until, read_skipped
+from ds_dgemma.run.replay_file import SeenMicroBatch, SkippedStep, checkpoints_until, read_skipped
+
+NOT_REPRODUCED = "Not reproduced: with these weights every number is finite."
 
 
 @dataclass(frozen=True)
@@ -58,54 +57,36 @@ class Outcome:
         return f"loss {self.loss:.4f}  {parts}{first}"
 
 
-class GradientNorm:
-    """Measures each parameter's gradient as the backward pass makes it, and lets it go: they never are all there."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.clear()
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(lambda made, name=name: self._take(name, made))
-
-    def clear(self) -> None:
-        """Begin anew."""
-        self._square, self.first_bad = 0.0, None
-
-    @property
-    def norm(self) -> float:
-        """L2, of all gradients since `clear`."""
-        return math.sqrt(self._square) if self._square >= 0 else math.nan
-
-    def _take(self, name: str, parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
-        norm = float(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32))
-        if not math.isfinite(norm) and self.first_bad is None:
-            self.first_bad = name
-        self._square += norm**2
-        parameter.grad = None
-
-
 class StepAlone:
-    """The objective on one process, with what it takes to run any part of the step."""
+    """The objective on one process. A gradient is measured as the backward pass makes it, and let go."""
 
     def __init__(
         self, objective: DenoisingObjective, batches: list[Batch], config: RunConfig, ranks: RankLayout
     ) -> None:
-        self._objective = objective.train()
-        self._gradient = GradientNorm(objective)
-        self._device = ranks.device
+        self._objective, self._device = objective.train(), ranks.device
         diffusion, ar = (sum(column) for column in zip(*(batch.counts() for batch in batches), strict=True))
-        ar_weight, router_weight = config.objective.encoder_loss_weight, config.objective.router_balance_weight
-        self._weights = TokenWeights.global_mean(diffusion, ar, ar_weight, len(batches))
-        self._balance = router_balance(objective, batches, ranks, router_weight)
+        settings = config.objective
+        self._weights = TokenWeights.global_mean(diffusion, ar, settings.encoder_loss_weight, len(batches))
+        self._balance = router_balance(objective, batches, ranks, settings.router_balance_weight)
+        self._norms: list[tuple[str, float]] = []
+        for name, parameter in objective.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(partial(self._take, name))
 
     def run(self, batch: Batch) -> Outcome:
         """Forward and backward of a batch."""
-        self._gradient.clear()
+        self._norms.clear()
         parts = self._objective(batch.to(self._device), self._weights, self._balance)
         parts.loss.backward()
         loss, diffusion_nll, ar_nll, _ = (float(value.detach()) for value in parts[:4])
-        return Outcome(loss, diffusion_nll, ar_nll, self._gradient.norm, self._gradient.first_bad)
+        first_bad = next((name for name, norm in self._norms if not math.isfinite(norm)), None)
+        gradient_norm = math.sqrt(sum(norm**2 for _, norm in self._norms))
+        return Outcome(loss, diffusion_nll, ar_nll, gradient_norm, first_bad)
+
+    def _take(self, name: str, parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        self._norms.append((name, float(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32))))
+        parameter.grad = None
 
 
 def replay(file: Path, checkpoint: Path | None = None, from_model: bool = False) -> None:
@@ -118,92 +99,81 @@ def replay(file: Path, checkpoint: Path | None = None, from_model: bool = False)
         UserError: `file` is no replay file, or its config, data, model or checkpoint is gone or another.
     """
     step = read_skipped(file)
-    config = _config(step, file)
+    config = _config(file)
     ranks = RankLayout.from_environment(1)
     if ranks.world > 1:
         raise UserError("replay runs in one process: start it without a launcher.")
+    if config.data.streaming:
+        raise UserError("replay needs the step's examples again, and those of data.streaming are not kept.")
     trained = None if from_model else _weights(step, config, checkpoint)
-    directory = local_directory(config.model.path, config.model.revision)
-    if model_digest(directory) != step.model_digest:
+    pretrained = open_pretrained(config.model.path, config.model.revision)
+    if pretrained.digest != step.model_digest:
         raise UserError(f"model.path: {config.model.path} has changed since {file} was written. Restore it.")
     if trained is not None:
         check_same_model(config.model.path, step.model_digest, trained.checkpoint)
-    if config.data.streaming:
-        raise UserError("replay needs the step's examples again, and those of data.streaming are not kept.")
-    spec = read_spec(str(directory))
-    text = text_spec(spec)
-    tokenizer = load_tokenizer(directory, text.vocab_size)
-    examples = read_split(config, "train", spec, tokenizer)
+    examples = read_split(config, "train", pretrained.spec, pretrained.tokenizer)
     if examples.digest != step.data_digest:
         raise UserError(f"data.train: {config.data.named('train')} has changed since {file} was written. Restore it.")
-    corruption = Corruption(config.objective, step.seed, text.vocab_size)
-    gather = partial(collate, corruption, images=image_files(tokenizer, spec, config.data))
-    batches = [_batch(seen, examples, gather, file) for seen in step.micro_batches]
-    model = outline_run(config, spec, directory, ranks, trained is not None)
+    corruption = Corruption(config.objective, config.seed, pretrained.text.vocab_size)
+    images = pretrained.images(config.data)
+    make = partial(make_batch, examples=examples, collate=partial(collate, corruption, images=images))
+    order = order_of(config, examples)
+    shares = [_items(step, config, order, seen) for seen in step.micro_batches]
+    model = outline_run(config, pretrained, ranks, trained is not None)
     if trained is not None:
         trained.check_fits(model.trained_sizes(ranks))
-    with _alone(ranks, config):
+    connect(ranks, config.parallel.collective_timeout_minutes)
+    try:
         stack = fill_model(model, ranks, {}, config.train.precision, trained, config.seed)
         objective = DenoisingObjective(stack, config.objective.logits_chunk_mib, config.objective.loss)
-        print(_heading(step, config, trained.checkpoint if trained else None))
+        alone = StepAlone(objective, [make(share) for share in shares], config, ranks)
+        source = f"checkpoint {trained.checkpoint.path}" if trained else f"model {config.model.path}"
+        print(f"step {step.step} of {config.run.dir}, skipped for its {step.problem}; weights of {source}")
+        bad: list[str] = []
+        for seen, share in zip(step.micro_batches, shares, strict=True):
+            if not seen.micro_batch:
+                seed_dropout(config.seed, step.step, seen.rank)  # a rank's micro-batches draw one after another
+            bad += _run_micro_batch(alone, seen, share, make, examples.where)
+        print(f"Reproduced: {', '.join(bad)}." if bad else NOT_REPRODUCED)
+    finally:
+        disconnect()
 
-        def make(one: SeenExample) -> tuple[Batch, str]:
-            return gather([(examples[one.index], one.epoch)]), examples.where(one.id)
 
-        bad = list(_run_all(StepAlone(objective, batches, config, ranks), step, batches, make))
-        print(_verdict(bad))
+def _items(step: SkippedStep, config: RunConfig, order: Order, seen: SeenMicroBatch) -> list[Item]:
+    """The examples of a micro-batch."""
+    share = Share(config.train.global_batch_size, step.micro_batch_size, seen.rank, step.ranks)
+    start = (step.step - 1) * share.global_batch_size
+    return [item for row in share.rows(seen.micro_batch) for item in order.row(start + row)]
 
 
-def _run_all(
-    alone: StepAlone, step: SkippedStep, batches: list[Batch], make: Callable[[SeenExample], tuple[Batch, str]]
+def _run_micro_batch(
+    alone: StepAlone,
+    seen: SeenMicroBatch,
+    share: list[Item],
+    make: Callable[[list[Item]], Batch],
+    where: Callable[[int], str],
 ) -> Iterator[str]:
-    """Print every outcome; yield the names of those that were not finite. `make`: an example's batch, and its place."""
-    rank = None
-    for seen, batch in zip(step.micro_batches, batches, strict=True):
-        if seen.rank != rank:
-            rank = seen.rank
-            seed_dropout(step.seed, step.step, rank)  # a rank's micro-batches draw one after another
-        whole = alone.run(batch)
-        print(f"{seen.name}: {whole}  (in the run: loss {seen.loss:.4f})", flush=True)
-        if not whole.finite:
-            yield seen.name
-        with torch.random.fork_rng():
-            for one in seen.examples:
-                single, where = make(one)
-                outcome = alone.run(single)
-                noise = " ".join(f"{t:.4f}" for t in one.noise_levels)
-                canvases = " ".join(map(str, one.canvases))
-                print(f"  example {one.id} ({where})  t {noise}  canvas at {canvases}  {outcome}", flush=True)
-                if not outcome.finite:
-                    yield f"example {one.id}"
+    """Print what came of a micro-batch and of its examples; yield the names of those that were not finite."""
+    whole = alone.run(make(share))
+    print(f"{seen.name}: {whole}  (in the run: loss {seen.loss:.4f})", flush=True)
+    if not whole.finite:
+        yield seen.name
+    with torch.random.fork_rng():
+        for item in share:
+            batch = make([item])
+            (number,), outcome = batch.sample_ids, alone.run(batch)
+            noise = " ".join(f"{t:.4f}" for t in batch.noise_levels)
+            canvases = " ".join(str(start) for _, start in batch.canvases)
+            print(f"  example {number} ({where(number)})  t {noise}  canvas at {canvases}  {outcome}", flush=True)
+            if not outcome.finite:
+                yield f"example {number}"
 
 
-def _verdict(bad: list[str]) -> str:
-    if not bad:
-        return "Not reproduced: with these weights every number is finite."
-    return f"Reproduced: {', '.join(dict.fromkeys(bad))}."
-
-
-def _heading(step: SkippedStep, config: RunConfig, trained: Checkpoint | None) -> str:
-    if trained is None:
-        source, done = f"model {config.model.path}", 0
-    else:
-        source, done = f"checkpoint {trained.path}", trained.step
-    # A skipped step left the weights as they were: its own checkpoint has them too.
-    between = 0 if done == step.step else step.step - 1 - done
-    age = f"{between} steps before" if between > 0 else f"{-between} steps after" if between else "as they were"
-    return f"step {step.step} of {config.run.dir}, skipped for its {step.problem}; weights of {source}, {age}"
-
-
-def _config(step: SkippedStep, file: Path) -> RunConfig:
-    beside = file.resolve().parent.parent / step.config.name  # the run directory may have been moved
-    path = beside if beside.is_file() else step.config
+def _config(file: Path) -> RunConfig:
+    path = file.resolve().parent.parent / CONFIG  # the run directory may have been moved
     if not path.is_file():
-        raise UserError(f"{file} is of a run whose {step.config} is gone. Put the file back into the run's replay/.")
-    try:
-        config = RunConfig.model_validate(read_yaml(path))
-    except ValidationError as error:
-        raise UserError(f"{path} is not what a run of this version writes: {first_fault(error)}.") from error
+        raise UserError(f"{file} is not in a run directory's replay/: {path} is missing. Put it back there.")
+    config = recorded_config(path)
     return config.model_copy(update={"run": config.run.model_copy(update={"dir": path.parent})})
 
 
@@ -223,23 +193,3 @@ def _weights(step: SkippedStep, config: RunConfig, chosen: Path | None) -> State
         f"no whole checkpoint from before step {step.step} is left in {config.run.dir}. Name one with --checkpoint, or "
         "say --model for the weights that the run started from."
     )
-
-
-def _batch(seen: SeenMicroBatch, examples: ExampleSet, gather: Callable[..., Batch], file: Path) -> Batch:
-    """The micro-batch, made again; what the file says of it must hold."""
-    if not seen.examples or any(one.index >= len(examples) or one.index < 0 for one in seen.examples):
-        raise UserError(f"{file}: {seen.name} has examples that the data has not.")
-    batch = gather([(examples[one.index], one.epoch) for one in seen.examples])
-    levels = tuple(level for one in seen.examples for level in one.noise_levels)
-    if (tuple(one.id for one in seen.examples), levels) != (batch.sample_ids, batch.noise_levels):
-        raise UserError(f"{file}: {seen.name} has other ids or noise levels than the run's config makes. Restore both.")
-    return batch
-
-
-@contextmanager
-def _alone(ranks: RankLayout, config: RunConfig) -> Iterator[None]:
-    connect(ranks, config.parallel.collective_timeout_minutes)
-    try:
-        yield
-    finally:
-        disconnect()

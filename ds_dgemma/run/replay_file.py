@@ -1,7 +1,6 @@
-"""`replay/step-NNNNNN.json`: what a skipped step computed on, enough to compute it again alone.
+"""`replay/step-NNNNNN.json`: what it takes to compute a skipped step again, alone.
 
-The batch is a function of seed, step and data, so its ids stand for it; noise levels, canvases and coins are there
-for the reader, and to be compared when it is made again.
+A batch is a function of the run's config, its data, the step and how it was shared out, so the file names those.
 """
 
 from pathlib import Path
@@ -22,17 +21,6 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
-class SeenExample(_Part):
-    """One example of a micro-batch."""
-
-    id: int  # of its source and row
-    index: int  # among the examples that are trained on
-    epoch: int
-    canvases: tuple[int, ...]  # where the scored ones start
-    noise_levels: tuple[float, ...]  # of each of them
-    self_conditioning: tuple[bool, ...]  # of each of them
-
-
 class SeenMicroBatch(_Part):
     """One forward and backward of one rank."""
 
@@ -40,9 +28,7 @@ class SeenMicroBatch(_Part):
     micro_batch: int
     bad: bool  # its loss was not finite
     loss: float  # as differentiated: the share of the global mean, times ranks and micro-batches
-    diffusion_nll: float
-    ar_nll: float
-    examples: tuple[SeenExample, ...]
+    examples: tuple[int, ...]  # their ids
 
     @property
     def name(self) -> str:
@@ -54,14 +40,13 @@ class SkippedStep(_Part):
     """A step that was left out on every rank."""
 
     step: int
-    seed: int
     # gradient: every loss was finite; which rank its gradient went bad on is not to be seen after it was reduced
     problem: Literal["loss", "gradient"]
-    config: Path  # the run's config.yaml
+    ranks: int
+    micro_batch_size: int  # it may change within a run
     model_digest: str
     data_digest: str
     checkpoint: Path | None  # the newest at that moment; None: the model that the run started from
-    steps_after_checkpoint: int  # that were made, or skipped, between it and this one
     micro_batches: tuple[SeenMicroBatch, ...] = Field(min_length=1)
 
     @property

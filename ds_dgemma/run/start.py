@@ -28,7 +28,8 @@ from ds_dgemma.run.directory import (
 )
 from ds_dgemma.run.prepare import Prepared, prepare
 from ds_dgemma.run.requirements import check_environment
-from ds_dgemma.tracking.sinks import ConsoleSink, JsonlSink, Sink, Tracker, WandbSink
+from ds_dgemma.tracking.services import open_services
+from ds_dgemma.tracking.sinks import ConsoleSink, JsonlSink, Tracker
 from ds_dgemma.watch.launcher_watch import watch_launcher
 from ds_dgemma.watch.liveness import Liveness
 
@@ -42,13 +43,9 @@ def open_tracker(config: RunConfig, ranks: RankLayout, start: int, stop: StopReq
     """Rank 0's sinks; the metrics file is cut back to the step that the run continues from."""
     if not ranks.is_main:
         return Tracker([], stop.wish)
-    sinks: list[Sink] = [
-        JsonlSink(config.run.dir / METRICS, start, patient=config.checkpoint.on_error == "continue"),
-        ConsoleSink(config.train.max_steps, start, config.tracking.console_every),
-    ]
-    if config.tracking.wandb.mode != "disabled":
-        sinks.append(WandbSink(config.tracking.wandb, config.run.dir, config.model_dump(mode="json")))
-    return Tracker(sinks, stop.wish)
+    file = JsonlSink(config.run.dir / METRICS, start, patient=config.checkpoint.on_error == "continue")
+    console = ConsoleSink(config.train.max_steps, start, config.tracking.console_every)
+    return Tracker([file, console, *open_services(config, start, file.told)], stop.wish)
 
 
 def start(train: Train, about: str | None, argv: list[str] | None = None) -> int:

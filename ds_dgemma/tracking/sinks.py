@@ -1,30 +1,26 @@
-"""Where records go: `metrics.jsonl`, the console and wandb. Rank 0 has the sinks, every other rank none.
+"""Where records go: `metrics.jsonl`, the console, and the services in `tracking/services`. Rank 0 has the sinks, every
+other rank none.
 
-A sink has two methods: `write(record)` and `close(failed)`. After a resume the run repeats the steps since
-its checkpoint: `JsonlSink` forgets the first telling of them; wandb, which cannot forget, skips the second.
+A sink has two methods: `write(record)` and `close(failed)`. After a resume the run repeats the steps since its
+checkpoint: `JsonlSink` forgets the first telling of them.
 """
 
 import os
-import secrets
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from ds_dgemma.config.run import WandbSection
-from ds_dgemma.errors import UserError, first_fault
+from ds_dgemma.errors import UserError
 from ds_dgemma.files import atomic_file
 from ds_dgemma.tracking.metrics import START, Record, StepMetrics, read_lines, to_line
 
 TABLES = ("answers",)  # rows rather than a number
-WANDB_START_SECONDS = 60
-WANDB_FINISH_SECONDS = 300
 
 
 class Sink(Protocol):
@@ -78,9 +74,10 @@ class JsonlSink:
     def __init__(self, path: Path, keep_through_step: int, patient: bool = False) -> None:
         self._path, self._patient = path, patient
         self._pending: list[str] = []
+        self.told = 0  # steps that the file told before it was cut back
         try:
             if path.exists():
-                _cut_back(path, keep_through_step)
+                self.told = _cut_back(path, keep_through_step)
             self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise UserError(f"metrics cannot be written: {path}: {error.strerror}.") from error
@@ -130,15 +127,17 @@ class JsonlSink:
         return UserError(f"metrics cannot be written: {self._path}: {error.strerror}. Make room.")
 
 
-def _cut_back(path: Path, keep_through_step: int) -> None:
-    """Drop every record after a step, whole or not at all; a start from that step too, for this one tells it again."""
-    kept = [
-        line
-        for line, record in read_lines(path)
-        if int(record["step"]) + (record.get("kind") == START) <= keep_through_step
-    ]
+def _cut_back(path: Path, keep_through_step: int) -> int:
+    """Drop every record after a step, whole or not at all; a start from that step too, for this one tells it again.
+
+    Returns the last step that there was.
+    """
+    lines = list(read_lines(path))
     with atomic_file(path) as file:
-        file.writelines(kept)
+        file.writelines(
+            line for line, record in lines if int(record["step"]) + (record.get("kind") == START) <= keep_through_step
+        )
+    return max((int(record["step"]) for _, record in lines), default=0)
 
 
 class ConsoleSink:
@@ -220,77 +219,3 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-class WandbSink:
-    """Weights & Biases, under the names of `metrics.jsonl`; a record of another kind becomes `kind/name`.
-
-    The run id lives in the run directory, so a resumed run continues its curve. wandb uploads in a process of
-    its own; what goes wrong there, or here, after the start costs the curve and never the training.
-    """
-
-    def __init__(self, config: WandbSection, run_dir: Path, resolved_config: dict[str, Any]) -> None:
-        import wandb  # slow to import and pointless when disabled
-
-        self._wandb = wandb
-        id_file = run_dir / "wandb_id"
-        if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4) + "\n")
-        try:
-            self._run = wandb.init(
-                project=config.project,
-                entity=config.entity,
-                name=config.name or run_dir.resolve().name,
-                tags=config.tags,
-                id=id_file.read_text().strip(),
-                resume="allow",
-                mode=config.mode,
-                dir=run_dir,
-                config=resolved_config,
-                # console: wandb's capture of stdout would record every redraw of the progress bar
-                settings=wandb.Settings(
-                    init_timeout=WANDB_START_SECONDS, finish_timeout=WANDB_FINISH_SECONDS, console="off"
-                ),
-            )
-        except (wandb.Error, ValidationError) as error:  # of its own settings
-            reason = first_fault(error) if isinstance(error, ValidationError) else error
-            raise UserError(
-                f"wandb did not start (tracking.wandb.mode = {config.mode}): {reason}\n"
-                "  Log in with `wandb login`, or set tracking.wandb.mode to offline (`wandb sync` uploads "
-                "later) or to disabled."
-            ) from error
-        self._broken = False
-
-    def write(self, record: Record) -> None:
-        """Log one record, unless wandb has this step from before a resume."""
-        if self._broken or int(record["step"]) < self._run.step:
-            return
-        prefix = f"{record['kind']}/" if "kind" in record else ""
-        try:
-            named = {
-                prefix + key: self._table(value) if key in TABLES else value
-                for key, value in record.items()
-                if key not in ("kind", "step") and value is not None
-            }
-            self._run.log(named, step=int(record["step"]))
-        except Exception as error:  # any failure of a service that the training does not need
-            self._give_up(error)
-
-    def _table(self, rows: list[dict[str, Any]]) -> Any:
-        columns: list[Any] = list(dict.fromkeys(name for row in rows for name in row))
-        return self._wandb.Table(columns=columns, data=[[row.get(name) for name in columns] for row in rows])
-
-    def close(self, failed: bool) -> None:
-        """Upload what is left, for a bounded time."""
-        try:
-            self._run.finish(exit_code=int(failed))
-        except Exception as error:  # as above
-            self._give_up(error)
-
-    def _give_up(self, error: Exception) -> None:
-        print(
-            f"wandb stopped: {error}. Training goes on; metrics.jsonl has every step.",
-            file=sys.stderr,
-            flush=True,
-        )
-        self._broken = True

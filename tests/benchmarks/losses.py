@@ -30,18 +30,17 @@ import torch
 
 from ds_dgemma.checkpoint.export import export_run
 from ds_dgemma.checkpoint.load import find_places, materialise, plain
+from ds_dgemma.checkpoint.pretrained import open_pretrained
 from ds_dgemma.checkpoint.weights import WeightReader
 from ds_dgemma.config.file import load_config
 from ds_dgemma.config.run import LossName, ObjectiveSection
 from ds_dgemma.data.read import read_split
 from ds_dgemma.data.sudoku import write_sudoku
-from ds_dgemma.data.tokenizer import load_tokenizer
 from ds_dgemma.evaluation.evaluate import evaluate
 from ds_dgemma.evaluation.open_model import Source, find_model
 from ds_dgemma.evaluation.questions import section_of
 from ds_dgemma.evaluation.validation import FIXED_EPOCH
 from ds_dgemma.model.build import build_stack
-from ds_dgemma.model.spec import read_spec, text_spec
 from ds_dgemma.objective.collate import collate
 from ds_dgemma.objective.corruption import Corruption
 from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
@@ -92,15 +91,13 @@ def train(folder: Path, loss: str, seed: int, args: argparse.Namespace) -> None:
 @torch.no_grad()
 def diffusion_loss(model: Path, data: Path, loss: LossName) -> float:
     """Mean over the canvases' tokens, at levels, noise and coins that are every model's."""
-    spec = read_spec(str(model))
-    stack, reader = build_stack(spec), WeightReader(model)
+    opened = open_pretrained(str(model))
+    stack, reader = build_stack(opened.spec), WeightReader(model)
     materialise(stack, reader, find_places(stack, reader), plain(torch.float32, "cpu"), device="cpu")
     objective = DenoisingObjective(stack, 16, loss).eval()
-    text = text_spec(spec)
-    tokenizer = load_tokenizer(model, text.vocab_size)
     config = load_config(ROOT / "ds_configs/runs/sudoku.yaml", [f"data.train={data}"])
-    examples = read_split(config, "train", spec, tokenizer)
-    corruption = Corruption(ObjectiveSection(), 0, text.vocab_size)
+    examples = read_split(config, "train", opened.spec, opened.tokenizer)
+    corruption = Corruption(ObjectiveSection(), 0, opened.text.vocab_size)
     nll, tokens = 0.0, 0
     for start in range(0, len(examples), BATCH):
         rows = range(start, min(start + BATCH, len(examples)))

@@ -154,14 +154,6 @@ def test_what_workers_get_is_small(tmp_path, path, tokenizer):
     assert len(pickle.dumps(examples)) < 20_000  # tokens and tables stay on disk
 
 
-def test_a_batch_that_ranks_cannot_share_is_refused():
-    with pytest.raises(
-        UserError,
-        match=r"not a multiple of 6, train.micro_batch_size 2 × 3 ranks\. Set train.global_batch_size 6 or 12",
-    ):
-        Share(global_batch_size=8, micro_batch_size=2, world_size=3)
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_users_mistake_in_a_worker_keeps_its_text(tmp_path, path, tokenizer, workers):
     config = settings(path)

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import signal
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -18,12 +19,15 @@ import psutil
 import pytest
 import torch
 
-from ds_dgemma.config.run import WandbSection
+from ds_dgemma.config.tracking import TrackioSection, WandbSection
 from ds_dgemma.errors import UserError
-from ds_dgemma.tracking import sinks
 from ds_dgemma.tracking.metrics import START, StepMetrics, memory_gib, peak_flops, read_lines
 from ds_dgemma.tracking.plots import plot_runs, smooth
-from ds_dgemma.tracking.sinks import ConsoleSink, JsonlSink, Tracker, WandbSink
+from ds_dgemma.tracking.services import wandb
+from ds_dgemma.tracking.services.tensorboard import TensorBoard
+from ds_dgemma.tracking.services.trackio import Trackio
+from ds_dgemma.tracking.services.wandb import Wandb
+from ds_dgemma.tracking.sinks import ConsoleSink, JsonlSink, Tracker
 from tests.training import REPOSITORY
 
 NAMES = "step loss loss_diffusion loss_ar grad_norm lr samples tokens seconds tokens_per_second memory_gib mfu"
@@ -203,7 +207,7 @@ def test_wandb_offline_keeps_the_run_id_and_survives_a_step_it_has_seen(tmp_path
         monkeypatch.setenv(name, secret)
     config = WandbSection(mode="offline", project="tests")
     for steps in (range(1, 6), range(3, 8)):  # the second one resumed from step 2
-        with Tracker([WandbSink(config, tmp_path, {"seed": 1, "train": {"max_steps": 7}})], pytest.fail) as tracker:
+        with Tracker([Wandb(config, tmp_path, {"seed": 1, "train": {"max_steps": 7}})], pytest.fail) as tracker:
             for step in steps:
                 tracker.track(metrics(step))
                 tracker.track({"kind": "validation", "step": step, "loss": 1.0})
@@ -224,9 +228,64 @@ def test_wandb_that_cannot_start_says_what_to_do(tmp_path: Path, monkeypatch) ->
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody answers, on any machine
-    monkeypatch.setattr(sinks, "WANDB_START_SECONDS", 2)
+    monkeypatch.setattr(wandb, "START_SECONDS", 2)
     with pytest.raises(UserError, match="offline"):
-        WandbSink(WandbSection(mode="online"), tmp_path, {})
+        Wandb(WandbSection(mode="online"), tmp_path, {})
+
+
+def test_tensorboard_has_each_step_once_after_a_resume(tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for start, steps in ((0, range(1, 6)), (2, range(3, 8))):
+        with Tracker([TensorBoard(tmp_path, {"seed": 1}, start)], pytest.fail) as tracker:
+            for step in steps:
+                tracker.track(metrics(step, loss=start + step))
+            tracker.track({"kind": "evaluation", "step": steps[-1], "exact": 1.0, "answers": [{"answer": "a|b\nc"}]})
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
+        *((step, step) for step in (1, 2)),
+        *((step, 2 + step) for step in range(3, 8)),
+    ]
+    assert [event.value for event in events.Scalars("evaluation/exact")] == [1.0]
+    shown = [event.tensor_proto.string_val[0] for event in events.Tensors("evaluation/answers/text_summary")]
+    assert shown[-1:] == [b"| answer |\n| --- |\n| a\\|b<br>c |"]
+
+
+TRACKIO = """
+import sys
+from pathlib import Path
+from ds_dgemma.config.tracking import TrackioSection
+from ds_dgemma.tracking.services.trackio import Trackio
+folder, told, begin, end = Path(sys.argv[1]), *map(int, sys.argv[2:])
+service = Trackio(TrackioSection(project="tests", name="run"), folder, {"seed": 1}, told)
+for step in range(begin, end):
+    service.write({"step": step, "loss": 0.5})
+service.write({"kind": "evaluation", "step": end - 1, "answers": [{"answer": "It is 7."}]})
+service.close(False)
+"""
+
+
+def test_trackio_has_each_step_once_after_a_resume(tmp_path: Path) -> None:
+    pytest.importorskip("trackio")
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
+    for begin in ("0 1 6", "5 3 8"):
+        command = [sys.executable, "-c", TRACKIO, str(tmp_path), *begin.split()]
+        subprocess.run(command, check=True, env=environment, cwd=REPOSITORY, capture_output=True, text=True)
+    (database,) = (tmp_path / "trackio").glob("tests*.db")
+    with sqlite3.connect(database) as rows:
+        found = [
+            (step, json.loads(text)) for step, text in rows.execute("SELECT step, metrics FROM metrics ORDER BY id")
+        ]
+    assert [step for step, values in found if "loss" in values] == list(range(1, 8))
+    assert sum("It is 7." in str(values) for _, values in found) == 2
+
+
+def test_a_service_whose_package_is_missing_says_what_to_install(tmp_path: Path, monkeypatch) -> None:
+    for module in ("trackio", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=r"pip install 'ds-dgemma\[trackio\]'"):
+        Trackio(TrackioSection(), tmp_path, {}, 0)
+    with pytest.raises(UserError, match=r"pip install 'ds-dgemma\[tensorboard\]'"):
+        TensorBoard(tmp_path, {}, 0)
 
 
 def test_memory_is_in_gib_and_at_least_what_is_resident_now() -> None:
