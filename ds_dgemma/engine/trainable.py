@@ -42,7 +42,7 @@ def trained_names(module: nn.Module) -> list[str]:
 
 
 def check_trained(config: RunConfig, stage: int, trained: Sequence[str], tensors: Iterable[str]) -> None:
-    """Raise `UserError` where what is `trained` does not go with config or ZeRO stage; `tensors`: the checkpoint's names."""
+    """Raise `UserError` where what is `trained` does not go with config or stage; `tensors`: all of the checkpoint."""
     check_stage(stage, trained)
     check_groups(config.optimizer, trained, tensors)
     check_router_balance(config.objective.router_balance_weight, trained)

@@ -1,8 +1,7 @@
 """What layers keep for the backward pass, traced on meta: `sweep.LayerPass` itself reads, denoises and computes again.
 
-The tensors that live on after a visit are counted: so the count follows the modules, adapters and
-attention included, at no cost. One part is written out: what the routed experts keep on AutoEP's grouped path, which
-depends on the routing.
+The tensors that live on after a visit are counted: so the count follows the modules, adapters and attention included,
+at no cost. Written out is what the routed experts keep on AutoEP's grouped path, which depends on the routing.
 
 Shapes: N tokens of a call, H hidden, k experts per token, F an expert's intermediate. Sources: deepspeed 0.19.8
 `module_inject/auto_ep_layer.py` (`_forward`, `combine_from_routed`), `moe/ep_experts.py`.

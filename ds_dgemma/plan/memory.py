@@ -146,7 +146,7 @@ def _layer_backward(inventory: Inventory, layers: Sequence[Activations], shape: 
     cast = 1 if setup.sent == setup.element else 2  # interleaved by rank, and before that in another type
     return {
         "activations kept": sum(stored for stored, _ in kept[:-1]),
-        "one layer, kept or recomputed": max(kept[-1][0], *(again for _, again in kept[:-1])),
+        "one layer, kept or recomputed": max([kept[-1][0], *(again for _, again in kept[:-1])]),
         "working": tokens * H * FP32 * WORKING_COPIES + rows * H * (FP32 + setup.element),
         "all-to-all": travelling * H * setup.element,
         "gathered layer": max(_gathered(unit, setup) for unit in units),

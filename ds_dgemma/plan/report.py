@@ -21,8 +21,7 @@ def as_dict(plan: Plan, tflops: float) -> dict[str, Any]:
         "trained_parameters": plan.inventory.trained_count,
         "fits": not plan.problems,
         "verdict": verdict(plan),
-        "nearest": nearest
-        and {"changes": nearest.changes, "gpus": nearest.setup.gpus, "memory": asdict(nearest.memory)},
+        "nearest": nearest and {"changes": nearest.changes, "needed": nearest.memory.needed},
         "memory": asdict(needed) | {"worst": needed.worst, "peak": needed.peak, "needed": needed.needed},
         "node_host_bytes": plan.node_bytes,
         "step": asdict(plan.cost) | {"seconds": plan.cost.flops / (tflops * 1e12)},

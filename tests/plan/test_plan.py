@@ -95,8 +95,9 @@ def test_a_verdict_holds_for_the_setup_that_it_names(tmp_path):
     assert found.problems
     assert found.nearest is not None
     settings = [change.replace(": ", "=") for change in found.nearest.changes]
-    assert settings
     assert not plan(tmp_path, *large, *settings).problems
+    for needed in settings:
+        assert plan(tmp_path, *large, *(other for other in settings if other != needed)).problems
     assert plan(tmp_path, *large, gpu_memory=10, host=1).nearest is None  # nothing can be done
     offloaded = plan(tmp_path, gpu_memory=20, host=1000)
     assert offloaded.nearest is not None
@@ -244,6 +245,13 @@ def test_arithmetic_is_that_of_the_batch(tmp_path):
     assert found.cost.flops - nothing_again.flops == 2 * rows * again
 
 
+def test_a_model_of_one_layer_has_a_plan(tmp_path):
+    shapes.config(rehearse=True, layers=1).save_pretrained(tmp_path / "model")
+    moment = plan(tmp_path, f"model.path={tmp_path / 'model'}", gpus=1).memory.moments["a layer, backward"]
+    assert moment["one layer, kept or recomputed"]
+    assert not moment["activations kept"]
+
+
 def test_the_command_prints_a_table_or_json(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(RUN)
     common = ["plan", "--config", str(tmp_path / "run.yaml"), "--set", "parallel.expert_parallel_size=8"]
@@ -260,15 +268,16 @@ def test_the_command_prints_a_table_or_json(tmp_path, capsys):
     assert re.search(r"Does not fit on 8 GPUs of 24 GiB", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize(("length", "chunk", "gpu_memory", "changes"), [(4096, 20000, 70, 1), (512, 256, 3, 0)])
-def test_logits_in_large_chunks_are_to_blame_or_nothing_near_fits(length, chunk, gpu_memory, changes, tmp_path):
-    settings = [f"data.max_length={length}", f"objective.logits_chunk_mib={chunk}"]
-    found = plan(tmp_path, *settings, gpu_memory=gpu_memory)
-    if changes:
-        assert found.nearest is not None
-        assert found.nearest.changes == ["objective.logits_chunk_mib: 64"]
-    else:
-        assert "GPUs of this size: take GPUs of more memory, set data.max_length below 512" in verdict(found)
+def test_logits_in_large_chunks_are_told(tmp_path):
+    found = plan(tmp_path, "objective.logits_chunk_mib=20000", gpu_memory=70)
+    assert found.nearest is not None
+    assert found.nearest.changes == ["objective.logits_chunk_mib: 64"]
+
+
+def test_where_nothing_near_fits_that_is_said(tmp_path):
+    found = plan(tmp_path, "data.max_length=512", gpu_memory=3)
+    assert found.nearest is None
+    assert "GPUs of this size: take GPUs of more memory, set data.max_length below 512" in verdict(found)
 
 
 READY = sorted(path for path in (ROOT / "ds_configs" / "runs").glob("*.yaml") if "ds-dgemma plan" in path.read_text())
