@@ -13,7 +13,6 @@ rendered is told in `rendering.py`. Three rules keep training and generation the
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
@@ -29,8 +28,7 @@ from ds_dgemma.data.pictures import origins
 from ds_dgemma.data.rendering import ChatTemplate, as_templates_read
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """A sequence with learned spans; a row has one, or more where the template rewrites earlier turns."""
 
     row: int
@@ -149,7 +147,7 @@ class _Writer:
         Raises:
             BadRow: a part of the text has no token, or an answer of weight 0 no borders.
         """
-        if self._unknown_id in tokens.ids and self._unknown not in draft.last.text:
+        if self._unknown_id is not None and self._unknown_id in tokens.ids and self._unknown not in draft.last.text:
             raise BadRow(
                 "the tokenizer has no token for a part of this row, which would become "
                 f"{self._unknown}. Change the text, the chat template or the tokenizer."

@@ -9,9 +9,9 @@ TOLD_BY, an example file in ds_configs/examples/, a test.
 """
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from ds_dgemma.config.data import ColumnsSection, FormatName
 from ds_dgemma.data.columns import Row, list_columns, map_columns
@@ -49,6 +49,7 @@ WORDS = listed(
     "tools functions tool_calls function_call tool_responses tool_choice response_format "
     "chat_template chat_template_kwargs enable_thinking"
 )
+NO_TURNS = frozenset((*TOOLS, *COLUMNS))
 OF_ALL_TURNS = frozenset((*SYSTEM, *TOOLS, *WEIGHTS, "chat_template_kwargs"))
 TEMPLATE_ARGUMENTS = frozenset(
     ("messages", "conversation", "tools", "tokenize", "add_generation_prompt", "continue_final_message")
@@ -63,14 +64,13 @@ SHAREGPT_ROLES = {
 }
 
 
-@dataclass(frozen=True)
-class Conversation:
+class Conversation(NamedTuple):
     """Turns, and what belongs to all of them."""
 
     messages: list[Message]
     weights: list[float | None]  # of each message, by the row's own word; None: it says nothing
     tools: list[dict[str, Any]] | None = None
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    template_kwargs: dict[str, Any] = {}  # noqa: RUF012  (no one changes it)
     has_images: bool = False
 
 
@@ -112,17 +112,19 @@ def read_row(record: dict[str, Any], layout: Layout) -> tuple[Conversation | Tex
     else:
         name = layout.format
         if name == "auto":
-            name = _told_format(tuple(key for key, value in row.items() if value is not None), tuple(record))
+            name = _told_format(tuple([key for key, value in row.items() if value is not None]), tuple(record))
         else:
             _demand(row, name)
         read = FORMATS[name](row)
     if isinstance(read, Conversation):
         messages, has_images = place(read.messages, column)
-        read = replace(read, messages=messages, has_images=has_images) if has_images else read
+        read = read._replace(messages=messages, has_images=has_images) if has_images else read
     elif column:
         raise BadRow(f"{column[0].name} stands beside running text, which has no place for it. Give a conversation.")
     unread = _left_over(row, read, name) if row else []
-    for key in record.keys() - row.keys() - layout.ignore - {*TOOLS, *COLUMNS, named}:
+    for key in record:
+        if key in row or key in layout.ignore or key in NO_TURNS or key == named:
+            continue
         unread += [f"{name} of {key}" for name in sorted(keys_not_read(record[key]) - layout.ignore)]
     return read, unread
 

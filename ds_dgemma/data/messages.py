@@ -60,7 +60,7 @@ def is_plain(raw: Any) -> bool:
     role, content = raw.get("role"), raw.get("content")
     if type(role) is not str or type(content) is not str:
         return False
-    return role in SPEAKERS and content.strip() != "" and _is_text(content)
+    return role in SPEAKERS and content != "" and not content.isspace() and _is_text(content)
 
 
 def _is_text(content: str) -> bool:
@@ -151,7 +151,9 @@ def _refuse_unknown(raw: dict[str, Any], known: frozenset[str], name: str) -> No
 
 def keys_not_read(turns: Any) -> set[str]:
     """The keys of messages that were let through and that no one reads."""
-    objects = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    if not isinstance(turns, list):
+        return set()
+    objects = [turn for turn in turns if isinstance(turn, dict) and not turn.keys() <= READ_ANYWHERE]
     return {key for turn in objects for key, value in turn.items() if key not in READ_ANYWHERE and value not in EMPTY}
 
 

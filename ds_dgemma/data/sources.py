@@ -9,7 +9,7 @@ import glob
 import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -161,7 +161,7 @@ def read_rows(chunk: Chunk, source: Source, reading: Reading) -> Iterator[tuple[
         try:
             read, unread = read_row(record, layout)
             if isinstance(read, Conversation) and read.has_images:
-                read = replace(read, messages=placed_in(read.messages, source.folder(row)))
+                read = read._replace(messages=placed_in(read.messages, source.folder(row)))
         except BadRow as problem:
             reading.bad(row, problem)
             continue
