@@ -50,22 +50,19 @@ def make_shapes(args: argparse.Namespace) -> None:
 
 
 def plan(args: argparse.Namespace) -> int:
-    """Tell the memory, time and traffic of a run before it is started, and whether it fits (else exit code 1)."""
+    """Tell the memory, arithmetic and traffic of a run before it is started, and whether it fits (else exit code 1)."""
     from rich.console import Console
 
     from ds_dgemma.config.file import load_config
-    from ds_dgemma.plan.cost import Machine
     from ds_dgemma.plan.plan import Limits, make_plan
     from ds_dgemma.plan.report import as_dict, tables
 
     limits = Limits(args.gpu_memory, args.host_memory, args.gpus_per_node)
-    link = args.link_gbps or (300.0 if args.gpus <= args.gpus_per_node else 40.0)
-    machine = Machine(args.peak_tflops, args.utilisation, link, args.host_link_gbps, args.host_memory_gbps)
-    planned = make_plan(load_config(args.config, args.set), args.gpus, limits, machine, args.length, args.images)
+    planned = make_plan(load_config(args.config, args.set), args.gpus, limits, args.length, args.images)
     if args.json:
-        print(json.dumps(as_dict(planned), indent=2))
+        print(json.dumps(as_dict(planned, args.tflops), indent=2))
     else:
-        Console().print(tables(planned))
+        Console().print(tables(planned, args.tflops))
     return EXIT_DOES_NOT_FIT if planned.problems else 0
 
 
@@ -224,23 +221,11 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     )
     plan_.add_argument("--images", type=_above_zero(int, most=1000), default=0, metavar="N", help="in each example (0)")
     plan_.add_argument(
-        "--peak-tflops", type=_above_zero(float), default=989.0, metavar="X", help="of a GPU, dense (989, H100)"
-    )
-    plan_.add_argument(
-        "--utilisation", type=_above_zero(float, most=1), default=0.25, metavar="X", help="share of that reached (0.25)"
-    )
-    plan_.add_argument(
-        "--link-gbps", type=_above_zero(float), metavar="X", help="GB/s a GPU sends (300 in a node, 40 between nodes)"
-    )
-    plan_.add_argument(
-        "--host-link-gbps", type=_above_zero(float), default=25.0, metavar="X", help="GB/s, GPU and host (25)"
-    )
-    plan_.add_argument(
-        "--host-memory-gbps",
+        "--tflops",
         type=_above_zero(float),
-        default=20.0,
+        default=250.0,
         metavar="X",
-        help="GB/s of host memory per GPU (20)",
+        help="that a GPU reaches (250, H100 at a quarter)",
     )
     plan_.add_argument("--json", action="store_true", help="every figure, in bytes and seconds")
 

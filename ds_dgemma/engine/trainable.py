@@ -7,6 +7,7 @@ from torch import nn
 
 from ds_dgemma.checkpoint.names import checkpoint_name, matching
 from ds_dgemma.config.optimizer import OptimizerSection
+from ds_dgemma.config.run import RunConfig
 from ds_dgemma.errors import UserError, did_you_mean, one_line_each
 
 
@@ -38,6 +39,13 @@ def all_names(module: nn.Module) -> list[str]:
 def trained_names(module: nn.Module) -> list[str]:
     """The names, as in the checkpoint, of what is not frozen."""
     return sorted({checkpoint_name(name) for name, p in module.named_parameters() if p.requires_grad})
+
+
+def check_trained(config: RunConfig, stage: int, trained: Sequence[str], tensors: Iterable[str]) -> None:
+    """Raise `UserError` where what is `trained` does not go with config or stage; `tensors`: all of the checkpoint."""
+    check_stage(stage, trained)
+    check_groups(config.optimizer, trained, tensors)
+    check_router_balance(config.objective.router_balance_weight, trained)
 
 
 def check_stage(stage: int, trained: Sequence[str]) -> None:

@@ -1,1 +1,1 @@
-"""What a run needs before it is started: memory, time and traffic, from the model's config.json and the run config."""
+"""What a run needs before it is started: memory, arithmetic and traffic, from the model's and the run's config."""

@@ -1,37 +1,18 @@
-"""The choices that memory and time depend on, apart from the model: ranks, batch, ZeRO. The search varies these."""
+"""The choices that memory and arithmetic depend on, apart from the model: ranks, batch, ZeRO; an example's shape."""
 
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from ds_dgemma.config.division import check_topology
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.engine.ds_config import DTYPES, zero_config
 from ds_dgemma.engine.optimizers import is_muon_matrix
 from ds_dgemma.errors import UserError
 from ds_dgemma.model.sweep import Checkpointing
-from ds_dgemma.plan.inventory import Inventory, Parameter
+from ds_dgemma.plan.inventory import Parameter
 
 SOFT_TOKENS = 280  # of an image, as Gemma 4's processor has it unless told otherwise
 MARKS = 2  # the tokens at an image's begin and end
-
-
-@dataclass(frozen=True)
-class Zero:
-    """What DeepSpeed's JSON says of memory, its defaults filled in; sizes in elements."""
-
-    stage: int
-    reduce_bucket: int
-    prefetch_bucket: int
-    reuses: bool  # keeps a weight whole for a use that follows at once
-    persistence_threshold: int
-    sub_group: int
-    overlap: bool
-    contiguous: bool
-    communication_bytes: int  # an element of a gradient on its way
-    offload_optimizer: bool
-    offload_parameters: bool
+SENT_AS = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}  # bytes of DeepSpeed's communication_data_type
 
 
 @dataclass(frozen=True)
@@ -43,30 +24,25 @@ class Setup:
     global_batch_size: int
     micro_batch_size: int
     activation_checkpointing: Checkpointing
+    logits_chunk_mib: int
     balances_routers: bool
     muon: bool
-    dtype: torch.dtype
-    zero: Zero
-
-    @property
-    def element(self) -> int:
-        """Bytes of a weight."""
-        return self.dtype.itemsize
+    element: int  # bytes of a weight
+    sent: int  # bytes of a gradient's element on its way
+    stage: int
+    offload_optimizer: bool
+    offload_param: bool
+    zero: Any  # the rest of DeepSpeed's reading of its ZeRO block; sizes in elements
 
     @property
     def accumulation(self) -> int:
         """Micro-batches of one optimizer step."""
         return self.global_batch_size // (self.micro_batch_size * self.gpus)
 
-    def guesses(self, shape: "Shape", probability: float) -> tuple[float, float]:
-        """First guesses of a micro-batch, as many as are expected: those of a coin, and those to stay in step."""
-        canvases = self.micro_batch_size * shape.canvases
-        return probability * canvases, (1 - probability) ** canvases
-
     @property
-    def counting_passes(self) -> int:
-        """Forwards of every micro-batch before the first backward: what all routers chose is counted first."""
-        return 1 if self.balances_routers and self.accumulation > 1 else 0
+    def forwards(self) -> int:
+        """Of a micro-batch: one more where routers are balanced over several, to count what all of them chose."""
+        return 2 if self.balances_routers and self.accumulation > 1 else 1
 
     def local(self, parameter: Parameter) -> int:
         """Elements of a parameter that one rank computes with."""
@@ -76,13 +52,21 @@ class Setup:
         """Ranks over which ZeRO partitions what `local` counts."""
         return self.gpus // self.expert_parallel_size if parameter.is_expert else self.gpus
 
-    def is_muons(self, parameter: Parameter) -> bool:
-        """Whether Muon updates a parameter, of which it keeps one moment where AdamW keeps two."""
-        return self.muon and is_muon_matrix(parameter.name, len(parameter.shape))
-
     def share(self, parameter: Parameter) -> int:
         """Elements of one rank's partition, padding included."""
         return -(-self.local(parameter) // self.holders(parameter))
+
+    def is_small(self, parameter: Parameter) -> bool:
+        """Whether ZeRO-3 keeps a parameter whole beside its shares."""
+        return self.local(parameter) <= self.zero.param_persistence_threshold
+
+    def comes(self, parameter: Parameter) -> bool:
+        """Whether ZeRO-3 puts a parameter on the GPU that is not there: not so what one rank alone holds."""
+        return self.stage == 3 and (self.holders(parameter) > 1 or self.offload_param)
+
+    def is_muons(self, parameter: Parameter) -> bool:
+        """Whether Muon updates a parameter, of which it keeps one moment where AdamW keeps two."""
+        return self.muon and is_muon_matrix(parameter.name, len(parameter.shape))
 
 
 @dataclass(frozen=True)
@@ -95,14 +79,9 @@ class Shape:
     images: tuple[int, ...] = ()  # soft tokens of each, among the clean ones
 
     @property
-    def canvas(self) -> int:
-        """Canvas tokens of an example."""
-        return self.canvases * self.canvas_length
-
-    @property
     def tokens(self) -> int:
         """All tokens of one example."""
-        return self.clean + self.canvas
+        return self.clean + self.canvases * self.canvas_length
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -111,65 +90,38 @@ class Shape:
 
 
 def read_setup(config: RunConfig, deepspeed: dict[str, Any], gpus: int) -> Setup:
-    """The setup that `config` and DeepSpeed's joined settings ask for.
-
-    Raises:
-        UserError: the batch or the expert groups do not divide over `gpus`.
-    """
-    check_topology(config, gpus)
-    dtype = DTYPES[config.train.precision]
+    """The setup that `config` and DeepSpeed's joined settings ask for, which were checked to divide over `gpus`."""
+    zero, element = zero_config(deepspeed), DTYPES[config.train.precision].itemsize
     return Setup(
         gpus=gpus,
         expert_parallel_size=config.parallel.expert_parallel_size,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
         activation_checkpointing=config.train.activation_checkpointing,
+        logits_chunk_mib=config.objective.logits_chunk_mib,
         balances_routers=config.objective.router_balance_weight > 0,
         muon=config.optimizer.type == "muon",
-        dtype=dtype,
-        zero=read_zero(deepspeed, dtype),
-    )
-
-
-def read_zero(deepspeed: dict[str, Any], dtype: torch.dtype) -> Zero:
-    """What DeepSpeed's settings say of memory, for weights of `dtype`."""
-    zero = zero_config(deepspeed)
-    communication = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}.get(
-        str(deepspeed.get("communication_data_type")), dtype.itemsize
-    )
-    return Zero(
+        element=element,
+        sent=SENT_AS.get(str(deepspeed.get("communication_data_type")), element),
         stage=int(zero.stage),
-        reduce_bucket=zero.reduce_bucket_size,
-        prefetch_bucket=zero.prefetch_bucket_size,
-        reuses=zero.max_reuse_distance > 0,
-        persistence_threshold=zero.param_persistence_threshold,
-        sub_group=zero.sub_group_size,
-        overlap=bool(zero.overlap_comm),
-        contiguous=zero.contiguous_gradients,
-        communication_bytes=communication,
-        offload_optimizer=_on_cpu(zero.offload_optimizer),
-        offload_parameters=_on_cpu(zero.offload_param),
+        offload_optimizer=getattr(zero.offload_optimizer, "device", None) == "cpu",
+        offload_param=getattr(zero.offload_param, "device", None) == "cpu",
+        zero=zero,
     )
 
 
-def read_shape(config: RunConfig, inventory: Inventory, length: int | None = None, images: int = 0) -> Shape:
+def read_shape(config: RunConfig, canvas: int, length: int | None = None, images: int = 0) -> Shape:
     """The longest example that the config lets through, or one of `length` clean tokens, with so many images.
 
     Raises:
-        UserError: that is less than a canvas.
+        UserError: that is less than a canvas of so many tokens.
     """
-    clean, canvas = length or config.data.max_length, inventory.canvas_length
+    clean = length or config.data.max_length
     if clean < canvas:
         setting = f"--length {length}" if length else f"data.max_length = {clean}"
         raise UserError(f"{setting} is less than a canvas, {canvas} tokens: no example would fit. Set more.")
-    wanted = config.objective.canvases_per_example
-    most = max(1, clean // canvas)
+    wanted, most = config.objective.canvases_per_example, max(1, clean // canvas)
     soft = config.data.max_soft_tokens or SOFT_TOKENS
     if images * (soft + MARKS) + canvas > clean:
         raise UserError(f"--images {images}: of {soft} tokens each they do not fit {clean} tokens beside a canvas.")
-    canvases = most if wanted == "all" else min(wanted, most)
-    return Shape(clean, canvases, canvas, (soft,) * images)
-
-
-def _on_cpu(offload: Any) -> bool:
-    return offload is not None and str(getattr(offload.device, "value", offload.device)) == "cpu"
+    return Shape(clean, most if wanted == "all" else min(wanted, most), canvas, (soft,) * images)

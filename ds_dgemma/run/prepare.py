@@ -18,7 +18,7 @@ from ds_dgemma.data.read import open_stream, order_of, read_split
 from ds_dgemma.data.stream import Share, Stream
 from ds_dgemma.data.streaming import Cursor, StreamedBatches, StreamedExamples
 from ds_dgemma.engine.ds_config import build_cpu_adam, deepspeed_config
-from ds_dgemma.engine.trainable import check_groups, check_router_balance, check_stage
+from ds_dgemma.engine.trainable import check_trained
 from ds_dgemma.evaluation.exam import Exam
 from ds_dgemma.launch.hostfile import check_expert_groups
 from ds_dgemma.objective.collate import collate
@@ -81,9 +81,7 @@ def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
         check_same_model(config.model.path, pretrained.digest, resumed.checkpoint)
         check_same_optimizer(config.optimizer.type, resumed.checkpoint)
         resumed.check_fits(model.trained_sizes(ranks))
-    check_stage(settings["zero_optimization"]["stage"], model.trained_names())
-    check_groups(config.optimizer, model.trained_names(), model.reader.files)
-    check_router_balance(config.objective.router_balance_weight, model.trained_names())
+    check_trained(config, settings["zero_optimization"]["stage"], model.trained_names(), model.reader.files)
     if model.adapters and (warning := model.adapters.base_warning(config.model.path)):
         warnings.append(warning)
 

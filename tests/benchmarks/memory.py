@@ -149,14 +149,13 @@ def measure(arguments: list[str], out: Path) -> None:
 def planned_kinds(config: Path, overrides: list[str], processes: int) -> dict[str, int]:
     """The same kinds as `plan` has them, wherever they lie; for examples as long as those of the second step."""
     from ds_dgemma.config.file import load_config
-    from ds_dgemma.plan.cost import Machine
     from ds_dgemma.plan.plan import Limits, make_plan, read_shapes
 
-    settings, machine = load_config(config, overrides), Machine(1, 1, 1, 1, 1)
+    settings = load_config(config, overrides)
     metrics = (settings.run.dir / "metrics.jsonl").read_text().splitlines()
     tokens = json.loads(metrics[-1])["tokens"] // settings.train.global_batch_size
     spec, _ = read_shapes(settings)
-    plan = make_plan(settings, processes, Limits(80, None, 8), machine, tokens - spec.canvas_length)
+    plan = make_plan(settings, processes, Limits(80, None, 8), tokens - spec.canvas_length)
     needed, kinds = plan.memory, dict(plan.memory.resident)
     kinds |= {f"sent: {kind}": size for kind, size in plan.cost.sent.items()}
     for kind, size in needed.host.items():

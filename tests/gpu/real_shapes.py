@@ -28,7 +28,6 @@ from ds_dgemma.engine.ds_config import deepspeed_config
 from ds_dgemma.model.flops import batch_work, products_of
 from ds_dgemma.model.spec import read_spec
 from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
-from ds_dgemma.plan.cost import Machine
 from ds_dgemma.plan.plan import Limits, make_plan
 from ds_dgemma.ranks.layout import RankLayout, disconnect
 from ds_dgemma.run.open_model import fill_model, outline_model
@@ -65,7 +64,7 @@ def open_engine(layers: int, rehearse: bool, ranks: RankLayout) -> tuple[Any, in
         outlined = outline_model(read_spec(str(directory)), directory, ranks, grouped_matmul=grouped)
         stack = fill_model(outlined, ranks, settings, "bf16")
         clean, _, _ = shapes.lengths(rehearse)
-        planned = make_plan(run, 1, Limits(80, None, 8), Machine(1, 1, 1, 1, 1), clean).memory.peak
+        planned = make_plan(run, 1, Limits(80, None, 8), clean).memory.peak
     return start_engine(DenoisingObjective(stack, run.objective.logits_chunk_mib).train(), settings), planned
 
 
