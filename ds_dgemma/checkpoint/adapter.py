@@ -26,7 +26,7 @@ from ds_dgemma.checkpoint.names import DECODER, checkpoint_name, is_adapter, is_
 from ds_dgemma.checkpoint.weights import FLOATS
 from ds_dgemma.config.run import LoraSection
 from ds_dgemma.errors import UserError, first_fault, first_line, one_line_each
-from ds_dgemma.model.lora import FACTORS, PREFIXES, Factor, Target
+from ds_dgemma.model.lora import FACTORS, PREFIXES, Factor, Target, is_named
 from ds_dgemma.model.stack import DiffusionGemmaStack
 
 CONFIG = "adapter_config.json"
@@ -214,16 +214,11 @@ def _is_for_the_decoder_only(keys: Iterable[str]) -> bool:
 
 def _names(lora: LoraSection, target: Target, prefix: str) -> bool:
     """Whether PEFT's settings name a weight in this place of the model."""
-
-    def fits(pattern: tuple[str, ...] | str | None) -> bool:
-        name = prefix + target.name
-        if isinstance(pattern, str):
-            return pattern == "all-linear" or bool(re.fullmatch(pattern, name))
-        return any(name == ending or name.endswith(f".{ending}") for ending in pattern or ())
-
+    name = prefix + target.name
     if target.experts:
-        return fits(lora.target_parameters)
-    return fits(lora.target_modules) and not fits(lora.exclude_modules)
+        return is_named(lora.target_parameters, name)
+    named = lora.target_modules == "all-linear" or is_named(lora.target_modules, name)
+    return named and not is_named(lora.exclude_modules, name)
 
 
 def check_continues(reader: AdapterReader, targets: Iterable[Target], lora: LoraSection) -> None:

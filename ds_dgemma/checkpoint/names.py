@@ -10,12 +10,11 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-DECODER = "model.decoder."
-DECODER_LAYERS = "model.decoder.layers."
-ENCODER = "model.encoder.language_model."
+from ds_dgemma.model.spec import DECODER, ENCODER
+
+DECODER_LAYERS, ENCODER_LAYERS = f"{DECODER}layers.", f"{ENCODER}layers."
 EMBED_VISION = "embed_vision."
 ENCODER_EMBED_VISION = "model.encoder.embed_vision."
-ENCODER_LAYERS = "model.encoder.language_model.layers."
 _EXPERT = re.compile(r"(?P<layer>layers\.\d+\.experts)\.experts\.(?P<part>w1|w2|w3)$")
 _EXPERT_ADAPTER = re.compile(r"(?P<layer>layers\.\d+\.experts)\.experts\.(?P<part>(?:gate_up|down)_proj\.lora_[AB])$")
 _ENCODER_SCALAR = re.compile(r"layers\.(\d+)\.encoder_layer_scalar$")

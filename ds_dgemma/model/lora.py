@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from ds_dgemma.config.run import ATTENTION_AND_MLP, LoraSection
 from ds_dgemma.errors import did_you_mean, one_line_each
 from ds_dgemma.model.dropout import PartDropout
-from ds_dgemma.model.spec import text_spec
+from ds_dgemma.model.spec import DECODER, ENCODER, text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
 
 Factor = Literal["lora_A", "lora_B"]
 FACTORS: tuple[Factor, Factor] = ("lora_A", "lora_B")
-PREFIXES = ("model.decoder.", "model.encoder.language_model.")
+PREFIXES = (DECODER, ENCODER)
 EXPERT_TENSORS = ("gate_up_proj", "down_proj")
 
 
@@ -94,19 +94,23 @@ def _matched(
     """What PEFT's kind of pattern picks of `names`; an expression or ending that picks none is a problem."""
     found: set[str] = set()
     for part in (pattern,) if isinstance(pattern, str) else pattern or ():
-        whole = isinstance(pattern, str)
-        picked = {name for name in names if _fits(part, name, whole)}
+        alone = part if isinstance(pattern, str) else (part,)
+        picked = {name for name in names if _fits(alone, name)}
         if not picked:
             problems.append(f"lora.{key}  {part!r} matches no {_kind(key)} of this model.{_hint(part, names, others)}")
         found |= picked
     return found
 
 
-def _fits(part: str, name: str, whole: bool) -> bool:
-    full = [prefix + name for prefix in PREFIXES]
-    if whole:
-        return any(re.fullmatch(part, candidate) for candidate in full)
-    return any(candidate == part or candidate.endswith(f".{part}") for candidate in full)
+def is_named(pattern: tuple[str, ...] | str | None, name: str) -> bool:
+    """Whether PEFT's kind of pattern, an expression for whole names or a list of endings, names a module."""
+    if isinstance(pattern, str):
+        return bool(re.fullmatch(pattern, name))
+    return any(name == ending or name.endswith(f".{ending}") for ending in pattern or ())
+
+
+def _fits(pattern: tuple[str, ...] | str, name: str) -> bool:
+    return any(is_named(pattern, prefix + name) for prefix in PREFIXES)
 
 
 def _kind(key: str) -> str:
@@ -114,7 +118,7 @@ def _kind(key: str) -> str:
 
 
 def _hint(part: str, names: Iterable[str], others: Iterable[str]) -> str:
-    if any(_fits(part, other, whole=False) for other in others):
+    if any(_fits((part,), other) for other in others):
         right = "target_parameters" if "experts" in part or part in EXPERT_TENSORS else "target_modules"
         return f" It belongs in lora.{right}."
     endings = sorted({re.sub(r"^layers\.\d+\.", "", name) for name in names})

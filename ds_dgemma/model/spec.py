@@ -13,6 +13,8 @@ from transformers import DiffusionGemmaConfig
 from ds_dgemma.errors import UserError, first_line, one_line_each
 
 ARCHITECTURE = "DiffusionGemmaForBlockDiffusion"
+# The language model's tensors in a checkpoint, and what transformers ties to them
+DECODER, ENCODER = "model.decoder.", "model.encoder.language_model."
 SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads",
     "num_key_value_heads", "head_dim", "num_experts", "top_k_experts", "sliding_window",
