@@ -96,14 +96,14 @@ def test_a_command_that_cannot_be_kept_going_is_refused(sudoku_run: Path, tmp_pa
     script.write_text("deepspeed")
     script.chmod(0o755)
     run = ["--config", str(sudoku_run), "--set", f"run.dir={tmp_path / 'run'}"]
-    assert f"{script} cannot be started: it is a script without" in told(str(script), *run)
+    assert f"Exec format error: '{script}'" in told(str(script), *run)
     assert "hosts cannot be read" in told("bash", "launch/multinode.sh", "--hostfile", str(tmp_path / "hosts"), *run)
     for resume in ("never", tmp_path / "run/checkpoints/step-000010"):
         said = told("deepspeed", *run, "--set", f"run.resume={resume}")
         assert said.startswith(f"run.resume = {resume}  would stop at the second try. Set run.resume: auto")
     for wait in ("nan", "-1", "1e12"):
         said = told("--wait", wait, "deepspeed", *run)
-        assert f"argument --wait: expected seconds, 0 to 604,800, found {wait}" in said
+        assert "--wait, --longest-wait: expected seconds, 0 to 604,800" in said
 
 
 @pytest.mark.slow

@@ -10,7 +10,9 @@ trap 'rm -rf "$scratch"' EXIT
 ${PYTHON:-python3} -m venv "$scratch/venv"
 pip() { "$scratch/venv/bin/pip" install --quiet ${DS_DGEMMA_PIP_ARGS:-} "$@"; }
 pip build
-"$scratch/venv/bin/python" -m build --wheel --outdir "$out" .
+mkdir "$scratch/source" # setuptools leaves a build/ behind
+git ls-files -z | xargs -0 cp --parents --target-directory "$scratch/source"
+"$scratch/venv/bin/python" -m build --wheel --outdir "$out" "$scratch/source"
 pip torch==2.13.0 # by itself, as launch/setup.sh has it where there is no GPU
 pip "$out"/ds_dgemma-*.whl
 cd "$scratch"

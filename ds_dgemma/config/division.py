@@ -1,9 +1,9 @@
 """What must divide what: batch by ranks, ranks and experts by expert-parallel ranks. Each is asked here alone."""
 
-from collections.abc import Sequence
-from math import isqrt
+from collections.abc import Mapping, Sequence
+from math import gcd, isqrt
 
-from ds_dgemma.config.run import RunConfig
+from ds_dgemma.config.run import ParallelSection, RunConfig
 from ds_dgemma.errors import UserError, one_line_each
 
 
@@ -39,6 +39,23 @@ def check_experts(experts: int, expert_parallel_size: int, world_size: int) -> N
         raise UserError(
             f"parallel.expert_parallel_size = {expert_parallel_size} does not divide the model's {experts} experts. "
             f"With {ranks(world_size)}: {either(fitting)}."
+        )
+
+
+def check_expert_groups(parallel: ParallelSection, slots: Mapping[str, int]) -> None:
+    """Keep every expert group inside one node, unless the config allows otherwise.
+
+    Groups are neighbouring ranks and ranks are numbered node by node, so they fit when they divide every node.
+
+    Raises:
+        UserError: the nodes that a group would leave, and what to set.
+    """
+    ep = parallel.expert_parallel_size
+    split = [f"{host} has {count}" for host, count in slots.items() if count % ep]
+    if split and not parallel.expert_groups_across_nodes:
+        raise UserError(
+            f"parallel.expert_parallel_size = {ep}  does not divide the ranks of every node: {', '.join(split)}. Set "
+            f"it to {gcd(ep, *slots.values())}, or let groups reach across: parallel.expert_groups_across_nodes true."
         )
 
 

@@ -1,69 +1,65 @@
-"""The hostfile of a job, in the format of the `deepspeed` launcher; what that lets through is refused here.
+"""The two files that a person writes for a job on several nodes, in DeepSpeed's formats: checked, line by line.
 
-node1 slots=8   # a comment
-node2 slots=8
+The hostfile has a line `node1 slots=8` for every node; comments begin with #. `.deepspeed_env` has NAME=VALUE lines for
+the environment of the ranks; it is looked for in the home directory and in the current one, under the name that
+DS_ENV_FILE gives. A value is read by the node's shell inside double quotes, so `$HOME` and `$(cat ~/.wandb_key)` mean
+the node's. The second is how a secret gets there: everybody on a node can read the launcher's command line.
 """
 
 import logging
+import os
 import re
-from collections.abc import Mapping
-from math import gcd
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ds_dgemma.config.run import ParallelSection
 from ds_dgemma.errors import UserError, one_line_each, told
 
 FORM = "`node1 slots=8`"
-MOST_DIGITS = 4  # of a number of ranks
+HOST = re.compile(r"([\w.:][\w.:-]*)\s+slots=([1-9][0-9]{0,3})", re.ASCII)
+FILTERS = "--num_nodes and --num_gpus, or --include or --exclude, which is NODE, all slots of a host, or NODE:0,2"
+VARIABLE = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(\"?)(.*?)\2\s*")
+SECRET = re.compile(  # of NAME=VALUE: a name that speaks of one and no $ to read it, or http://user:password@host
+    r"\w*?((KEY|SECRET|PASSWORD|CREDENTIAL)S?|TOKEN|PASSWD|PASSPHRASE|(?<![A-Z])(PASS|PWD|PAT|O?AUTH))=[^$]"
+    r"|.*://[^/@\s]*:[^$/@\s][^/@\s]*@",
+    re.IGNORECASE,
+)
+
+
+def _lines(path: Path, form: str) -> Iterator[tuple[str, str]]:
+    """The lines of a file that say something, each with its place."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {told(error)}. It has lines {form}.") from None
+    for number, line in enumerate(lines, start=1):
+        if line.partition("#")[0].strip():
+            yield f"{path}:{number}", line
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Slots of every host, in the order of the ranks.
+    """Slots of every host, in the order of the ranks. DeepSpeed would read `slots=8GPUs`, or start no ranks of 0.
 
     Raises:
         UserError: the file cannot be read, or lines of it are wrong; each is told with its number.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not UTF-8 text (byte {error.start}). A hostfile has a line per host: {FORM}."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"--hostfile {path} cannot be read: {told(error)}. It has a line per host: {FORM}.") from None
     hosts: dict[str, int] = {}
     problems = []
-    for number, line in enumerate(lines, start=1):
-        words = line.partition("#")[0].split()
-        if not words:
-            continue
-        problem = _problem(words, hosts)
-        if problem:
-            problems.append(f"{path}:{number}: {line.strip()[:80]!r} {problem}")
+    for place, line in _lines(path, FORM):
+        found = HOST.fullmatch(line.partition("#")[0].strip())
+        if not found:
+            problems.append(
+                f"{place}: {line.strip()[:80]!r} is not {FORM}: a host that ssh knows, and its ranks, 1 to 9999"
+            )
+        elif found[1].lower() in map(str.lower, hosts):
+            problems.append(f"{place}: has a host that an earlier line has: {found[1]}. One line, with all slots")
         else:
-            hosts[words[0]] = int(words[1].removeprefix("slots="))
+            hosts[found[1]] = int(found[2])
     if not hosts and not problems:
         problems.append(f"{path}: no host in it. Write a line per host: {FORM}")
     if problems:
         raise one_line_each("the hostfile", problems)
     return hosts
-
-
-def _problem(words: list[str], before: dict[str, int]) -> str | None:
-    """What is wrong with a line; DeepSpeed would read on after the digits, start 0 ranks, or show a stack trace."""
-    host, *settings = words
-    if len(settings) != 1 or not settings[0].startswith("slots="):
-        return f"is not {FORM}: a host, and the ranks that it runs"
-    slots = settings[0].removeprefix("slots=")
-    if not (slots.isascii() and slots.isdigit() and len(slots) <= MOST_DIGITS):
-        return f"has slots={slots[:20]}: a whole number of ranks is needed, such as its GPUs, below 10,000"
-    if int(slots) == 0:
-        return "has no slots: a host without ranks is left out (# before the line)"
-    if host.lower() in map(str.lower, before):
-        return f"has a host that an earlier line has: {host}. One line for each, with all of its slots"
-    if host.startswith("-") or not all(letter.isalnum() or letter in "-._:" for letter in host):
-        return f"has no name of a host: {host!r}. ssh's users and ports belong in ~/.ssh/config"
-    return None
 
 
 def select_hosts(
@@ -74,52 +70,48 @@ def select_hosts(
     Raises:
         UserError: the options contradict each other, or name what the hostfile does not have.
     """
-    if not (include or exclude or num_nodes >= 0 or num_gpus >= 0):
-        return {host: list(range(slots)) for host, slots in hosts.items()}
     from deepspeed.launcher import runner
 
-    if (include or exclude) and (num_nodes >= 0 or num_gpus >= 0):
-        raise UserError("--include and --exclude do not go with --num_nodes and --num_gpus: choose one way.")
-    for option, text in (("--include", include), ("--exclude", exclude)):
-        _check_filter(option, text)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     try:
-        active = runner.parse_inclusion_exclusion(hosts, include, exclude)
+        if (include or exclude) and (num_nodes >= 0 or num_gpus >= 0):
+            raise ValueError("filters and numbers together")
+        active = dict(runner.parse_inclusion_exclusion(hosts, include, exclude))
+        active = dict(runner.apply_num_nodes_and_gpus(active, num_nodes, num_gpus))
+        if not active or num_nodes > len(hosts) or any(len(slots) > hosts[host] for host, slots in active.items()):
+            raise ValueError(f"the hostfile has {hosts}")
     except ValueError as error:
-        raise UserError(f"--include, --exclude: {error}.") from None
-    active = dict(runner.apply_num_nodes_and_gpus(active, num_nodes, num_gpus))
-    if not active:
-        raise UserError("--include, --exclude: no host is left of the hostfile.")
-    if num_nodes > len(hosts):
-        raise UserError(f"--num_nodes {num_nodes}: the hostfile has {len(hosts)} hosts.")
-    for host, slots in active.items():
-        if len(slots) > hosts[host]:
-            raise UserError(f"--num_gpus {num_gpus}: the hostfile gives {host} {hosts[host]} slots.")
+        raise UserError(f"{FILTERS}: {str(error)[:200]}") from None
     return active
 
 
-def _check_filter(option: str, text: str) -> None:
-    for node in filter(None, text.split("@")):
-        if not re.fullmatch(rf"[^:]+(:[0-9]{{1,{MOST_DIGITS}}}(,[0-9]{{1,{MOST_DIGITS}}})*)?", node):
-            raise UserError(
-                f"{option} {text}: {node!r} is not NODE, all slots of a host, or NODE:0,2, some of them by number from "
-                "0. @ joins several."
-            )
-
-
-def check_expert_groups(parallel: ParallelSection, slots: Mapping[str, int]) -> None:
-    """Keep every expert group inside one node, unless the config allows otherwise.
-
-    Groups are neighbouring ranks and ranks are numbered node by node, so they fit when they divide every node.
+def rank_environment() -> dict[str, str]:
+    """What `.deepspeed_env` says, over this virtual environment's PATH, this directory's PYTHONPATH and this NCCL_*.
 
     Raises:
-        UserError: the nodes that a group would leave, and what to set.
+        UserError: lines that are not NAME=VALUE, and secrets written out.
     """
-    ep = parallel.expert_parallel_size
-    split = [f"{host} has {count}" for host, count in slots.items() if count % ep]
-    if split and not parallel.expert_groups_across_nodes:
-        largest = gcd(ep, *slots.values())
-        raise UserError(
-            f"parallel.expert_parallel_size = {ep}  does not divide the ranks of every node: {', '.join(split)}. Set "
-            f"it to {largest}, or let groups reach across nodes: parallel.expert_groups_across_nodes true."
-        )
+    values = {name: value for name, value in os.environ.items() if name.startswith("NCCL_")}
+    values["PATH"] = f"{Path(sys.executable).parent}:$PATH"
+    values["PYTHONPATH"] = ":".join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH", "")]))
+    name, problems = os.environ.get("DS_ENV_FILE", ".deepspeed_env"), []
+    for path in dict.fromkeys(path.resolve() for path in (Path.home() / name, Path(name)) if path.is_file()):
+        for place, line in _lines(path, "NAME=VALUE"):
+            found = VARIABLE.fullmatch(line)
+            if not found:
+                problems.append(f"{place}: is not NAME=VALUE, without `export`")
+            elif SECRET.match(f"{found[1]}={found[3]}"):
+                problems.append(
+                    f"{place}: {found[1]} is written out, and every process list would show it. Write "
+                    f"{found[1]}=$(cat FILE), which the node reads, or log in on the nodes"
+                )
+            else:
+                values[found[1]] = found[3]
+    if problems:
+        raise one_line_each("the ranks' environment", problems)
+    return values
+
+
+def exports(values: Mapping[str, str]) -> str:
+    """The beginning of a shell's line that has this environment; inside double quotes the shell still expands `$`."""
+    return "".join('export {}="{}"; '.format(name, value.replace('"', '\\"')) for name, value in values.items())

@@ -2,41 +2,33 @@
 
 Every process of a job has its id in the environment. That finds the ranks wherever a launcher put them: `deepspeed`
 dies of signals without telling its ranks, under pdsh they hang below sshd, and DeepSpeed's own clean-up
-(`pkill -f ... deepspeed.launcher.launch`) would end other jobs too. A guard process outlives whoever started the job,
-SIGKILL included, and ends what is left of it.
+(`pkill -f ... deepspeed.launcher.launch`) would end other jobs too.
 
-    python -m ds_dgemma.launch.job stop ID             ask the ranks of this machine to stop: SIGTERM, once
-    python -m ds_dgemma.launch.job kill ID SECONDS     end what is left of the job on this machine after so long
-    python -m ds_dgemma.launch.job guard ID NODES      wait for the end of standard input, then do so on all nodes
+Every machine of a job has a guard (`python -m ds_dgemma.launch.job ID`) in a session of its own. It outlives who
+started the job, SIGKILL included, and reads words from it: `stop`, ask the ranks, those to come too, once each; `end`,
+the launchers have ended, kill what is left after a while; `now`, at once. The end of its input means stop and end.
 """
 
-import errno
-import json
 import os
-import select
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from threading import Event
-from types import FrameType
+from dataclasses import dataclass, field
 
 import psutil
 
-from ds_dgemma.errors import UserError, told
-
-JOB = "DS_DGEMMA_JOB"  # in the environment of every process of a job: its id
+JOB = "DS_DGEMMA_JOB"  # in the environment: the id
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 LAUNCHERS_OWN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+NEW_SECONDS = 2  # for processes whose ssh was on its way
 KILL_SECONDS = 20  # for processes to die of SIGKILL
-NODE_SECONDS = 60  # for a short command on a node
-MODULE = "ds_dgemma.launch.job"  # as a program it is called __main__
+NODE_SECONDS = 60  # for a node to do something short
 # What ranks get to end by themselves when their launcher has ended: a checkpoint's time after a signal that asked for
 # one, and otherwise more than they take to notice and to try for one.
 ASKED_SECONDS, UNASKED_SECONDS = 660, 30
@@ -46,233 +38,125 @@ ASKED_SECONDS, UNASKED_SECONDS = 660, 30
 class Nodes:
     """The machines of a job besides this one, and how to run something there in the same directory."""
 
-    hosts: tuple[str, ...] = ()
+    slots: dict[str, list[int]] = field(default_factory=dict)  # of every host in the order of the ranks: its GPUs
     ssh: tuple[str, ...] = ("ssh",)
+    environment: dict[str, str] = field(default_factory=dict)  # of the ranks
     directory: str = "."
     python: str = sys.executable
+    job: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    def command(self, host: str, line: str) -> list[str]:
-        """The ssh command that runs a shell's line on a host."""
-        return [*self.ssh, host, line]
-
-    def here(self, *arguments: str) -> str:
-        """A shell's line that runs this module on a node."""
-        return f"cd {shlex.quote(self.directory)} && exec {shlex.join([self.python, '-m', MODULE, *arguments])}"
+    def python_on(self, host: str, before: str, *arguments: str) -> list[str]:
+        """The ssh command that runs Python on a host, in the directory, after a shell's line."""
+        run = shlex.join([self.python, *arguments])
+        return [*self.ssh, host, f"cd {shlex.quote(self.directory)} || exit; {before} exec {run}"]
 
 
-class Signals:
-    """The signals that ask to stop, kept from now on instead of ending the process."""
-
-    def __init__(self) -> None:
-        self.received: list[signal.Signals] = []
-        self._arrived = Event()
-        for number in STOPPING:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
-                signal.signal(number, self._keep)
-
-    def _keep(self, number: int, _: FrameType | None) -> None:
-        self.received.append(signal.Signals(number))
-        self._arrived.set()
-
-    def sleep(self, seconds: float) -> None:
-        """Wait so long, or until the first signal."""
-        self._arrived.wait(seconds)
+def keep_signals() -> list[signal.Signals]:
+    """The signals that ask to stop: from now on they come into this list instead of ending the process."""
+    received: list[signal.Signals] = []
+    for number in STOPPING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
+            signal.signal(number, lambda number, _: received.append(signal.Signals(number)))
+    return received
 
 
-def run_job(
-    commands: Sequence[Sequence[str]], environment: Mapping[str, str], signals: Signals, nodes: Nodes, job: str
-) -> int:
+def run_job(commands: Iterable[Sequence[str]], signals: Sequence[signal.Signals], nodes: Nodes) -> int:
     """Run commands side by side to their end and return the highest exit code.
 
     The first signal is passed on to the ranks, which all agree on it; a second one ends the job at once. Nothing of the
     job is alive on any node that can be reached when this returns.
 
     Raises:
-        UserError: the system cannot start a command.
+        OSError: the system cannot start a command.
     """
-    surroundings = {name: value for name, value in environment.items() if name not in LAUNCHERS_OWN}
-    guard = _start_guard(job, nodes)
-    processes: list[subprocess.Popen] = []
-    seconds = UNASKED_SECONDS
-    try:
-        for command in commands:
-            processes.append(_start(command, {**surroundings, JOB: job}))
-        while any(process.poll() is None for process in processes):
-            if signals.received and seconds == UNASKED_SECONDS:
-                seconds = ASKED_SECONDS if _ask_ranks(job, nodes) else 0  # no rank has begun: nothing to save
-            if seconds == 0 or len(signals.received) > 1:
-                seconds = 0
-                break
-            time.sleep(0.2)
-        if seconds == UNASKED_SECONDS and nodes.hosts and any((process.returncode or 0) < 0 for process in processes):
-            _ask_ranks(job, nodes)  # those of other machines do not see that what started them was killed
-            seconds = ASKED_SECONDS
-    finally:
-        _dismiss(guard, seconds, signals)
-        codes = [process.wait() for process in processes]
-    return max(code if code >= 0 else 128 - code for code in codes)
+    own = {name: value for name, value in os.environ.items() if name not in LAUNCHERS_OWN}
+    guards = _start_guards(nodes)
+    pipes: dict = {"stdin": subprocess.DEVNULL, "env": {**own, JOB: nodes.job}}
+    launchers = [subprocess.Popen(command, start_new_session=True, **pipes) for command in commands]
+    said, until = set[str](), float("inf")
+    while any(one.poll() is None for one in [*launchers, *guards.values()]) and time.monotonic() < until:
+        killed = any((launcher.poll() or 0) < 0 for launcher in launchers)
+        if signals or (killed and nodes.slots):  # ranks of other machines do not see that what started them was killed
+            _say("stop", guards, said)
+        if len(signals) > 1:
+            _say("now", guards, said)
+        if all(launcher.poll() is not None for launcher in launchers) and "end" not in said:
+            _say("end", guards, said)
+            until = time.monotonic() + ASKED_SECONDS + KILL_SECONDS + NODE_SECONDS
+        time.sleep(0.1)
+    if unsure := ", ".join(machine for machine, guard in guards.items() if guard.poll() != 0):
+        print(f"cannot tell whether processes of the job are left on {unsure}", file=sys.stderr, flush=True)
+    return max(code if code >= 0 else 128 - code for code in (launcher.wait() for launcher in launchers))
 
 
-def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen:
-    try:
-        return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
-    except OSError as error:
-        reason = "it is a script without a first line such as #!/usr/bin/env bash"
-        raise UserError(
-            f"{command[0]} cannot be started: {reason if error.errno == errno.ENOEXEC else told(error)}."
-        ) from None
+def _start_guards(nodes: Nodes) -> dict[str, subprocess.Popen]:
+    """The guards by machine; none of them is a process of the job."""
+    guard = ("-m", "ds_dgemma.launch.job", nodes.job)
+    commands = {"this machine": [sys.executable, *guard, *["launchers"] * bool(nodes.slots)]}
+    commands |= {host: nodes.python_on(host, "", *guard) for host in nodes.slots}
+    pipes: dict = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "bufsize": 0}
+    return {host: subprocess.Popen(line, start_new_session=True, **pipes) for host, line in commands.items()}
 
 
-def _dismiss(guard: subprocess.Popen, seconds: int, signals: Signals) -> None:
-    """Let the guard end what is left after so many seconds, or at once when a second signal comes."""
-    assert guard.stdin is not None
-    with suppress(BrokenPipeError):
-        guard.stdin.write(f"{seconds}\n")
-        guard.stdin.flush()
-    while guard.poll() is None:
-        if len(signals.received) > 1:
-            guard.stdin.close()  # no more time
-        time.sleep(0.05)
+def _say(word: str, guards: Mapping[str, subprocess.Popen], said: set[str]) -> None:
+    """Say a word to all guards, once."""
+    for guard in guards.values() if word not in said else ():
+        with suppress(BrokenPipeError):
+            assert guard.stdin
+            guard.stdin.write(f"{word}\n".encode())
+    said.add(word)
 
 
-def new_job() -> str:
-    """An id that no other job has."""
-    return uuid.uuid4().hex
+def guard(job: str, of: str = "ranks") -> int:
+    """Do as the words on standard input say; returns how many processes of the job would not end.
 
-
-def _start_guard(job: str, nodes: Nodes) -> subprocess.Popen:
-    environment = {name: value for name, value in os.environ.items() if name != JOB}
-    command = [sys.executable, "-m", MODULE, "guard", job, json.dumps(asdict(nodes))]
-    return subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True, text=True
-    )
-
-
-def _ask_ranks(job: str, nodes: Nodes) -> bool:
-    """Signal the ranks of one node, this one where it has any: they tell the others."""
-    if stop(job):
-        return True
-    for host in nodes.hosts:
-        try:
-            done = subprocess.run(
-                nodes.command(host, nodes.here("stop", job)),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                timeout=NODE_SECONDS,
-            )
-        except subprocess.TimeoutExpired:
-            continue
-        if done.returncode == 0:
-            return True
-    return False
-
-
-def members(job: str) -> list[psutil.Process]:
-    """The job's processes on this machine, besides this one."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.pid != os.getpid() and process.environ().get(JOB) == job:
-                found.append(process)
-        except (psutil.Error, OSError):  # gone meanwhile, or another user's
-            continue
-    return found
-
-
-def ranks(job: str) -> list[psutil.Process]:
-    """The job's ranks on this machine; not what they started, such as a loader's workers."""
-
-    def is_rank(process: psutil.Process | None) -> bool:
-        return process is not None and "RANK" in process.environ()
-
-    found = []
-    for process in members(job):
-        try:
-            if is_rank(process) and not is_rank(process.parent()):
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue
-    return found
-
-
-def stop(job: str) -> int:
-    """Ask the ranks of this machine to stop, and return how many there are."""
-    found = ranks(job)
-    for rank in found:
-        try:
-            rank.send_signal(signal.SIGTERM)
-        except psutil.Error:
-            continue
-    return len(found)
-
-
-def kill(job: str, seconds: float, hurry: Callable[[], bool] = bool) -> int:
-    """End every process of the job that is left on this machine after so long, or from when there is a hurry.
-
-    Returns how many would not end.
+    One of launchers leaves the ranks to the guards of their nodes, though it is on one of these: they are asked once.
     """
-    began = time.monotonic()
-    while (left := members(job)) and time.monotonic() - began < seconds and not hurry():
-        psutil.wait_procs(left, timeout=0.5)
-    began = time.monotonic()
-    while (left := members(job)) and time.monotonic() - began < KILL_SECONDS:
-        for process in left:
-            try:
-                process.kill()
-            except psutil.Error:
-                continue
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+    said, asked, ended = set[str](), set[psutil.Process](), time.monotonic()
+    threading.Thread(target=_hear, args=(said,), daemon=True).start()
+    while "now" not in said:
+        left = members(job) if said else []
+        if "stop" in said and of == "ranks":
+            _signal(ranks(left) - asked, signal.SIGTERM)
+            asked |= ranks(left)
+        patience = ASKED_SECONDS if "stop" in said else UNASKED_SECONDS
+        if "end" not in said:
+            ended = time.monotonic()
+        elif time.monotonic() - ended > (patience if left else NEW_SECONDS):
+            break
+        time.sleep(0.2)
+    ended = time.monotonic()
+    while (left := members(job)) and time.monotonic() - ended < KILL_SECONDS:
+        _signal(left, signal.SIGKILL)
         psutil.wait_procs(left, timeout=1)
     return len(left)
 
 
-def guard(job: str, nodes: Nodes) -> int:
-    """Wait for a line on standard input, the seconds that the job has left, and end it everywhere.
-
-    Without a line, its starter was killed: the ranks are asked to stop. The end of the input takes the seconds back.
-    """
-    for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)
-    first = sys.stdin.readline()
-    orphaned = not first
-    if orphaned:
-        _ask_ranks(job, nodes)
-    seconds = ASKED_SECONDS if orphaned else int(first)
-
-    def hurry() -> bool:
-        return not orphaned and bool(select.select([sys.stdin], [], [], 0)[0])
-
-    with ThreadPoolExecutor(2 * len(nodes.hosts) + 1) as pool:
-        waiting = [pool.submit(_kill_on, nodes, host, job, seconds) for host in nodes.hosts]
-        left_here = kill(job, seconds, hurry)
-        while not all(future.done() for future in waiting):
-            if hurry():
-                list(pool.map(lambda host: _kill_on(nodes, host, job, 0), nodes.hosts))
-                break
-            time.sleep(0.1)
-        failed = [host for host, future in zip(nodes.hosts, waiting, strict=True) if not future.result()]
-    if failed or left_here:
-        where = ", ".join(["this machine"] * bool(left_here) + failed)
-        print(f"cannot tell whether processes of the job are left on {where}", file=sys.stderr, flush=True)
-    return len(failed) + left_here
+def _hear(said: set[str]) -> None:
+    for line in sys.stdin:
+        said.add(line.strip())
+    said.update(("stop", "end"))
 
 
-def _kill_on(nodes: Nodes, host: str, job: str, seconds: int) -> bool:
-    with subprocess.Popen(nodes.command(host, nodes.here("kill", job, str(seconds))), stdin=subprocess.DEVNULL) as ssh:
-        try:
-            return ssh.wait(seconds + NODE_SECONDS) == 0
-        except subprocess.TimeoutExpired:
-            ssh.kill()
-            return False
+def members(job: str) -> list[psutil.Process]:
+    """The job's processes on this machine, besides this one."""
+    everyone = psutil.process_iter(["environ", "ppid"])  # another user's have no environment
+    return [one for one in everyone if (one.info["environ"] or {}).get(JOB) == job and one.pid != os.getpid()]
 
 
-def main(action: str, job: str, argument: str = "0") -> int:
-    """One action for one job; 0 when it was done."""
-    if action == "stop":
-        return 0 if stop(job) else 1
-    if action == "kill":
-        return 1 if kill(job, float(argument)) else 0
-    return guard(job, Nodes(**json.loads(argument)))  # lists for tuples, which serve as well
+def ranks(found: Iterable[psutil.Process]) -> set[psutil.Process]:
+    """The ranks among the members of a job; not what they started, such as a loader's workers."""
+    inside = {one.pid: one for one in found if "RANK" in one.info["environ"]}
+    return {one for one in inside.values() if one.info["ppid"] not in inside}
+
+
+def _signal(processes: Iterable[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        with suppress(psutil.Error):
+            process.send_signal(number)
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(guard(*sys.argv[1:]) > 0)

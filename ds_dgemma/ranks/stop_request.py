@@ -1,19 +1,17 @@
-"""Stop a run at the end of a step, with a checkpoint, when a signal asks any of its ranks.
+"""Stop a run at the end of a step, with a checkpoint, when a signal asks any of its ranks or a launcher is gone.
 
 SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (Slurm's warning before its time limit) only set a flag; the ranks compare their
 flags at the end of every step and so stop at the same one. Before the first step there is nothing to keep, and the
-rank ends at once.
-
-A second signal ends the rank at once. Python runs its handlers between two instructions of the main thread, which may
-sit in a collective for half an hour; so the C handler's byte (`signal.set_wakeup_fd`) is read by a thread. (Signals
-that are blocked and waited for with `sigwaitinfo` would do too, and tell the sender, but every thread would have to
-block them, those that importing numpy and torch starts among them, and every program that a rank starts would inherit
-that and not end by them.)
+rank ends at once. So does a second signal: Python would run a handler between two instructions of the main thread,
+which may sit in a collective for half an hour, so a thread reads the byte of the C handler (`signal.set_wakeup_fd`).
 
 One wish can come as two signals: Ctrl-C reaches the rank from the terminal and, as SIGTERM, from DeepSpeed's launcher,
-which passes it on a moment later. So what comes within `ONE_WISH_SECONDS` of the first is the same wish. The launcher
-goes from rank to rank and waits for each, up to 30 s, so its SIGTERM may come later than that; but then only when the
-rank before has ended, which it does after all have agreed that the checkpoint is whole, or was killed.
+a moment later: within `ONE_WISH_SECONDS`. The launcher goes from rank to rank and waits for each, up to 30 s, so it may
+come later than that; but then only when the rank before has ended, which it does after all have agreed that the
+checkpoint is whole, or was killed.
+
+DeepSpeed's launcher can die and leave its ranks behind, which would go on beside the run that replaces them: SIGKILL
+to `deepspeed` or to its per-node child. The kernel tells of a parent only, so a rank looks, every second, for both.
 """
 
 import os
@@ -23,16 +21,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import takewhile
 
-from ds_dgemma.errors import EXIT_STOPPED
+import psutil
+
+from ds_dgemma.errors import EXIT_ORPHANED, EXIT_STOPPED
 from ds_dgemma.ranks.layout import RankLayout, gather, sum_over_ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ONE_WISH_SECONDS = 3
+PER_NODE = "deepspeed.launcher.launch"
+LAUNCHERS = (PER_NODE, "deepspeed.launcher.runner", "bin/deepspeed")
 # A launcher that is gone can tell nobody any more. Without a signal the ranks try for a checkpoint, for less time than
 # the next start waits for them (LOCK_SECONDS in `run/directory.py`); a stop that a signal asked for has what it needs.
-UNASKED_SECONDS = 15
-ASKED_SECONDS = 600
+UNASKED_SECONDS, ASKED_SECONDS = 15, 600
 
 
 class StopRequest:
@@ -47,40 +50,60 @@ class StopRequest:
         self.reason: str | None = None
         self.leave: Callable[[int, str], None] = end_at_once
         self._asked = 0.0
-        self._reader, self._writer = socket.socketpair()
 
     def listen(self) -> None:
         """Take the signals over. One that the parent process has ignored (`nohup`, `&` in a script) stays ignored."""
-        self._writer.setblocking(False)
-        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, _nothing)
+                signal.signal(number, lambda *_: None)  # the thread has the byte
                 signal.siginterrupt(number, False)  # libraries in C need not know of it
         os.register_at_fork(after_in_child=_forget)
-        threading.Thread(target=self._read, daemon=True, name="signals").start()
+        threading.Thread(target=self._read, args=(reader,), daemon=True, name="signals").start()
 
-    def _read(self) -> None:
+    def _read(self, reader: socket.socket) -> None:
         while True:
-            for number in self._reader.recv(64):
+            for number in reader.recv(64):
                 if number in SIGNALS:
                     self._receive(signal.Signals(number))
 
     def _receive(self, number: signal.Signals) -> None:
-        now = time.monotonic()
         if self.reason is None:
-            self.reason, self._asked = number.name, now
+            self.wish(number.name)
             if self.step is None:
                 self.leave(EXIT_STOPPED, f"stopped by {number.name} before the first step; the same command starts it")
             elif os.environ.get("RANK", "0") == "0":
                 note = f"{number.name}: the run stops at the end of this step, with a checkpoint; again to end it now"
                 print(note, file=sys.stderr, flush=True)
-        elif now - self._asked > ONE_WISH_SECONDS:
+        elif time.monotonic() - self._asked > ONE_WISH_SECONDS:
             self.leave(128 + number, f"ended by a second signal ({number.name}), without a checkpoint")
 
+    def watch_launcher(self) -> None:
+        """End this rank when a DeepSpeed launcher that started it is gone."""
+        launchers = list(takewhile(lambda process: _runs(process, LAUNCHERS), psutil.Process().parents()))
+        if launchers:
+            threading.Thread(target=self._watch, args=(launchers,), daemon=True, name="launcher-watch").start()
+
+    def _watch(self, launchers: list[psutil.Process]) -> None:
+        with suppress(psutil.NoSuchProcess):
+            # `deepspeed` may be gone already: then its per-node child hangs below the system's first process, or the
+            # user's.
+            above = launchers[-1].parent()
+            orphan = _runs(launchers[-1], (PER_NODE,)) and (not above or above.pid == 1 or above.name() == "systemd")
+            while not orphan and all(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in launchers):
+                time.sleep(1)
+        if self.step is not None:
+            asked = self.reason is not None
+            self.wish("the loss of its launcher")
+            time.sleep(ASKED_SECONDS if asked else UNASKED_SECONDS)
+        self.leave(EXIT_ORPHANED, "ended: its launcher is gone")  # at once: a collective would wait for the others
+
     def wish(self, reason: str) -> None:
-        """Ask for a stop at the end of this step, for a reason that is no signal."""
-        self.reason = self.reason or reason
+        """Ask for a stop at the end of this step; the first reason stays."""
+        if self.reason is None:
+            self.reason, self._asked = reason, time.monotonic()
 
     def agreed(self, ranks: RankLayout) -> bool:
         """Whether any rank wishes to stop; a collective."""
@@ -88,20 +111,10 @@ class StopRequest:
 
     def reasons(self, ranks: RankLayout) -> str:
         """Why the run stops: each reason, and the ranks that have it; a collective."""
-        wishes: dict[str, list[int]] = {}
+        wishes: dict[str, list[str]] = {}
         for rank, reason in enumerate(gather(self.reason, ranks)):
-            if reason is not None:
-                wishes.setdefault(reason, []).append(rank)
-        return ", ".join(f"{reason} (rank {', '.join(map(str, who))})" for reason, who in wishes.items())
-
-    def launcher_is_gone(self) -> float:
-        """Take the loss of the launcher for a wish to stop; return the seconds that this rank may still have."""
-        if self.step is None:
-            return 0
-        if self.reason is not None:
-            return ASKED_SECONDS
-        self.reason, self._asked = "the loss of its launcher", time.monotonic()
-        return UNASKED_SECONDS
+            wishes.setdefault(reason, []).append(str(rank))
+        return ", ".join(f"{reason} (rank {', '.join(who)})" for reason, who in wishes.items() if reason)
 
 
 def end_at_once(code: int, why: str) -> None:
@@ -114,13 +127,15 @@ def end_at_once(code: int, why: str) -> None:
     os._exit(code)
 
 
-def _nothing(*_: object) -> None:
-    """Handlers of Python's are not needed: the thread has the byte."""
+def _runs(process: psutil.Process, programs: tuple[str, ...]) -> bool:
+    with suppress(psutil.Error):
+        return any(program in " ".join(process.cmdline()) for program in programs)
+    return False
 
 
 def _forget() -> None:
     """A fork is not a rank: signals to it are its own."""
     signal.set_wakeup_fd(-1)
     for number in SIGNALS:
-        if signal.getsignal(number) is _nothing:
+        if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)

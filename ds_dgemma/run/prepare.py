@@ -10,6 +10,7 @@ from typing import Any
 from ds_dgemma.checkpoint.pretrained import open_pretrained
 from ds_dgemma.checkpoint.retention import Scores
 from ds_dgemma.checkpoint.run_state import StateReader, check_same_model
+from ds_dgemma.config.division import check_expert_groups
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.data.batch import Batch, Example
 from ds_dgemma.data.examples import ExampleSet
@@ -20,7 +21,6 @@ from ds_dgemma.data.streaming import Cursor, StreamedBatches, StreamedExamples
 from ds_dgemma.engine.ds_config import build_cpu_adam, deepspeed_config
 from ds_dgemma.engine.trainable import check_trained
 from ds_dgemma.evaluation.exam import Exam
-from ds_dgemma.launch.hostfile import check_expert_groups
 from ds_dgemma.objective.collate import collate
 from ds_dgemma.objective.corruption import Corruption
 from ds_dgemma.ranks.layout import RankLayout

@@ -30,7 +30,6 @@ from ds_dgemma.run.prepare import Prepared, prepare
 from ds_dgemma.run.requirements import check_environment
 from ds_dgemma.tracking.services import open_services
 from ds_dgemma.tracking.sinks import ConsoleSink, JsonlSink, Tracker
-from ds_dgemma.watch.launcher_watch import watch_launcher
 from ds_dgemma.watch.liveness import Liveness
 
 DOWNLOAD_HOURS = 24
@@ -71,7 +70,7 @@ def start(train: Train, about: str | None, argv: list[str] | None = None) -> int
             time.sleep(SECONDS_TO_TELL)
         return EXIT_USER_ERROR
     ranks = RankLayout.from_environment(config.parallel.expert_parallel_size)
-    watch_launcher(stop)
+    stop.watch_launcher()
     try:
         connect(ranks, config.parallel.collective_timeout_minutes)
     except UserError as error:

@@ -1,1 +1,1 @@
-"""Who died and why: each rank watches the others and its launcher."""
+"""Who died and why: each rank watches the others."""

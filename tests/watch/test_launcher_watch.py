@@ -11,15 +11,14 @@ import pytest
 WATCH = """
 import os, time
 from pathlib import Path
-from ds_dgemma.watch.launcher_watch import watch_launcher
 from ds_dgemma.ranks.stop_request import StopRequest
 stop = StopRequest()
 """
 IMPORTING = "time.sleep(3); "  # takes its time, and finds its launcher gone
-LOADING = "watch_launcher(stop); print('ready', flush=True); time.sleep(60)"
+LOADING = "stop.watch_launcher(); print('ready', flush=True); time.sleep(60)"
 TRAINING = """
 stop.step = 1
-watch_launcher(stop)
+stop.watch_launcher()
 print("ready", flush=True)
 while stop.reason is None:
     time.sleep(0.05)
@@ -93,5 +92,5 @@ def test_a_rank_that_trains_has_time_for_a_checkpoint_when_deepspeed_is_killed(t
 
 
 def test_a_process_without_a_launcher_is_left_alone() -> None:
-    code = WATCH + "watch_launcher(stop); time.sleep(2)"
+    code = WATCH + "stop.watch_launcher(); time.sleep(2)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2]).returncode == 0
