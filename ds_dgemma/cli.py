@@ -135,6 +135,29 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ds-dgemma", description="Fine-tune DiffusionGemma with DeepSpeed.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
+    _add_makers(commands)
+    _add_inspect(commands)
+    _add_plan(commands)
+    _add_exports(commands)
+    add_commands(partial(_add, commands), _seed, _count, _step)
+
+    plot_ = _add(commands, "plot", plot)
+    plot_.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
+    plot_.add_argument("--out", type=Path, metavar="F", help="a .png or .html file")
+
+    replay_ = _add(commands, "replay", replay)
+    replay_.add_argument("file", type=Path, metavar="FILE", help="RUN/replay/step-NNNNNN.json")
+    weights = replay_.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="whose weights; the run's newest not after the step when absent"
+    )
+    weights.add_argument("--model", action="store_true", help="the weights that the run started from")
+
+    _add(commands, "config-reference", config_reference)
+    return parser
+
+
+def _add_makers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     tiny = _add(commands, "make-tiny", make_tiny)
     tiny.add_argument("--preset", choices=["sudoku4", "shapes", "text"], required=True)
     tiny.add_argument("--out", type=Path, required=True, metavar="DIR")
@@ -157,6 +180,8 @@ def parser() -> argparse.ArgumentParser:
     shapes.add_argument("--seed", type=_seed, default=0)
     shapes.add_argument("--out", type=Path, required=True, metavar="F.jsonl", help="the pictures go to a folder F")
 
+
+def _add_inspect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     inspect_ = _add(commands, "inspect", inspect)
     inspect_.add_argument("--config", type=Path, required=True, metavar="YAML", help="the run's config")
     inspect_.add_argument("--set", action="append", default=[], metavar="a.b=value", help="override a setting")
@@ -165,8 +190,8 @@ def parser() -> argparse.ArgumentParser:
     inspect_.add_argument("--html", type=Path, metavar="F", help="write a page that needs nothing beside it")
     inspect_.add_argument("--json", type=Path, metavar="F", help="write an object a sequence, one a line")
 
-    _add_plan(commands)
 
+def _add_exports(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     export_ = _add(commands, "export", export)
     export_.add_argument("--run", type=Path, required=True, metavar="DIR", help="run directory")
     export_.add_argument(
@@ -185,23 +210,6 @@ def parser() -> argparse.ArgumentParser:
     merge_.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="PEFT adapter directory")
     merge_.add_argument("--out", type=Path, required=True, metavar="DIR")
     _add_layout(merge_)
-
-    add_commands(partial(_add, commands), _seed, _count, _step)
-
-    plot_ = _add(commands, "plot", plot)
-    plot_.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
-    plot_.add_argument("--out", type=Path, metavar="F", help="a .png or .html file")
-
-    replay_ = _add(commands, "replay", replay)
-    replay_.add_argument("file", type=Path, metavar="FILE", help="RUN/replay/step-NNNNNN.json")
-    weights = replay_.add_mutually_exclusive_group()
-    weights.add_argument(
-        "--checkpoint", type=Path, metavar="DIR", help="whose weights; the run's newest not after the step when absent"
-    )
-    weights.add_argument("--model", action="store_true", help="the weights that the run started from")
-
-    _add(commands, "config-reference", config_reference)
-    return parser
 
 
 def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

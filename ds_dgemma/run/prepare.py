@@ -2,12 +2,12 @@
 
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-from ds_dgemma.checkpoint.pretrained import open_pretrained
+from ds_dgemma.checkpoint.pretrained import Pretrained, open_pretrained
 from ds_dgemma.checkpoint.retention import Scores
 from ds_dgemma.checkpoint.run_state import StateReader, check_same_model
 from ds_dgemma.config.division import check_expert_groups
@@ -69,49 +69,17 @@ def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
     """
     settings = deepspeed_config(config, ranks.world, "cuda" if ranks.device.type == "cuda" else "cpu")
     check_expert_groups(config.parallel, {socket.gethostname(): ranks.local_world})
-    resumed, warnings = start.resumed, list(start.warnings)
-    if config.optimizer.warmup_steps >= config.train.max_steps:
-        warnings.append("optimizer.warmup_steps is not below train.max_steps: the run ends before lr is reached.")
-    pretrained = open_pretrained(config.model.path, config.model.revision, download=False)
-    spec, tokenizer = pretrained.spec, pretrained.tokenizer
+    pretrained, resumed = open_pretrained(config.model.path, config.model.revision, download=False), start.resumed
     model = outline_run(config, pretrained, ranks, resumed is not None)
-    attention, dropped = choose_kernels(config, spec, ranks.device)
-    warnings += dropped
+    attention, dropped = choose_kernels(config, pretrained.spec, ranks.device)
     if resumed:
         check_same_model(config.model.path, pretrained.digest, resumed.checkpoint)
         check_same_optimizer(config.optimizer.type, resumed.checkpoint)
         resumed.check_fits(model.trained_sizes(ranks))
     check_trained(config, settings["zero_optimization"]["stage"], model.trained_names(), model.reader.files)
-    if model.adapters and (warning := model.adapters.base_warning(config.model.path)):
-        warnings.append(warning)
-
     images = pretrained.images(config.data)
-    told, held_out, measured_on = [], [], None
-    if config.data.streaming:
-        examples = open_stream(config, spec, tokenizer, ranks.is_main)
-        told.append(f"train: {len(examples.readers)} sources are read while training")
-    else:
-        examples = read_split(config, "train", spec, tokenizer, ranks.is_main)
-        told += tell("train", examples)
-    if config.validation.every:
-        validation = read_split(config, "validation", spec, tokenizer, ranks.is_main)
-        told += tell("validation", validation)
-        held_out = [validation[i] for i in range(min(len(validation), config.validation.examples))]
-        measured_on = f"{validation.digest} {len(held_out)} {config.validation.noise_levels}"
-    exam, best_by = None, config.checkpoint.best_by
-    if config.evaluation.every:
-        exam = Exam.of(config, pretrained.directory, tokenizer, images)
-        if best_by.startswith("evaluation/"):
-            exam.check_measure(best_by)
-            measured_on = exam.digest
-    corruption = Corruption(config.objective, config.seed, pretrained.text.vocab_size)
-    build_cpu_adam(settings)
-    if ranks.is_main:
-        print("\n".join(told), flush=True)
-        for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
-        if resumed:
-            print(f"continuing from {resumed.checkpoint.path}", flush=True)
+    examples, told = _read_training(config, pretrained, ranks)
+    measures = _read_measures(config, pretrained, images, ranks)
     facts = {
         "model": config.model.path,
         "model_digest": pretrained.digest,
@@ -119,11 +87,76 @@ def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
         "data_digest": examples.digest,
         "examples": len(examples) if isinstance(examples, ExampleSet) else 0,
     }
+    build_cpu_adam(settings)
+    if ranks.is_main:
+        _say([*told, *measures.told], [*start.warnings, *_warnings(config, model), *dropped], resumed)
     if resumed:
         check_same_data(config.data.named("train"), resumed.checkpoint, facts["data_digest"], facts["examples"])
-    scores = Scores.continued(best_by, measured_on, resumed.checkpoint if resumed else None)
-    make_batch = partial(collate, corruption, images=images)
-    return Prepared(settings, model, attention, make_batch, images, examples, held_out, exam, scores, resumed, facts)
+    scores = Scores.continued(config.checkpoint.best_by, measures.digest, resumed.checkpoint if resumed else None)
+    corruption = Corruption(config.objective, config.seed, pretrained.text.vocab_size)
+    return Prepared(
+        deepspeed=settings,
+        model=model,
+        attention=attention,
+        collate=partial(collate, corruption, images=images),
+        images=images,
+        examples=examples,
+        held_out=measures.held_out,
+        exam=measures.exam,
+        scores=scores,
+        resumed=resumed,
+        facts=facts,
+    )
+
+
+def _warnings(config: RunConfig, model: OutlinedModel) -> Iterator[str]:
+    if config.optimizer.warmup_steps >= config.train.max_steps:
+        yield "optimizer.warmup_steps is not below train.max_steps: the run ends before lr is reached."
+    if model.adapters and (warning := model.adapters.base_warning(config.model.path)):
+        yield warning
+
+
+def _say(told: Sequence[str], warnings: Sequence[str], resumed: StateReader | None) -> None:
+    print("\n".join(told), flush=True)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    if resumed:
+        print(f"continuing from {resumed.checkpoint.path}", flush=True)
+
+
+def _read_training(
+    config: RunConfig, model: Pretrained, ranks: RankLayout
+) -> tuple[ExampleSet | StreamedExamples, list[str]]:
+    """The training examples, and what is to be told of them."""
+    if config.data.streaming:
+        streamed = open_stream(config, model.spec, model.tokenizer, ranks.is_main)
+        return streamed, [f"train: {len(streamed.readers)} sources are read while training"]
+    examples = read_split(config, "train", model.spec, model.tokenizer, ranks.is_main)
+    return examples, tell("train", examples)
+
+
+class _Measures(NamedTuple):
+    """What the model is measured on while it trains."""
+
+    held_out: list[Example]
+    exam: Exam | None
+    digest: str | None  # of what `checkpoint.best_by` is measured on
+    told: list[str]
+
+
+def _read_measures(config: RunConfig, model: Pretrained, images: ImageFiles, ranks: RankLayout) -> _Measures:
+    held_out, exam, digest, told = [], None, None, []
+    if config.validation.every:
+        validation = read_split(config, "validation", model.spec, model.tokenizer, ranks.is_main)
+        told = tell("validation", validation)
+        held_out = [validation[i] for i in range(min(len(validation), config.validation.examples))]
+        digest = f"{validation.digest} {len(held_out)} {config.validation.noise_levels}"
+    if config.evaluation.every:
+        exam = Exam.of(config, model.directory, model.tokenizer, images)
+        if config.checkpoint.best_by.startswith("evaluation/"):
+            exam.check_measure(config.checkpoint.best_by)
+            digest = exam.digest
+    return _Measures(held_out, exam, digest, told)
 
 
 def tell(split: str, examples: ExampleSet) -> list[str]:
