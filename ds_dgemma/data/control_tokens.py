@@ -16,7 +16,8 @@ from ds_dgemma.data.formats import BadRow
 
 ControlTokenPolicy = Literal["error", "text", "allow"]
 
-ROLE = "role"  # a word of the template's, which may well be a token of its own
+MESSAGES, ROLE = "messages", "role"  # a message's is a word of the template's, which may well be a token of its own
+ROLE_OF_A_MESSAGE = re.compile(r"messages\[\d+\]")
 FIRST_MARK = 0xF0000  # private use: this and the number of the token
 MARKS = re.compile("[\U000f0000-\U0010ffff]")
 THOUGHT = re.compile("think|thought|channel|reason")
@@ -71,7 +72,7 @@ class ControlTokens:
         if isinstance(value, str):
             return self._replaced(value, self._marks)
         if isinstance(value, dict):
-            return {self.hidden(key): item if key == ROLE else self.hidden(item) for key, item in value.items()}
+            return {self.hidden(key): self.hidden(item) for key, item in value.items()}
         return [self.hidden(item) for item in value] if isinstance(value, list) else value
 
     def mark_of(self, name: str) -> str:
@@ -119,8 +120,8 @@ def checked(
         BadRow: a text holds a control token that `policy` does not take, or what stands for an image.
     """
     strings: list[str] = []
-    for value in brought.values():
-        _collect(value, strings)
+    for name, value in brought.items():
+        _collect(value, strings, name == MESSAGES)
     together = "\0".join(strings)
     for token in image_tokens:
         if token in together:
@@ -138,7 +139,10 @@ def checked(
             "holds a control token and a character of the private-use planes 15 and 16, so data.control_tokens: text "
             "cannot tell them apart. Take one of them out."
         )
-    hidden = control.hidden(brought)
+    hidden = control.hidden({name: value for name, value in brought.items() if name != MESSAGES})
+    for message in brought.get(MESSAGES, ()):
+        role = {ROLE: message[ROLE]}
+        hidden.setdefault(MESSAGES, []).append({**control.hidden(message), **role})
     for _, name in control.within(together):
         control.characters(control.mark_of(name))
     return hidden
@@ -153,13 +157,11 @@ def _refusal(brought: dict[str, Any], control: ControlTokens) -> BadRow:
     )
 
 
-def _collect(value: Any, strings: list[str]) -> None:
+def _collect(value: Any, strings: list[str], are_messages: bool = False) -> None:
     if isinstance(value, str):
         strings.append(value)
     elif isinstance(value, dict):
         for key, item in value.items():
-            if key == ROLE:
-                continue
             strings.append(key)
             if isinstance(item, str):
                 strings.append(item)
@@ -167,7 +169,7 @@ def _collect(value: Any, strings: list[str]) -> None:
                 _collect(item, strings)
     elif isinstance(value, list):
         for item in value:
-            _collect(item, strings)
+            _collect({key: part for key, part in item.items() if key != ROLE} if are_messages else item, strings)
 
 
 def _named(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
@@ -175,7 +177,7 @@ def _named(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield name, value
     elif isinstance(value, dict):
         for key, item in value.items():
-            if key == ROLE:
+            if key == ROLE and ROLE_OF_A_MESSAGE.fullmatch(name):
                 continue
             yield f"a key of {name}" if name else "a key", key
             yield from _named(item, f"{name}.{key}" if name else key)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ds_dgemma.config.data import ColumnsSection, FormatName
 from ds_dgemma.data.columns import Row, list_columns, map_columns
+from ds_dgemma.data.deciding import decides, is_setting, listed, says, unwanted
 from ds_dgemma.data.messages import (
     IMAGES,
     MEDIA,
@@ -25,12 +26,10 @@ from ds_dgemma.data.messages import (
     Message,
     check_order,
     check_text,
-    decides,
     is_plain,
     keys_not_read,
     kind_of,
     link_answers,
-    listed,
     parsed,
     read_message,
     weight_of,
@@ -88,6 +87,12 @@ class Layout:
     format: FormatName = "auto"
     columns: ColumnsSection | None = None
     ignore: frozenset[str] = frozenset()
+
+    @property
+    def named(self) -> frozenset[str]:
+        """Keys that the config names and no row must have, so that a misspelt one is told."""
+        images = self.columns.images if self.columns else None
+        return self.ignore if images is None else self.ignore | {images}
 
 
 def read_row(record: dict[str, Any], layout: Layout) -> tuple[Conversation | Text, list[str]]:
@@ -161,7 +166,7 @@ def prompt_completion(row: Row) -> Conversation:
     """TRL's: `prompt` and `completion` (or `response`), texts or lists of messages. The prompt's answers have weight 0,
     where they say nothing themselves.
     """
-    if row.get("label") is False:
+    if row.get("label") in (0, "0") or says(row.get("label")) is False:
         raise BadRow(f"label is false: the completion is one that is not wanted. Leave the row out, {IGNORE} (label).")
     key = "completion" if row.get("completion") is not None else "response"
     return _conversation(row, pair_of(row.pop("prompt"), row.pop(key), "prompt", key))
@@ -331,7 +336,9 @@ def _left_over(row: Row, read: Conversation | Text, name: str) -> list[str]:
         if looks_like_image(row[key]):
             way = "Name it in data.columns.images" if name == "data.columns" else "Call it image"
             raise BadRow(f"has {key}, an image that {name} does not read. {way}, {IGNORE}.")
-        if not isinstance(row[key], str) and decides(key):
+        if unwanted(key, row[key]):
+            raise BadRow(f"has {key} {row[key]!r}: the row says that it is not wanted. Leave it out, {IGNORE} ({key}).")
+        if is_setting(row[key]) and decides(key):
             raise BadRow(
                 f"has {key}, which may say what is learned and is not known. Write weight (0 to 1) on each answer, "
                 f"{IGNORE}."

@@ -286,10 +286,13 @@ def _note_rows(data: bytes, offset: int, rows: int, lines: int, starts: array, n
 
 
 class _Parser:
-    """A JSON decoder that notices keys which an object has twice; as ever in JSON, the last counts."""
+    """A JSON decoder that notices keys which an object has twice: with one value, told; with two, a bad row, for one of
+    them would be lost.
+    """
 
     def __init__(self) -> None:
         self._doubled: list[str] = []
+        self._lost: str | None = None
         self._decoder = json.JSONDecoder(object_pairs_hook=self._pairs)
 
     def _pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -297,13 +300,24 @@ class _Parser:
         if len(record) != len(pairs):
             keys = [key for key, _ in pairs]
             self._doubled.append(next(key for key in keys if keys.count(key) > 1))
+            self._lost = self._lost or next((key for key, value in pairs if value != record[key]), None)
         return record
+
+    def _begin(self) -> None:
+        self._doubled.clear()
+        self._lost = None
+
+    def _whole(self, value: Any) -> Any:
+        """A value; a bad row where a part of it was lost."""
+        if self._lost is None:
+            return value
+        return BadRow(f"key {self._lost!r} stands twice in an object, with two values: take one of them out.")
 
     def line(self, line: bytes, row: int, reading: Reading | None) -> Record | BadRow:
         """Parse a line, and note it in `reading`."""
-        self._doubled.clear()
+        self._begin()
         try:
-            record = _object(self._decode(line))
+            record = _object(self._whole(self._decode(line)))
         except BadRow as problem:
             record = problem
         if reading is not None:
@@ -328,9 +342,9 @@ class _Parser:
         """Yield the items of an array, each with the keys that an object of it has twice."""
         place = _skip(text, _skip(text, 0) + 1)
         while not text.startswith("]", place):
-            self._doubled.clear()
+            self._begin()
             item, place = self._decoder.raw_decode(text, place)
-            yield item, self._doubled.copy()
+            yield self._whole(item), self._doubled.copy()
             place = _skip(text, place)
             if text.startswith(",", place):
                 place = _skip(text, place + 1)
@@ -345,7 +359,7 @@ def _skip(text: str, place: int) -> int:
 
 
 def _object(value: Any) -> Record | BadRow:
-    if isinstance(value, dict):
+    if isinstance(value, dict | BadRow):
         return value
     hint = f". {ARRAY_HINT.strip()}" if isinstance(value, list) else "."
     return BadRow(f"{kind_of(value)}, expected an object with messages{hint}")

@@ -6,9 +6,9 @@ whatever else holds words is refused by name.
 """
 
 import json
-import re
-from functools import lru_cache
 from typing import Any
+
+from ds_dgemma.data.deciding import DECIDING_OF_A_TURN, decides, listed
 
 Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -20,20 +20,8 @@ READ = frozenset(("role", "content", "tool_call_id", "name", *ANSWER_ONLY, *WEIG
 READ_ANYWHERE = READ | {"id", "from", "value"}  # ShareGPT's, and what names a row
 
 
-def listed(words: str) -> frozenset[str]:
-    """The words of a text."""
-    return frozenset(words.split())
-
-
 # strings that are no words to learn
 HARMLESS = listed("id uuid date time timestamp created created_at model finish_reason stop_reason cache_control")
-# parts of keys that say what is learned: loss_weights, assistantMasks, labels
-DECIDING = listed("loss mask masks masked train trainable training learn learnable weight weights labels")
-# the same, of a turn: beside a conversation they are what someone thought of the whole
-DECIDING_OF_A_TURN = DECIDING | listed(
-    "skip skipped ignore ignored exclude excluded include included keep drop supervise supervised target label score "
-    "scores reward rewards rating advantage"
-)
 # parts of a content, and columns beside the conversation: training on the text alone would teach to answer blindly
 MEDIA = frozenset(
     [kind + ending for kind in ("image", "video", "audio") for ending in ("", "s", "_url", "_urls")] + ["input_audio"]
@@ -161,12 +149,6 @@ def names_within(value: Any, names: frozenset[str]) -> frozenset[str]:
     if isinstance(value, list):
         return frozenset().union(*(names_within(item, names) for item in value))
     return frozenset()
-
-
-@lru_cache
-def decides(key: str, words: frozenset[str] = DECIDING) -> bool:
-    """Whether a key's name sounds as if it says what is learned."""
-    return not words.isdisjoint(part.lower() for part in re.split(r"(?<=[a-z])(?=[A-Z])|[_\W]+", key))
 
 
 def words_of(content: str | list[dict[str, Any]]) -> str:

@@ -47,6 +47,7 @@ def read_split(
     """
     readers, cut = open_readers(config, split, spec, tokenizer)
     stored = [tokenized_rows(reader, split, shows, cache) for reader in readers]
+    told = [line for reader, rows in zip(readers, stored, strict=True) for line in rows.told(reader.source)]
     examples = tuple(
         examples_of(reader.source, number, rows, cut)
         for number, (reader, rows) in enumerate(zip(readers, stored, strict=True))
@@ -57,7 +58,7 @@ def read_split(
                 f"{source.source.name}: no example fits data.max_length {cut.max_length}; the shortest takes "
                 f"{source.shortest} tokens with canvases of {cut.canvas_length}. Raise data.max_length."
             )
-    return ExampleSet(examples, tuple(line for rows in stored for line in rows.told))
+    return ExampleSet(examples, tuple(told))
 
 
 def arrangement_of(config: RunConfig) -> Arrangement:

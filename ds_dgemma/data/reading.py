@@ -30,7 +30,7 @@ class Reading:
     bad_rows: int = 0
     problems: list[tuple[int, str]] = field(default_factory=list)  # row, what is wrong
     unread: Counter[str] = field(default_factory=Counter)  # key: rows that have it
-    ignored: set[str] = field(default_factory=set)  # names of data.ignore that a row has
+    named: set[str] = field(default_factory=set)  # names of the config, `Layout.named`, that a row has
     foreign: Counter[str] = field(default_factory=Counter)  # another model's control text: answers that have it
     places: int = 0  # texts with <image> in them and no image for it
     doubled_rows: int = 0
@@ -61,7 +61,7 @@ class Reading:
         self.bad_rows += other.bad_rows
         self.problems = [*self.problems, *other.problems][:SHOWN]
         self.unread += other.unread
-        self.ignored |= other.ignored
+        self.named |= other.named
         self.foreign += other.foreign
         self.places += other.places
         self.doubled_rows += other.doubled_rows
@@ -95,7 +95,7 @@ def settle(
     for source, reading in readings:
         told += [*_doubled_keys(source, reading), *_same_ids(source, reading)]
         told += [line] if (line := not_read(source, reading)) else []
-        told += [f"{source.name}: {line}" for line in [*_never_ignored(source, reading), *_foreign(reading)]]
+        told += [f"{source.name}: {line}" for line in [*_never_seen(source, reading), *_foreign(reading)]]
     return told
 
 
@@ -106,10 +106,22 @@ def not_read(source: "Source", reading: Reading) -> str | None:
     return f"{source.name}: not read: {', '.join(left)}" if left else None
 
 
-def _never_ignored(source: "Source", reading: Reading) -> list[str]:
-    never = sorted(source.layout.ignore - reading.ignored)
-    guesses = [did_you_mean(name, reading.unread) for name in never]
-    return [f"no row has {name}, which data.ignore names.{guess}" for name, guess in zip(never, guesses, strict=True)]
+def first_seen(source: "Source", reading: Reading, before: Reading) -> list[str]:
+    """What is told of rows while a stream is read: each kind of thing once."""
+    lines = []
+    if reading.doubled and not before.doubled:
+        lines += _doubled_keys(source, reading)[:1]
+    new = Reading(foreign=reading.foreign - Counter(dict.fromkeys(before.foreign, reading.rows)))
+    new.places = 0 if before.places else reading.places
+    return [*lines, *(f"{source.name}: {line}" for line in _foreign(new))]
+
+
+def _never_seen(source: "Source", reading: Reading) -> list[str]:
+    return [
+        f"no row has {name}, which {'data.ignore' if name in source.layout.ignore else 'data.columns.images'} names."
+        f"{did_you_mean(name, reading.unread)}"
+        for name in sorted(source.layout.named - reading.named)
+    ]
 
 
 def _foreign(reading: Reading) -> list[str]:

@@ -16,7 +16,7 @@ from ds_dgemma.data.image_files import ImageFiles
 from ds_dgemma.data.reading import Reading
 from ds_dgemma.data.sources import Chunk, Source, read_rows
 
-FORMAT = 5  # raise it when what is made of a row changes, or how it is kept
+FORMAT = 6  # raise it when what is made of a row changes, or how it is kept
 
 
 @dataclass(frozen=True)

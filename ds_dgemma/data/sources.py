@@ -7,6 +7,7 @@ Its rows are numbered from 0 through all its files. They are read in pieces of w
 
 import glob
 import hashlib
+import re
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +30,10 @@ Split = Literal["train", "validation"]
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 SUFFIXES = tuple(kind + packed for kind in KINDS for packed in ("", ".gz"))
 SAVED = ("state.json", "dataset_info.json")  # what `Dataset.save_to_disk` writes beside its Arrow files
-NO_DATA = (*SAVED, "dataset_infos.json", "dataset_dict.json")
+SEVERAL_SAVED = "dataset_dict.json"  # and `DatasetDict.save_to_disk`
+NO_DATA = (*SAVED, "dataset_infos.json", SEVERAL_SAVED)
+# A split as datasets' own shards are named, train-00000-of-00002.parquet, or a file for each
+SPLIT = re.compile(r"^(train|training|test|testing|validation|valid|val|dev|eval)(?=[-.])")
 
 
 class Chunk(Protocol):
@@ -157,8 +161,8 @@ def read_rows(chunk: Chunk, source: Source, reading: Reading) -> Iterator[tuple[
     for row, record in chunk.rows(reading):
         if isinstance(record, BadRow):
             continue  # noted already
-        if len(reading.ignored) < len(layout.ignore):
-            reading.ignored |= names_within(record, layout.ignore)
+        if len(reading.named) < len(layout.named):
+            reading.named |= names_within(record, layout.named)
         try:
             read, unread = read_row(record, layout)
             if isinstance(read, Conversation) and read.has_images:
@@ -203,7 +207,7 @@ def _parts(own: SourceSection, ignore: frozenset[str], data: DataSection, split:
     for key in ("config", "revision", "split"):
         if value := getattr(own, key):
             raise UserError(f"data.{split}: {own.path} has {key} {value}, which only a hub dataset has. Leave it out.")
-    if path.is_dir() and all((path / name).exists() for name in SAVED):
+    if path.is_dir() and (all((path / name).exists() for name in SAVED) or (path / SEVERAL_SAVED).exists()):
         return [saved_dataset(path, own.path, ignore)], []
     if path.is_dir() or pattern:
         return _many(own.path, path, pattern, ignore, split)
@@ -220,14 +224,26 @@ def _many(
     spelled: str, path: Path, pattern: bool, ignore: frozenset[str], split: Split
 ) -> tuple[list[Part], list[str]]:
     """The data files of a folder or a glob, sorted by name."""
-    names = glob.glob(str(path), recursive=True) if pattern else [str(name) for name in path.rglob("*")]
+    names = glob.glob(str(path), recursive=True) if pattern else [str(name) for name in _seen_below(path)]
     found = sorted(name for name in names if Path(name).is_file() and not Path(name).name.startswith("."))
     files = [name for name in found if name.endswith(SUFFIXES) and Path(name).name not in NO_DATA]
     if not files:
         kinds = f"{', '.join(KINDS)} (also with .gz)"
         raise UserError(f"data.{split}: {spelled} {'matches' if pattern else 'holds'} no file that ends in {kinds}.")
+    splits = {} if pattern else {match[1]: name for name in files if (match := SPLIT.search(Path(name).name.lower()))}
+    if len(splits) > 1:
+        some = ", ".join(splits.values())
+        way = f"Say which with a glob: {spelled}/**/NAME*."
+        raise UserError(f"data.{split}: {spelled} holds files of several splits ({some}). {way}")
     parts: list[Part] = [_file(Path(name), _spelled(name, spelled), ignore) for name in files]
     return parts, [_spelled(name, spelled) for name in found if name not in files]
+
+
+def _seen_below(folder: Path) -> Iterator[Path]:
+    """What lies below a folder, hidden folders left out."""
+    for path in folder.rglob("*"):
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            yield path
 
 
 def _spelled(name: str, spelled: str) -> str:

@@ -20,7 +20,7 @@ from ds_dgemma.data.canvas import Cut
 from ds_dgemma.data.examples import SourceExamples, examples_of
 from ds_dgemma.data.formats import BadRow
 from ds_dgemma.data.order import Arrangement, permutation
-from ds_dgemma.data.reading import Reading, settle
+from ds_dgemma.data.reading import Reading, first_seen, settle
 from ds_dgemma.data.rows import RowReader
 from ds_dgemma.data.stream import Collate, Share
 from ds_dgemma.data.token_cache import held_rows
@@ -164,6 +164,8 @@ class StreamedExamples:
         """What a user should know of rows that are read for the first time."""
         source, seen = self.readers[number].source, self._seen.setdefault(number, Reading())
         new, bad_rows = reading.unread.keys() - seen.unread.keys(), seen.bad_rows
+        for line in first_seen(source, reading, seen):
+            log.warning("%s", line)
         seen.add(reading)
         if new:
             log.warning("%s: not read: %s", source.name, ", ".join(sorted(new)))

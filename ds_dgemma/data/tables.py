@@ -10,6 +10,7 @@ import gzip
 import io
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -47,7 +48,7 @@ class TableChunk:
         """Yield the rows with their numbers in the source, and note them in `reading`."""
         columns = self.dataset[self.start : self.end]
         if reading is not None:
-            reading.ignored |= self.ignored
+            reading.named |= self.ignored
         for row, values in enumerate(zip(*columns.values(), strict=True), self.first_row):
             record = _without_nulls(dict(zip(columns, values, strict=True)))
             if reading is not None:
@@ -161,13 +162,16 @@ def saved_dataset(path: Path, name: str, ignore: frozenset[str]) -> Table:
 def _load_csv(path: Path, name: str, separator: str, streaming: bool) -> "Dataset | IterableDataset":
     import datasets
 
+    csv.field_size_limit(2**31 - 1)
     with opened(path, name) as file:
         lines = csv.reader(io.TextIOWrapper(file, "utf-8-sig", "replace", newline=""), delimiter=separator)
-        header, first = next(lines, []), next(lines, [])
+        header, first = next(lines, []), next(filter(None, lines), [])  # pandas passes over empty lines too
     if not all(header) or len(set(header)) < len(header):
         raise UserError(f"{name}: its first line is no list of different column names: {separator.join(header)!r}.")
     if len(first) > len(header):  # pandas would take the first of them for a row's name, in silence
         raise UserError(f"{name}: its first row has {len(first)} cells, but there are {len(header)} column names.")
+    if not first:
+        return _empty(header, streaming)
     features = datasets.Features({column: datasets.Value("string") for column in header})
     return _load_file(
         "csv", path, name, streaming, sep=separator, keep_default_na=False, encoding="utf-8-sig", features=features
@@ -175,15 +179,34 @@ def _load_csv(path: Path, name: str, separator: str, streaming: bool) -> "Datase
 
 
 def _load_parquet(path: Path, name: str, streaming: bool) -> "Dataset | IterableDataset":
-    return _load_file("parquet", _unpacked(path, name) if path.suffix == ".gz" else path, name, streaming)
+    from pyarrow import ArrowException, parquet
+
+    plain = _unpacked(path, name) if path.suffix == ".gz" else path
+    with suppress(ArrowException, OSError):  # who reads it will say what is wrong
+        if not (known := parquet.read_metadata(plain)).num_rows:
+            return _empty(known.schema.to_arrow_schema().names, streaming)
+    return _load_file("parquet", plain, name, streaming)
+
+
+def _empty(columns: list[str], streaming: bool) -> "Dataset | IterableDataset":
+    """A table without rows, which `datasets` reads no file for."""
+    import datasets
+
+    table = datasets.Dataset.from_dict({column: [] for column in columns})
+    return table.to_iterable_dataset() if streaming else table
 
 
 def _load_file(kind: str, path: Path, name: str, streaming: bool, **options: Any) -> "Dataset | IterableDataset":
     import datasets  # here, for it takes seconds that a JSONL file need not pay
+    from datasets.config import HF_DATASETS_CACHE
     from datasets.exceptions import DatasetsError
 
+    # `datasets` keeps what it read by path and date, and a file may be replaced by one of the same date
+    own = None if streaming else str(Path(HF_DATASETS_CACHE) / "ds_dgemma" / digest_of(path, name))
     try:
-        loaded = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=streaming, **options)
+        loaded = datasets.load_dataset(
+            kind, data_files=str(path), split="train", streaming=streaming, cache_dir=own, **options
+        )
     except (DatasetsError, OSError, ValueError) as error:
         reason = error.__cause__ or error  # what the reader said, under "an error occurred while ..."
         raise UserError(f"cannot read {name} as {kind}: {first_line(reason) or type(reason).__name__}") from error

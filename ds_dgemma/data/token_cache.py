@@ -31,7 +31,7 @@ from ds_dgemma.data.batch import Image
 from ds_dgemma.data.chat import Document
 from ds_dgemma.data.reading import Reading, settle
 from ds_dgemma.data.rows import RowReader
-from ds_dgemma.data.sources import Chunk, Split
+from ds_dgemma.data.sources import Chunk, Source, Split
 from ds_dgemma.data.workers import map_in_order
 from ds_dgemma.errors import UserError
 from ds_dgemma.files import lock
@@ -154,10 +154,12 @@ class Stored:
     def names(self) -> np.ndarray:
         return _table(self.folder / NAMES)
 
-    @property
-    def told(self) -> list[str]:
-        """What a user should know of the rows."""
-        return json.loads((self.folder / TOLD).read_text())
+    def told(self, source: Source) -> list[str]:
+        """What a user should know of the rows; the same files may have other names by now."""
+        lines: list[str] = json.loads((self.folder / TOLD).read_text())
+        for number, name in enumerate(_names(source)):
+            lines = [line.replace(_place(number), name) for line in lines]
+        return lines
 
 
 @lru_cache(maxsize=64)
@@ -168,6 +170,15 @@ def _table(path: Path) -> np.ndarray:
 @lru_cache(maxsize=64)
 def _tokens(path: Path) -> np.ndarray:
     return np.memmap(path, np.int32, mode="r") if path.stat().st_size else np.empty(0, np.int32)
+
+
+def _names(source: Source) -> list[str]:
+    return [source.name, *(part.name for part in source.parts)]
+
+
+def _place(number: int) -> str:
+    """What stands for a name on disk."""
+    return f"\0{number}\0"
 
 
 def tokenized_rows(reader: RowReader, split: Split, shows: bool, cache: Path = DEFAULT_FOLDER) -> Stored:
@@ -239,6 +250,8 @@ def _write(folder: Path, reader: RowReader, split: Split, shows: bool) -> None:
             with (beside / name).open("wb") as file:
                 np.save(file, table)
                 _sync(file)
+        for number, name in sorted(enumerate(_names(reader.source)), key=lambda one: -len(one[1])):
+            told = [line.replace(name, _place(number)) for line in told]
         (beside / TOLD).write_text(json.dumps(told))
         (beside / FOLDERS).write_text(reader.source.folders)
         beside.rename(folder)

@@ -72,7 +72,7 @@ def _sequence(sequence: Sequence) -> Iterator[RenderableType]:
     line = Text()
     for place, (text, role) in enumerate(zip(sequence.shown[:LONGEST], sequence.roles, strict=False)):
         line.append("⟧" if place in ends else "").append("⟦" if place in begins else "│" if place in starts else "")
-        line.append(text, STYLES[role])
+        line.append(_harmless(text), STYLES[role])
     if len(sequence.shown) > LONGEST:
         line.append(f" … {len(sequence.shown) - LONGEST:,} tokens more")
     yield line
@@ -80,5 +80,10 @@ def _sequence(sequence: Sequence) -> Iterator[RenderableType]:
         yield Text(str(canvas), style="bold")
         noisy = Text()
         for text, is_replaced in zip(canvas.text, canvas.replaced, strict=True):
-            noisy.append(text, CORRUPTED if is_replaced else KEPT)
+            noisy.append(_harmless(text), CORRUPTED if is_replaced else KEPT)
         yield noisy
+
+
+def _harmless(text: str) -> str:
+    """A text whose commands to a terminal are shown, not sent."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else repr(letter)[1:-1] for letter in text)
