@@ -320,7 +320,7 @@ def test_running_text_begins_with_bos_and_needs_no_template(tokenizer):
 def test_rows_come_back_in_order_whatever_their_fate(tokenizer):
     rows = [(9, Text("a")), (4, Conversation([user("a")], [None])), (5, Conversation(CHAT, [None] * 5)), (3, Text("b"))]
     told = tokenize_rows(rows, Drafter(tokenizer, "all", "error", {}))
-    assert [each[0] if isinstance(each, tuple) else each.row for each in told] == [9, 4, 5, 3]
+    assert [each.row if isinstance(each, Document) else each[0] for each in told] == [9, 4, 5, 3]
 
 
 def test_a_prompt_has_the_tokens_that_it_has_alone_where_the_tokenizer_looks_ahead():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from ds_dgemma.data.chat import tokenize_rows
+from ds_dgemma.data.chat import Document, tokenize_rows
 from ds_dgemma.data.drafter import Drafter
 from ds_dgemma.data.formats import BadRow, Conversation
 
@@ -146,7 +146,7 @@ def learned(tokenizer, messages, tools=None, **variables) -> list[tuple[str, str
     rows = [(0, Conversation(messages, [None] * len(messages), tools))]
     documents = tokenize_rows(rows, Drafter(tokenizer, "all", "error", variables))
     for document in documents:
-        assert not isinstance(document, tuple), document
+        assert isinstance(document, Document), document
     spans = [(span, document.ids) for document in documents for span in document.spans]
     assert sorted(span.number for span, _ in spans) == list(range(len(spans)))
     return [
