@@ -1,1 +1,1 @@
-"""Ranks and DeepSpeed."""
+"""DeepSpeed: its config, the engine, experts on AutoEP, sharding, optimizers and their state."""

@@ -1,1 +1,1 @@
-"""Small checkpoints and checks."""
+"""Small checkpoints of random weights."""
