@@ -8,8 +8,7 @@ from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 
 from ds_dgemma.config.optimizer import OptimizerSection
 from ds_dgemma.engine import private
-from ds_dgemma.engine.optimizers import muon, muon_groups
-from ds_dgemma.engine.trainable import parameter_groups
+from ds_dgemma.engine.optimizers import choose_optimizer
 from ds_dgemma.model.stack import DiffusionGemmaStack
 from ds_dgemma.objective.denoising import DenoisingObjective
 
@@ -22,22 +21,15 @@ def start_engine(
     """
     gather_as_units(objective.model)
     buffers = {name: buffer.clone() for name, buffer in objective.named_buffers()}
-    groups: Any = parameter_groups(objective, optimizer)
-    made: Any = None
-    settings = deepspeed_config
-    if optimizer and optimizer.type == "muon":
-        settings = {key: value for key, value in settings.items() if key != "optimizer"}
-        made = muon(deepspeed_config["optimizer"]["params"], in_fp32=not settings["bf16"]["enabled"])
-        groups = muon_groups(objective, optimizer)
+    chosen = choose_optimizer(objective, deepspeed_config, optimizer)
     engine, *_ = deepspeed.initialize(
         model=objective,
-        optimizer=made,
-        model_parameters=groups,
-        config=settings,
+        optimizer=chosen.make,
+        model_parameters=chosen.groups,
+        config=chosen.deepspeed_config,
         dist_init_required=False,
     )
-    if made:
-        private.share_gradients_with_muon(engine)
+    chosen.after(engine)
     # Below ZeRO-3 DeepSpeed casts buffers with the model; rotary frequencies in bf16 would blur long positions.
     for name, buffer in objective.named_buffers():
         owner, _, leaf = name.rpartition(".")

@@ -8,7 +8,7 @@ a matrix's gradient and momentum, makes the update, and leaves each rank its sha
 
 import shutil
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,6 +19,24 @@ from ds_dgemma.engine.trainable import parameter_groups
 
 COMPILERS = ("cc", "gcc", "clang")  # that Triton looks for
 ParameterGroups = list[dict[str, Any]]
+
+
+class Chosen(NamedTuple):
+    """What `deepspeed.initialize` is given."""
+
+    make: Any  # a function of the groups that makes the optimizer; None: DeepSpeed does, by its config
+    groups: Any
+    deepspeed_config: dict[str, Any]
+    after: Callable[[Any], None] = lambda engine: None  # what is done to the engine
+
+
+def choose_optimizer(module: nn.Module, deepspeed_config: dict[str, Any], optimizer: OptimizerSection | None) -> Chosen:
+    """The optimizer that a run's config names, AdamW without one."""
+    if optimizer and optimizer.type == "muon":
+        settings = {key: value for key, value in deepspeed_config.items() if key != "optimizer"}
+        make = muon(deepspeed_config["optimizer"]["params"], in_fp32=not settings["bf16"]["enabled"])
+        return Chosen(make, muon_groups(module, optimizer), settings, private.share_gradients_with_muon)
+    return Chosen(None, parameter_groups(module, optimizer), deepspeed_config)
 
 
 def is_muon_matrix(name: str, dimensions: int) -> bool:
