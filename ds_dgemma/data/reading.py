@@ -53,7 +53,7 @@ class Reading:
     def bad(self, row: int, problem: BadRow | str) -> None:
         """Note a row that cannot be trained on."""
         self.bad_rows += 1
-        self.problems = [*self.problems, (row, _printable(str(problem)))][:SHOWN]
+        self.problems = [*self.problems, (row, printable(str(problem)))][:SHOWN]
 
     def add(self, other: "Reading") -> None:
         """Add what was seen of the rows behind."""
@@ -101,7 +101,7 @@ def settle(
 
 def not_read(source: "Source", reading: Reading) -> str | None:
     """Name the keys, and the files of a folder, that were not read."""
-    keys = [f"{_printable(key)} ({counted(count, 'row')})" for key, count in reading.unread.most_common()]
+    keys = [f"{printable(key)} ({counted(count, 'row')})" for key, count in reading.unread.most_common()]
     left = [*keys, *source.skipped]
     return f"{source.name}: not read: {', '.join(left)}" if left else None
 
@@ -136,9 +136,11 @@ def _foreign(reading: Reading) -> list[str]:
     ]
 
 
-def _printable(text: str) -> str:
-    """A row's own words may hold what no line takes: breaks, commands to a terminal, halves of surrogate pairs."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+def printable(text: str, but: str = "") -> str:
+    """A row's own words may hold what no line takes: breaks, commands to a terminal, halves of surrogate pairs; `but`:
+    what of these may stand.
+    """
+    return "".join(letter if letter.isprintable() or letter in but else repr(letter)[1:-1] for letter in text)
 
 
 def _bad_rows(source: "Source", reading: Reading, split: str) -> str:

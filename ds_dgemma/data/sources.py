@@ -157,12 +157,12 @@ def open_sources(data: DataSection, split: Split) -> list[Source]:
 
 def read_rows(chunk: Chunk, source: Source, reading: Reading) -> Iterator[tuple[int, Conversation | Text]]:
     """Yield a chunk's good rows; note in `reading` the bad ones, and the keys that are not read."""
-    layout = source.layout
+    layout, named = source.layout, source.layout.named
     for row, record in chunk.rows(reading):
         if isinstance(record, BadRow):
             continue  # noted already
-        if len(reading.named) < len(layout.named):
-            reading.named |= names_within(record, layout.named)
+        if len(reading.named) < len(named):
+            reading.named |= names_within(record, named)
         try:
             read, unread = read_row(record, layout)
             if isinstance(read, Conversation) and read.has_images:

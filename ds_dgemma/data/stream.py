@@ -37,6 +37,11 @@ class Share:
         first = (micro_batch * self.world_size + self.rank) * self.micro_batch_size
         return range(first, first + self.micro_batch_size)
 
+    def items(self, order: Order, step: int, micro_batch: int) -> list[Item]:
+        """The examples of one of this rank's micro-batches of a step."""
+        start = step * self.global_batch_size
+        return [item for row in self.rows(micro_batch) for item in order.row(start + row)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
@@ -65,11 +70,7 @@ class Stream:
 
     def shares(self, step: int) -> list[list[Item]]:
         """Return the examples of each of this rank's micro-batches of a step."""
-        start = step * self.share.global_batch_size
-        return [
-            [item for row in self.share.rows(number) for item in self.order.row(start + row)]
-            for number in range(self.share.accumulation)
-        ]
+        return [self.share.items(self.order, step, number) for number in range(self.share.accumulation)]
 
 
 def make_batch(share: list[Item], examples: ExampleSet, collate: Collate) -> Batch:

@@ -215,6 +215,3 @@ class StreamedBatches:
             step = [next(made) for _ in range(self.share.accumulation)]
             self.cursor = step[-1][1]
             yield [batch for batch, _ in step]
-
-    def shares(self, step: int) -> None:
-        """Nothing is known of a step's examples but what its batches say."""

@@ -9,12 +9,12 @@ import csv
 import gzip
 import io
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ds_dgemma.data.json_files import CHUNK, NumberedRows, digest_of, opened
 from ds_dgemma.data.messages import TEXT_ONLY
@@ -28,10 +28,8 @@ if TYPE_CHECKING:
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
-class Loader(Protocol):
-    """What opens a table, mapped from disk or streamed."""
-
-    def __call__(self, streaming: bool) -> "Dataset | IterableDataset": ...
+# Opens a table, mapped from disk or streamed; of a file that is mapped it is told the digest
+Loader = Callable[..., "Dataset | IterableDataset"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,8 @@ class Table:
 
     @cached_property
     def _whole(self) -> "Dataset":
-        return self._load(streaming=False)  # type: ignore[return-value]
+        told = {} if self.path is None else {"digest": self.digest}
+        return self._load(streaming=False, **told)  # type: ignore[return-value]
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -86,7 +85,12 @@ class Table:
     @property
     def digest(self) -> str:
         """Of the content; of a hub dataset what `datasets` keys its own caches with."""
-        return self.dataset._fingerprint if self.path is None else digest_of(self.path, self.name)
+        return self.dataset._fingerprint if self.path is None else self._digest_of_file
+
+    @cached_property
+    def _digest_of_file(self) -> str:
+        assert self.path is not None
+        return digest_of(self.path, self.name)
 
     def chunks(self, first_row: int) -> Iterator[TableChunk]:
         """Pieces of 500 rows; `first_row` is the number of the table's first row in its source."""
@@ -159,7 +163,9 @@ def saved_dataset(path: Path, name: str, ignore: frozenset[str]) -> Table:
     return Table(name, partial(_load_saved, path, name), ignore)
 
 
-def _load_csv(path: Path, name: str, separator: str, streaming: bool) -> "Dataset | IterableDataset":
+def _load_csv(
+    path: Path, name: str, separator: str, streaming: bool, digest: str | None = None
+) -> "Dataset | IterableDataset":
     import datasets
 
     csv.field_size_limit(2**31 - 1)
@@ -174,18 +180,26 @@ def _load_csv(path: Path, name: str, separator: str, streaming: bool) -> "Datase
         return _empty(header, streaming)
     features = datasets.Features({column: datasets.Value("string") for column in header})
     return _load_file(
-        "csv", path, name, streaming, sep=separator, keep_default_na=False, encoding="utf-8-sig", features=features
+        "csv",
+        path,
+        name,
+        streaming,
+        digest,
+        sep=separator,
+        keep_default_na=False,
+        encoding="utf-8-sig",
+        features=features,
     )
 
 
-def _load_parquet(path: Path, name: str, streaming: bool) -> "Dataset | IterableDataset":
+def _load_parquet(path: Path, name: str, streaming: bool, digest: str | None = None) -> "Dataset | IterableDataset":
     from pyarrow import ArrowException, parquet
 
-    plain = _unpacked(path, name) if path.suffix == ".gz" else path
+    plain = _unpacked(path, digest or digest_of(path, name)) if path.suffix == ".gz" else path
     with suppress(ArrowException, OSError):  # who reads it will say what is wrong
         if not (known := parquet.read_metadata(plain)).num_rows:
             return _empty(known.schema.to_arrow_schema().names, streaming)
-    return _load_file("parquet", plain, name, streaming)
+    return _load_file("parquet", plain, name, streaming, digest)
 
 
 def _empty(columns: list[str], streaming: bool) -> "Dataset | IterableDataset":
@@ -196,13 +210,16 @@ def _empty(columns: list[str], streaming: bool) -> "Dataset | IterableDataset":
     return table.to_iterable_dataset() if streaming else table
 
 
-def _load_file(kind: str, path: Path, name: str, streaming: bool, **options: Any) -> "Dataset | IterableDataset":
+def _load_file(
+    kind: str, path: Path, name: str, streaming: bool, digest: str | None, **options: Any
+) -> "Dataset | IterableDataset":
+    """`digest`: of the file's content, for a file that is read whole."""
     import datasets  # here, for it takes seconds that a JSONL file need not pay
     from datasets.config import HF_DATASETS_CACHE
     from datasets.exceptions import DatasetsError
 
     # `datasets` keeps what it read by path and date, and a file may be replaced by one of the same date
-    own = None if streaming else str(Path(HF_DATASETS_CACHE) / "ds_dgemma" / digest_of(path, name))
+    own = digest and str(Path(HF_DATASETS_CACHE) / "ds_dgemma" / digest)
     try:
         loaded = datasets.load_dataset(
             kind, data_files=str(path), split="train", streaming=streaming, cache_dir=own, **options
@@ -214,11 +231,11 @@ def _load_file(kind: str, path: Path, name: str, streaming: bool, **options: Any
     return loaded
 
 
-def _unpacked(path: Path, name: str) -> Path:
+def _unpacked(path: Path, digest: str) -> Path:
     """A compressed Parquet file is read from its end, so it is unpacked once, beside `datasets`' own files."""
     from datasets import config
 
-    unpacked = Path(config.HF_DATASETS_CACHE) / "ds_dgemma" / f"{digest_of(path, name)}.parquet"
+    unpacked = Path(config.HF_DATASETS_CACHE) / "ds_dgemma" / f"{digest}.parquet"
     if not unpacked.exists():
         unpacked.parent.mkdir(parents=True, exist_ok=True)
         with gzip.open(path, "rb") as packed, atomic_file(unpacked, binary=True) as file:

@@ -1,4 +1,5 @@
-"""What we touch of DeepSpeed that it does not promise, and what we take it to mean. No other file does.
+"""What we touch of DeepSpeed that it does not promise, and what we take it to mean. No other file does, but for the
+shape of a shard's parameter in `model/flops.py`, which may not import this one.
 
 Written against deepspeed 0.19.8; the file that each name is of stands beside it. `tests/engine/test_private.py` holds
 every meaning against the installed version: run it first after an upgrade, and what fails is what is to be read again.

@@ -6,11 +6,13 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ds_dgemma.data.reading import printable
 from ds_dgemma.inspection.sequences import Sequence
 from ds_dgemma.inspection.summary import Summary
 
 STYLES = {"context": "dim", "learned": "bold green", "fill": "blue"}
 CORRUPTED, KEPT = "bold red", "green"
+LINES = "\n\t"  # shown as they are; other commands to a terminal are spelled
 LONGEST = 1500  # tokens of a sequence that are shown
 
 
@@ -72,7 +74,7 @@ def _sequence(sequence: Sequence) -> Iterator[RenderableType]:
     line = Text()
     for place, (text, role) in enumerate(zip(sequence.shown[:LONGEST], sequence.roles, strict=False)):
         line.append("⟧" if place in ends else "").append("⟦" if place in begins else "│" if place in starts else "")
-        line.append(_harmless(text), STYLES[role])
+        line.append(printable(text, but=LINES), STYLES[role])
     if len(sequence.shown) > LONGEST:
         line.append(f" … {len(sequence.shown) - LONGEST:,} tokens more")
     yield line
@@ -80,10 +82,5 @@ def _sequence(sequence: Sequence) -> Iterator[RenderableType]:
         yield Text(str(canvas), style="bold")
         noisy = Text()
         for text, is_replaced in zip(canvas.text, canvas.replaced, strict=True):
-            noisy.append(_harmless(text), CORRUPTED if is_replaced else KEPT)
+            noisy.append(printable(text, but=LINES), CORRUPTED if is_replaced else KEPT)
         yield noisy
-
-
-def _harmless(text: str) -> str:
-    """A text whose commands to a terminal are shown, not sent."""
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else repr(letter)[1:-1] for letter in text)

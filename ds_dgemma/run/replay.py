@@ -18,7 +18,7 @@ from ds_dgemma.checkpoint.run_state import StateReader, check_same_model, open_s
 from ds_dgemma.config.file import recorded_config
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.data.batch import Batch
-from ds_dgemma.data.order import Item, Order
+from ds_dgemma.data.order import Item
 from ds_dgemma.data.read import order_of, read_split
 from ds_dgemma.data.stream import Share, make_batch
 from ds_dgemma.engine.connect import connect
@@ -118,7 +118,12 @@ def replay(file: Path, checkpoint: Path | None = None, from_model: bool = False)
     images = pretrained.images(config.data)
     make = partial(make_batch, examples=examples, collate=partial(collate, corruption, images=images))
     order = order_of(config, examples)
-    shares = [_items(step, config, order, seen) for seen in step.micro_batches]
+    shares = [
+        Share(config.train.global_batch_size, step.micro_batch_size, seen.rank, step.ranks).items(
+            order, step.step - 1, seen.micro_batch
+        )
+        for seen in step.micro_batches
+    ]
     model = outline_run(config, pretrained, ranks, trained is not None)
     if trained is not None:
         trained.check_fits(model.trained_sizes(ranks))
@@ -137,13 +142,6 @@ def replay(file: Path, checkpoint: Path | None = None, from_model: bool = False)
         print(f"Reproduced: {', '.join(bad)}." if bad else NOT_REPRODUCED)
     finally:
         disconnect()
-
-
-def _items(step: SkippedStep, config: RunConfig, order: Order, seen: SeenMicroBatch) -> list[Item]:
-    """The examples of a micro-batch."""
-    share = Share(config.train.global_batch_size, step.micro_batch_size, seen.rank, step.ranks)
-    start = (step.step - 1) * share.global_batch_size
-    return [item for row in share.rows(seen.micro_batch) for item in order.row(start + row)]
 
 
 def _run_micro_batch(

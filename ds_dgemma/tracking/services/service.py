@@ -3,6 +3,7 @@
 import importlib
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -58,6 +59,16 @@ class Service(ABC):
 def columns(rows: Rows) -> list[str]:
     """The names in the rows of a table, in the order in which they come."""
     return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def with_tables(values: dict[str, Any], table: Callable[..., Any]) -> dict[str, Any]:
+    """The values of a record, each table as the service's own, of `columns` and `data`."""
+
+    def made(rows: Rows) -> Any:
+        names = columns(rows)
+        return table(columns=names, data=[[row.get(name) for name in names] for row in rows])
+
+    return {key: made(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 def package(module: str, setting: str, extra: str) -> ModuleType:

@@ -5,7 +5,7 @@ from typing import Any
 
 from ds_dgemma.config.tracking import TrackioSection
 from ds_dgemma.errors import UserError, first_line
-from ds_dgemma.tracking.services.service import Rows, Service, columns, package
+from ds_dgemma.tracking.services.service import Service, package, with_tables
 
 
 class Trackio(Service):
@@ -28,12 +28,7 @@ class Trackio(Service):
 
     def log(self, values: dict[str, Any], step: int) -> None:
         """Tables become trackio's."""
-        tables = {key: self._table(value) for key, value in values.items() if isinstance(value, list)}
-        self._run.log({**values, **tables}, step=step)
-
-    def _table(self, rows: Rows) -> Any:
-        names = columns(rows)
-        return self._trackio.Table(columns=names, data=[[row.get(name) for name in names] for row in rows])
+        self._run.log(with_tables(values, self._trackio.Table), step=step)
 
     def finish(self, failed: bool) -> None:
         """trackio waits 30 seconds for its sender."""

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from ds_dgemma.config.tracking import WandbSection
 from ds_dgemma.errors import UserError, first_fault
-from ds_dgemma.tracking.services.service import Rows, Service, columns
+from ds_dgemma.tracking.services.service import Service, with_tables
 
 START_SECONDS = 60
 FINISH_SECONDS = 300
@@ -49,12 +49,7 @@ class Wandb(Service):
 
     def log(self, values: dict[str, Any], step: int) -> None:
         """Tables become wandb's."""
-        tables = {key: self._table(value) for key, value in values.items() if isinstance(value, list)}
-        self._run.log({**values, **tables}, step=step)
-
-    def _table(self, rows: Rows) -> Any:
-        names: list[Any] = columns(rows)
-        return self._wandb.Table(columns=names, data=[[row.get(name) for name in names] for row in rows])
+        self._run.log(with_tables(values, self._wandb.Table), step=step)
 
     def finish(self, failed: bool) -> None:
         """At most FINISH_SECONDS."""
