@@ -13,6 +13,7 @@ import argparse
 import json
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +42,12 @@ def make_checkpoint(config: DiffusionGemmaConfig, out: Path, shard_gb: float = 2
         _save_tokenizer(fresh)
         tensors = outline(config)
         split = split_torch_state_dict_into_shards(tensors, max_shard_size=int(shard_gb * 1e9))
-        for file, names in split.filename_to_tensors.items():
-            write_random(fresh / file, {name: tensors[name] for name in names}, seed)
+        shards = [
+            (fresh / file, {name: tensors[name] for name in names}, seed)
+            for file, names in split.filename_to_tensors.items()
+        ]
+        with ThreadPoolExecutor() as writers:
+            list(writers.map(write_random, *zip(*shards, strict=True)))
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (fresh / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

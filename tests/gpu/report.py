@@ -1,7 +1,7 @@
 """Run every check that needs a GPU, each as a process with a time limit, and write one dated table.
 
 `tests/gpu.sh` starts this. A check prints its figures on lines that begin with FIGURE and exits with 0 when it holds;
-one that fails or takes too long does not stop the others. To add a check, add a line to `checks`.
+one that fails or takes too long does not stop the others. To add a check, add a line to `stages`.
 """
 
 import argparse
@@ -12,10 +12,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -46,31 +48,36 @@ class Row:
     seconds: float
 
 
-def checks(cases: str, rehearse: bool) -> list[Check]:
-    """All checks in order; the last may take what is left."""
+def stages(cases: str, rehearse: bool) -> list[list[Check]]:
+    """All checks in order; those of a stage run at once, so what is timed has a stage of its own."""
     few, small, one_layer = (["--case", "base"], ["--rehearse"], ["--layers", "1"]) if rehearse else ([], [], [])
     parity, bf16 = ["-m", "tests.gpu.parity", cases, "--dtype"], "bfloat16"
     return [
-        Check("parity cases by unmodified transformers", ["tests/reference/fixtures.py", cases, *few], 60),
-        Check("parity, fp32, ZeRO-3", [*parity, "float32"], 90),
-        Check("parity, bf16, grouped matmul", [*parity, bf16, "--grouped"], 90),
-        Check("adapters on them by unmodified PEFT", ["tests/reference/lora.py", cases], 60),
-        Check("LoRA parity, fp32, ZeRO-3", [*parity, "float32", "--lora"], 90),
-        Check("LoRA parity, bf16, grouped matmul", [*parity, bf16, "--grouped", "--lora"], 90),
-        Check("expert layer, grouped matmul on and off, bf16", ["-m", "tests.gpu.grouped", *small], 60),
-        Check("layers at real shapes on fake devices, bf16", ["-m", "tests.gpu.fake"], 60),
-        Check("attention kernels, bf16", ["-m", "tests.gpu.attention", *small], 90),
-        Check("sampler beside generate()", ["-m", "tests.gpu.sampler", *small], 90),
-        Check("Sudoku through `deepspeed`, bf16, ZeRO-3, EP 1", ["-m", "tests.gpu.sudoku", *small], 90),
-        Check("step at real shapes, bf16, ZeRO-3", ["-m", "tests.gpu.real_shapes", *one_layer, *small], 220),
+        [
+            Check("parity cases by unmodified transformers", ["tests/reference/fixtures.py", cases, *few], 60),
+            Check("layers at real shapes on fake devices, bf16", ["-m", "tests.gpu.fake"], 60),
+        ],
+        [Check("adapters on them by unmodified PEFT", ["tests/reference/lora.py", cases], 60)],
+        [
+            Check("parity, fp32, ZeRO-3", [*parity, "float32"], 120),
+            Check("parity, bf16, grouped matmul", [*parity, bf16, "--grouped"], 120),
+            Check("LoRA parity, fp32, ZeRO-3", [*parity, "float32", "--lora"], 120),
+            Check("LoRA parity, bf16, grouped matmul", [*parity, bf16, "--grouped", "--lora"], 120),
+            Check("Sudoku through `deepspeed`, Muon, bf16, ZeRO-3, EP 1", ["-m", "tests.gpu.sudoku", *small], 120),
+        ],
+        [Check("expert layer, grouped matmul on and off, bf16", ["-m", "tests.gpu.grouped", *small], 60)],
+        [Check("attention kernels, bf16", ["-m", "tests.gpu.attention", *small], 90)],
+        [Check("sampler beside generate()", ["-m", "tests.gpu.sampler", *small], 90)],
+        [Check("step at real shapes, bf16, ZeRO-3", ["-m", "tests.gpu.real_shapes", *one_layer, *small], 160)],
+        [Check("LoRA on all 30 layers, bf16, ZeRO-3", ["-m", "tests.gpu.whole_model", *small], 300)],
     ]
 
 
-def chosen(everything: list[Check], only: str) -> list[Check]:
+def chosen(everything: list[list[Check]], only: str) -> list[list[Check]]:
     """The checks whose name has the regular expression, and the cases that they read."""
-    wanted = [check.name for check in everything if re.search(only, check.name)]
+    wanted = {check.name for stage in everything for check in stage if re.search(only, check.name)}
     needed = tuple(cases for cases, reader in CASES.items() if any(reader in name for name in wanted))
-    return [check for check in everything if check.name in wanted or check.name.startswith(needed)]
+    return [[check for check in stage if check.name in wanted or check.name.startswith(needed)] for stage in everything]
 
 
 def run(check: Check, seconds_left: float) -> Row:
@@ -155,10 +162,12 @@ def main() -> int:
     patience = PATIENCE if args.rehearse else 1
     deadline, rows = time.monotonic() + patience * BUDGET, []
     with tempfile.TemporaryDirectory() as cases:
-        for check in chosen(checks(cases, args.rehearse), args.only):
-            row = run(replace(check, limit=patience * check.limit), deadline - time.monotonic())
-            rows.append(row)
-            print(f"{row.result:<8} {row.name} ({row.seconds:.0f} s)  {row.figure}", flush=True)
+        for stage in chosen(stages(cases, args.rehearse), args.only):
+            patient = [replace(check, limit=patience * check.limit) for check in stage]
+            with ThreadPoolExecutor(max(1, len(patient))) as together:
+                for row in together.map(run, patient, repeat(deadline - time.monotonic())):
+                    rows.append(row)
+                    print(f"{row.result:<8} {row.name} ({row.seconds:.0f} s)  {row.figure}", flush=True)
     out = args.out or (None if args.rehearse else ROOT / "tests" / "benchmarks")
     if out:
         out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A short Sudoku run through the `deepspeed` launcher, one process, bf16: its loss must fall.
+"""A short run of the demo (Muon) through the `deepspeed` launcher, one process, bf16: its loss must fall.
 
 python -m tests.gpu.sudoku [--rehearse]
 """
