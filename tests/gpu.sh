@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every check that needs a GPU, on one device, in under 9 minutes:
+# Every check that needs a GPU, on one device, in under 10 minutes:
 #
 #   bash tests/gpu.sh [--wheels DIR] [--out DIR] [--only REGEX] [--rehearse]
 #
