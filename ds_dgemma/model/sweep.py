@@ -182,7 +182,8 @@ class Sweep:
         clean, canvas = clean_NH[None], canvas_NH[None]
         for layer_pass in self._passes:
             layer = layer_pass.layer
-            clean, canvas, load = _Both.apply(with_gradient(clean, layer), with_gradient(canvas, layer), layer_pass)
+            inputs = with_gradient(clean, layer), with_gradient(canvas, layer)
+            clean, canvas, load = layer(*inputs, job=layer_pass.denoise)
             if self._loads is not None:
                 self._loads.layers.append(load)
         return self._norm(clean[0]), self._norm(canvas[0])
@@ -233,8 +234,14 @@ class LayerPass:
         guess = self.layer.block(guess_1NH, calls.guesses, kept=self.seen)
         return done.hidden_1NH.detach(), guess.hidden_1NH
 
-    def denoise(self, canvas_1NH: Tensor) -> tuple[Tensor, Tensor]:
-        """Visit the canvases; returns their output and the load of all tokens, without a graph."""
+    def denoise(self, clean_1NH: Tensor, canvas_1NH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Visit the canvases; returns the outputs of clean tokens, which `read` left, and of canvases, and the load of
+        all.
+        """
+        return _Both.apply(clean_1NH, canvas_1NH, self)  # type: ignore[no-any-return]
+
+    def denoise_canvases(self, canvas_1NH: Tensor) -> tuple[Tensor, Tensor]:
+        """The canvases' output and the load of all tokens, without a graph."""
         if self.keeps_graph:
             done = self._recorded(canvas_1NH, self.calls.canvases, self.seen)
         else:
@@ -245,13 +252,24 @@ class LayerPass:
         assert self.load is not None
         return done.hidden_1NH.detach(), self.load + done.load.detach()
 
-    def again(self, all_1NH: Tensor) -> tuple[Tensor, Tensor]:
-        """All tokens, clean then canvases, differentiably: computed again, or as it was kept."""
+    def differentiate(self, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Gradients of the clean and the canvas input from those of what `denoise` returned; parameters get theirs."""
         if self.keeps_graph:
-            return _Kept.apply(all_1NH, self)
+            parts, self.graph = self.graph, []  # or what it holds would outlive the other layers' backward passes
+            outputs, loads = [done.hidden_1NH for _, done in parts], [done.load for _, done in parts]
+            _backward([*outputs, *loads], [*gradients[:2], gradients[2], gradients[2]])
+            (clean, _), (canvas, _) = parts
+            return _gradient(clean), _gradient(canvas)
+        n, both = inputs[0].shape[1], torch.cat(tuple(inputs), dim=1).requires_grad_(True)
+        done = self.again(both)
+        _backward([done.hidden_1NH, done.load], [torch.cat(tuple(gradients[:2]), dim=1), gradients[2]])
+        return _gradient(both)[:, :n], _gradient(both)[:, n:]
+
+    def again(self, both_1NH: Tensor) -> LayerOutput:
+        """Clean tokens and canvases computed once more, with a graph."""
         known = tuple(torch.cat(pair) for pair in zip(*self.known, strict=True)) if self.known else None
-        done = self.layer.block(all_1NH, self.calls.all, chosen_Nk=torch.cat(self.chosen), known=known)
-        return done.hidden_1NH, done.load
+        with torch.enable_grad():
+            return self.layer.block(both_1NH, self.calls.all, chosen_Nk=torch.cat(self.chosen), known=known)
 
     def _note(self, done: LayerOutput, n: int) -> None:
         self.chosen.append(done.chosen_Nk[:n].clone())
@@ -266,55 +284,36 @@ class LayerPass:
         return done
 
 
-class _Kept(torch.autograd.Function):
-    """A layer's outputs as they were computed; the backward pass goes through the graphs that were kept."""
-
-    @staticmethod
-    def forward(ctx: Any, all_1NH: Tensor, layer_pass: LayerPass) -> tuple[Tensor, Tensor]:
-        ctx.graph = layer_pass.graph
-        done = [output for _, output in ctx.graph]
-        return torch.cat([output.hidden_1NH for output in done], dim=1), done[0].load + done[1].load
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        (clean, clean_done), (canvas, canvas_done) = ctx.graph
-        n = clean.shape[1]
-        outputs = [clean_done.hidden_1NH, canvas_done.hidden_1NH]
-        gradients = [grads[0][:, :n], grads[0][:, n:]]
-        if clean_done.load.requires_grad:
-            outputs += [clean_done.load, canvas_done.load]
-            gradients += [grads[1], grads[1]]
-        torch.autograd.backward(outputs, gradients)
-        ctx.graph.clear()  # or what it holds would outlive the other layers' backward passes
-        return torch.cat([clean.grad, canvas.grad], dim=1), None
-
-
 class _Both(torch.autograd.Function):
-    """A layer over clean tokens, which were read, and canvases, which are denoised here."""
+    """A layer over clean tokens, which were read, and canvases, which are denoised here: both ways inside the layer's
+    forward and backward pass, as DeepSpeed sees them. A layer that was called again to compute it again would keep its
+    frozen weights gathered to the end of the backward pass (`partitioned_param_coordinator.py`,
+    `update_recompute_parameters`).
+    """
 
     @staticmethod
     def forward(ctx: Any, clean_1NH: Tensor, canvas_1NH: Tensor, layer_pass: LayerPass) -> tuple[Tensor, ...]:
         ctx.layer_pass = layer_pass
         ctx.save_for_backward(clean_1NH, canvas_1NH)
-        canvas_out, load = layer_pass.layer(canvas_1NH, job=layer_pass.denoise)
+        canvas_out, load = layer_pass.denoise_canvases(canvas_1NH)
         assert layer_pass.clean_out is not None
         clean_out, layer_pass.clean_out = layer_pass.clean_out, None
         return clean_out, canvas_out, load
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        clean, canvas = ctx.saved_tensors
-        inputs = torch.cat([clean, canvas], dim=1).requires_grad_(True)
-        with torch.enable_grad():
-            hidden, load = ctx.layer_pass.layer(inputs, job=ctx.layer_pass.again)
-        outputs, gradients = [hidden], [torch.cat(grads[:2], dim=1)]
-        if load.requires_grad:
-            outputs.append(load)
-            gradients.append(grads[2])
-        torch.autograd.backward(outputs, gradients)
-        n = clean.shape[1]
-        assert inputs.grad is not None
-        return inputs.grad[:, :n], inputs.grad[:, n:], None
+        return *ctx.layer_pass.differentiate(ctx.saved_tensors, grads), None
+
+
+def _backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Differentiate those of the outputs that have a graph."""
+    pairs = [pair for pair in zip(outputs, gradients, strict=True) if pair[0].requires_grad]
+    torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad
 
 
 def with_gradient(inputs: Tensor, module: nn.Module) -> Tensor:

@@ -72,13 +72,13 @@ def _visit(layer_pass: LayerPass, dtype: torch.dtype) -> tuple[int, int]:
     )
     with _Tensors() as made, torch.no_grad():
         layer_pass.read(clean, guess)
-        layer_pass.denoise(canvas)
+        layer_pass.denoise_canvases(canvas)
         stored = made.bytes
     if layer_pass.keeps_graph:
         return stored, 0  # with the outputs, as large as the inputs, which were there before
     with _Tensors() as made:
-        output, _ = layer_pass.again(both.requires_grad_())
-        return stored + both.nbytes, made.bytes - output.nbytes
+        done = layer_pass.again(both.requires_grad_())
+        return stored + both.nbytes, made.bytes - done.hidden_1NH.nbytes
 
 
 class _Tensors(TorchDispatchMode):

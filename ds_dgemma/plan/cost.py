@@ -51,18 +51,16 @@ def _work(inventory: Inventory, shape: Shape, setup: Setup, counted: float, empt
 
 
 def gathers(inventory: Inventory, setup: Setup) -> dict[str, int]:
-    """How often a micro-step needs each unit whole: to read, to denoise, and in the backward pass, which calls a layer
-    once and goes back through it at once. The vocabulary is looked up for either and then scores; the last norm follows
-    first guesses, and clean tokens and canvases. What is used again at once is kept for that, unless
-    stage3_max_reuse_distance is 0: then a layer is gathered for the call and for going back, the vocabulary for the
-    losses' gradient, the norm for each of its uses.
+    """How often a micro-step needs each unit whole: to read, to denoise, and in the backward pass. The vocabulary is
+    looked up for either and then scores; the last norm follows first guesses, and clean tokens and canvases. What is
+    used again at once is kept for that, unless stage3_max_reuse_distance is 0: then the vocabulary is gathered for the
+    losses' gradient too, the norm for each of its uses.
     """
     found = {}
     for unit, back in inventory.products.goes_back.items():
         found[unit] = 2 * setup.forwards + back + (unit == flops.VOCABULARY)
         if not setup.zero.max_reuse_distance:
-            twice = unit == flops.VOCABULARY or (back and unit.startswith(flops.LAYERS))
-            found[unit] += setup.forwards + 1 if unit == "norm" else twice
+            found[unit] += setup.forwards + 1 if unit == "norm" else unit == flops.VOCABULARY
     return found
 
 

@@ -86,8 +86,12 @@ def test_the_routers_loss_does_not_depend_on_the_topology(sudoku_run, tmp_path):
     assert_equal(go(sudoku_run, tmp_path / "shared", shared, 3, settings), alone, shared, (*COMPARED, "loss_router"))
 
 
-@pytest.mark.parametrize("checkpointing", ["full", "none"])
-def test_a_layer_is_gathered_three_times_a_micro_step(checkpointing, sudoku_run, tmp_path):
+@pytest.mark.parametrize(
+    "settings",
+    [["train.activation_checkpointing=full"], ["train.activation_checkpointing=none"], SETTINGS["lora"]],
+    ids=["full", "none", "LoRA"],
+)
+def test_a_layer_is_gathered_three_times_a_micro_step_and_let_go(settings, sudoku_run, tmp_path):
     """To read, to denoise, and for the backward pass; where layers are so large that each is let go after use."""
     live = {
         "max_reuse_distance": 1,
@@ -97,7 +101,7 @@ def test_a_layer_is_gathered_three_times_a_micro_step(checkpointing, sudoku_run,
     }
     zero = {"stage": 3, **{f"stage3_{name}": value for name, value in live.items()}}
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": zero}))
-    settings = [f"train.activation_checkpointing={checkpointing}", f"deepspeed={tmp_path}/zero.json"]
-    go(sudoku_run, tmp_path / "run", Leg(2, 1, 1), 4, settings)
+    go(sudoku_run, tmp_path / "run", Leg(2, 1, 1), 4, [*settings, f"deepspeed={tmp_path}/zero.json"])
     said = (tmp_path / "run.log").read_text()
-    assert said.count("gathers of a layer's parameter in a micro-step: [3]\n") == 2, said[-2000:]
+    wanted = "gathers of a layer's parameter in a micro-step: [3], layers whole at once: 1\n"
+    assert said.count(wanted) == 2, said[-2000:]

@@ -1,5 +1,5 @@
 """Train as `ds_dgemma.train` does, and print what no file of a run tells: whether frozen weights stayed as they were,
-and how often ZeRO-3 gathered a layer's parameters in a micro-step of the last step.
+how often ZeRO-3 gathered a layer's parameters in a micro-step of the last step, and how many layers were whole at once.
 
     python -m tests.engine.traced [--no-leaves] [--stop-after STEP] --config C.yaml ...
 
@@ -9,6 +9,7 @@ and how often ZeRO-3 gathered a layer's parameters in a micro-step of the last s
 import argparse
 import sys
 from collections import Counter
+from itertools import chain
 from typing import Any
 
 import torch
@@ -33,17 +34,21 @@ class Gathers:
 
     def __init__(self) -> None:
         self._by_parameter: Counter[int] = Counter()
-        self._layers: set[int] = set()
+        self._layers: dict[int, list[Any]] = {}
         self._micro_batches = 1
+        self.at_once = 0  # layers
         gather, update = getattr(PartitionedParameterCoordinator, GATHER), train.update
 
         def counted(coordinator: Any, parameters: Any, *rest: Any, **options: Any) -> Any:
             missing = [p.ds_id for p in parameters if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
             self._by_parameter.update(missing)
-            return gather(coordinator, parameters, *rest, **options)
+            gather(coordinator, parameters, *rest, **options)
+            whole = [any(p.ds_status != ZeroParamStatus.NOT_AVAILABLE for p in own) for own in self._layers.values()]
+            self.at_once = max(self.at_once, sum(whole))
 
         def stepped(engine: Any, *rest: Any) -> Any:
-            self._layers = {p.ds_id for p in engine.module.model.layers.parameters() if hasattr(p, "ds_id")}
+            layers = enumerate(engine.module.model.layers)
+            self._layers = {n: [p for p in layer.parameters() if hasattr(p, "ds_id")] for n, layer in layers}
             self._by_parameter.clear()
             done = update(engine, *rest)
             self._micro_batches = len(done.micro_batches)
@@ -54,7 +59,7 @@ class Gathers:
 
     def of_a_layer(self) -> list[float]:
         """The different counts that a layer's parameters have, smallest first."""
-        return sorted({self._by_parameter[name] / self._micro_batches for name in self._layers})
+        return sorted({self._by_parameter[p.ds_id] / self._micro_batches for p in chain(*self._layers.values())})
 
 
 def main(argv: list[str]) -> int:
@@ -89,7 +94,7 @@ def main(argv: list[str]) -> int:
     counts = ", ".join(f"{count:g}" for count in gathers.of_a_layer())
     print(
         f"{len(changed)} changed of {len(frozen)} frozen, dtypes {dtypes}\n"
-        f"gathers of a layer's parameter in a micro-step: [{counts}]",
+        f"gathers of a layer's parameter in a micro-step: [{counts}], layers whole at once: {gathers.at_once}",
         flush=True,
     )
     return code
