@@ -159,7 +159,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_makers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     tiny = _add(commands, "make-tiny", make_tiny)
-    tiny.add_argument("--preset", choices=["sudoku4", "shapes", "text"], required=True)
+    tiny.add_argument("--preset", choices=["sudoku4", "sudoku9", "shapes", "text"], required=True)
     tiny.add_argument("--out", type=Path, required=True, metavar="DIR")
     tiny.add_argument("--text", type=Path, metavar="FILE", help="preset text: JSONL or text to train the tokenizer on")
     tiny.add_argument("--vocab-size", type=int, metavar="N", help="preset text: tokens, image tokens included (4096)")

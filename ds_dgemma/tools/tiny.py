@@ -6,7 +6,8 @@ last three are image tokens, which config.json must name and text never uses. Tu
 does, `<|turn>role\\ncontent<turn|>\\n`.
 
 - `sudoku4`: a character is a token (digits, letters A to I, `.`), a role is one, and the template leaves out
-  the newlines: a 4x4 puzzle is 22 prompt tokens, its answer 16 digits and `<turn|>` in a canvas of 20.
+  the newlines: a 4x4 puzzle is 22 prompt tokens, its answer 16 digits and `<turn|>` in a canvas of 20. `sudoku9` is
+  the same for 9x9, with a canvas of 96.
 - `shapes`: characters and turns likewise, with letters for words; a vision tower that works and an image processor
   (`tiny_vision.py`), and a template that takes images among the parts of a content.
 - `text`: byte-level BPE trained on a file, so no text is unknown and decoding gives back every byte. A
@@ -50,6 +51,7 @@ class Shape:
 
 SHAPES = {
     "sudoku4": Shape(128, 256, 4, 4, 16, 8, 2, 64, window=64, canvas=20, new_tokens=20),
+    "sudoku9": Shape(128, 256, 4, 4, 16, 8, 2, 64, window=192, canvas=96, new_tokens=96),
     "shapes": Shape(128, 256, 4, 4, 16, 8, 2, 64, window=128, canvas=12, new_tokens=12),
     "text": Shape(256, 512, 6, 4, 32, 8, 2, 128, window=128, canvas=64, new_tokens=256),
 }
@@ -72,6 +74,7 @@ SUDOKU_TEMPLATE = (
 )
 CHARACTERS = {
     "sudoku4": (SUDOKU_CHARACTERS, SUDOKU_TEMPLATE),
+    "sudoku9": (SUDOKU_CHARACTERS, SUDOKU_TEMPLATE),
     "shapes": (tiny_vision.CHARACTERS, tiny_vision.TEMPLATE),
 }
 TEXT_TEMPLATE = Path(__file__).with_name("text_template.jinja")
