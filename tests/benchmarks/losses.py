@@ -72,7 +72,7 @@ def train(folder: Path, loss: str, seed: int, args: argparse.Namespace) -> None:
         "data.train": args.dir / "train.jsonl",
         "seed": seed,
         "train.max_steps": args.steps,
-        "train.micro_batch_size": 32,
+        "train.micro_batch_size": 64,
         "optimizer.warmup_steps": min(100, args.steps // 2),
         "parallel.expert_parallel_size": 1,
         "objective.loss": loss,

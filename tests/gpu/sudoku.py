@@ -34,6 +34,7 @@ def main() -> int:
             "data.train": folder / "train.jsonl",
             "train.max_steps": steps,
             "train.global_batch_size": batch,
+            "train.micro_batch_size": batch,
             "train.precision": "bf16",
             "optimizer.warmup_steps": 5,
             "parallel.expert_parallel_size": 1,
