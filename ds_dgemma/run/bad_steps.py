@@ -13,7 +13,7 @@ from ds_dgemma.ranks.layout import RankLayout, gather
 from ds_dgemma.run.replay_file import (
     SeenMicroBatch,
     SkippedStep,
-    checkpoints_until,
+    newest_until,
     write_skipped,
 )
 from ds_dgemma.run.step import Update
@@ -72,7 +72,7 @@ class BadSteps:
         return f"Last checkpoint: {weights}. The last batch, for ds-dgemma replay: {file}."
 
     def _skipped(self, step: int, seen: list[SeenMicroBatch]) -> SkippedStep:
-        checkpoint = next(iter(checkpoints_until(self._config.run.dir, step - 1)), None)
+        checkpoint = newest_until(self._config.run.dir, step - 1)
         if checkpoint is None and self._resumed is not None:  # of another run
             checkpoint = self._resumed.path
         return SkippedStep(

@@ -5,7 +5,6 @@ step followed it they are not the very ones that the step had.
 """
 
 import math
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ds_dgemma.checkpoint.pretrained import open_pretrained
-from ds_dgemma.checkpoint.run_state import StateReader, check_same_model, open_state
+from ds_dgemma.checkpoint.run_state import check_same_model, open_state
 from ds_dgemma.config.file import recorded_config
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.data.batch import Batch
@@ -31,9 +30,7 @@ from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
 from ds_dgemma.ranks.layout import RankLayout, disconnect
 from ds_dgemma.run.directory import CONFIG
 from ds_dgemma.run.open_model import fill_model, outline_run
-from ds_dgemma.run.replay_file import SeenMicroBatch, SkippedStep, checkpoints_until, read_skipped
-
-NOT_REPRODUCED = "Not reproduced: with these weights every number is finite."
+from ds_dgemma.run.replay_file import SeenMicroBatch, newest_until, read_skipped
 
 
 @dataclass(frozen=True)
@@ -105,7 +102,9 @@ def replay(file: Path, checkpoint: Path | None = None, from_model: bool = False)
         raise UserError("replay runs in one process: start it without a launcher.")
     if config.data.streaming:
         raise UserError("replay needs the step's examples again, and those of data.streaming are not kept.")
-    trained = None if from_model else _weights(step, config, checkpoint)
+    # None: there was no checkpoint yet
+    weights = None if from_model else checkpoint or newest_until(config.run.dir, step.step) or step.checkpoint
+    trained = weights and open_state(weights)
     pretrained = open_pretrained(config.model.path, config.model.revision)
     if pretrained.digest != step.model_digest:
         raise UserError(f"model.path: {config.model.path} has changed since {file} was written. Restore it.")
@@ -139,7 +138,7 @@ def replay(file: Path, checkpoint: Path | None = None, from_model: bool = False)
             if not seen.micro_batch:
                 seed_dropout(config.seed, step.step, seen.rank)  # a rank's micro-batches draw one after another
             bad += _run_micro_batch(alone, seen, share, make, examples.where)
-        print(f"Reproduced: {', '.join(bad)}." if bad else NOT_REPRODUCED)
+        print(f"Reproduced: {', '.join(bad)}." if bad else "Not reproduced: with these weights every number is finite.")
     finally:
         disconnect()
 
@@ -173,21 +172,3 @@ def _config(file: Path) -> RunConfig:
         raise UserError(f"{file} is not in a run directory's replay/: {path} is missing. Put it back there.")
     config = recorded_config(path)
     return config.model_copy(update={"run": config.run.model_copy(update={"dir": path.parent})})
-
-
-def _weights(step: SkippedStep, config: RunConfig, chosen: Path | None) -> StateReader | None:
-    """The checkpoint to read, whole to its last bit; None for the model."""
-    if chosen is not None:
-        return open_state(chosen)
-    candidates = checkpoints_until(config.run.dir, step.step) or ([step.checkpoint] if step.checkpoint else [])
-    for path in candidates:
-        try:
-            return open_state(path)
-        except UserError as error:
-            print(f"warning: {error}", file=sys.stderr, flush=True)
-    if not candidates:  # there was none yet
-        return None
-    raise UserError(
-        f"no whole checkpoint from before step {step.step} is left in {config.run.dir}. Name one with --checkpoint, or "
-        "say --model for the weights that the run started from."
-    )

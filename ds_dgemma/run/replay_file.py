@@ -78,7 +78,6 @@ def read_skipped(path: Path) -> SkippedStep:
         raise UserError(f"{path} cannot be read: {told(error)}.") from None
 
 
-def checkpoints_until(run_dir: Path, step: int) -> list[Path]:
-    """The run's checkpoints of a step and before, newest first; that of a skipped step has the weights it read."""
-    found = step_directories(run_dir / CHECKPOINTS)
-    return [path for number, path in reversed(found) if number <= step]
+def newest_until(run_dir: Path, step: int) -> Path | None:
+    """The run's newest checkpoint of a step or before; that of a skipped step has the weights it read."""
+    return max((found for found in step_directories(run_dir / CHECKPOINTS) if found[0] <= step), default=(0, None))[1]
