@@ -57,3 +57,4 @@ def quiet_libraries() -> None:
     logger.addFilter(lambda log: "OVERFLOW!" not in log.getMessage())  # a skipped step has a line of our own
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
