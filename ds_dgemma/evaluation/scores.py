@@ -18,7 +18,7 @@ class Score:
 
     def shown(self) -> dict[str, str]:
         """For a sample: 14 of 16."""
-        return {measure: f"{right} of {of}" for measure, (right, of) in self.right.items()}
+        return {measure: f"{right:g} of {of}" for measure, (right, of) in self.right.items()}
 
 
 def summarise(scores: Iterable[Score]) -> dict[str, Any]:
