@@ -36,12 +36,15 @@ def evaluate(args: argparse.Namespace) -> None:
     for out in args.out:
         if out.is_dir() or out.suffix not in forms:
             raise UserError(f"--out {out}: a file that ends in {', '.join(forms)} was expected.")
+        _check_place(out)
+    if len(args.task) > 1:
+        raise UserError(f"--task {' --task '.join(args.task)}: one at a time. Start the command once for each.")
     columns = dict(zip(("prompt", "response"), args.columns or (), strict=False))
     data = section_of(args.data, {"columns": columns, "ignore": args.ignore})
     report = evaluate(
         _found(args),
         data,
-        args.task,
+        args.task[0],
         batch_size=args.batch_size,
         limit=args.limit,
         seed=args.seed,
@@ -64,6 +67,8 @@ def generate(args: argparse.Namespace) -> None:
 
     found = _found(args)
     if args.prompt is not None:
+        if not args.prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in args.prompt):
+            raise UserError("--prompt is not UTF-8 text. Write it as UTF-8, or into a file for --file.")
         images = [{"type": "image", "path": file} for file in args.image]
         content = [*images, {"type": "text", "text": args.prompt}] if images else args.prompt
         found = replace(found, images=replace(found.images, allow_urls=True))  # who types an address means it
@@ -77,6 +82,10 @@ def generate(args: argparse.Namespace) -> None:
         if args.image:
             raise UserError("--image belongs to --prompt: the rows of --file name their images themselves.")
         rows, ids = read_prompts(args.file, found)
+    if args.out is not None:
+        if args.prompt is not None or args.out == args.file:
+            raise UserError(f"--out {args.out}: belongs to --file, and is another file.")
+        _check_place(args.out)
     model = load_model(found)
     watch = _watch(args, model)
     said = answer_prompts(model, ids, args.batch_size, range(args.seed, args.seed + len(ids)), watch)
@@ -113,7 +122,11 @@ def add_commands(add: Callable[..., argparse.ArgumentParser], seed: Number, coun
     evaluate_.add_argument("--columns", nargs=2, metavar=("PROMPT", "RESPONSE"), help="as data.columns in a config")
     evaluate_.add_argument("--ignore", action="append", default=[], metavar="KEY", help="as data.ignore")
     evaluate_.add_argument(
-        "--task", required=True, metavar="NAME", help="exact_match, number, sudoku, ... or python:FILE:function"
+        "--task",
+        required=True,
+        action="append",
+        metavar="NAME",
+        help="exact_match, number, sudoku, ... or python:FILE:function",
     )
     evaluate_.add_argument("--group-by", metavar="COLUMN", help="report shares for each value of a column")
     evaluate_.add_argument("--limit", type=int, metavar="N", help="score the first N conversations only")
@@ -179,9 +192,16 @@ def _watch(args: argparse.Namespace, model: Any) -> Any:
     return Watch(model.found.model.tokenizer)
 
 
-def _write(out: Path, text: str) -> None:
+def _check_place(out: Path) -> None:
+    """Refuse a place that cannot be written, before minutes are spent on answers."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8")
+        with out.open("a"):
+            pass
     except OSError as error:
         raise UserError(f"--out {out}: cannot write there ({error.strerror}). Name another file.") from error
+
+
+def _write(out: Path, text: str) -> None:
+    _check_place(out)
+    out.write_text(text, encoding="utf-8")

@@ -54,7 +54,9 @@ def open_run(run_dir: Path, step: int | Literal["best"] | None) -> Run:
     try:
         model = local_directory(config.model.path, config.model.revision)
     except UserError as error:
-        raise UserError(f"{run_dir} started from a model that is gone. {error}") from error
+        from_here = Path(config.model.path).is_absolute() or config.model.revision is not None
+        hint = "" if from_here else f" Is it relative to another folder than {Path.cwd()}? Start there."
+        raise UserError(f"{run_dir} started from a model that is gone. {error}{hint}") from error
     source, bf16 = config.model, config.train.precision == "bf16"
     check_same_model(source.path, model_digest(model), trained.checkpoint)
     return Run(source.path, source.revision, model, bf16, config.lora, trained)

@@ -341,6 +341,8 @@ class RunConfig(Section):
             return "train.early_stopping_patience", f"waits for {self.checkpoint.best_by}. Set {kind}.every."
         if not self.checkpoint.keep_best or (saved and measured and lcm(saved, measured) <= last):
             return None
+        if not measured:
+            return "checkpoint.keep_best", f"is by {self.checkpoint.best_by}. Set {kind}.every, or 0 here."
         return "checkpoint.keep_best", (
             f"no step up to {last} has both a checkpoint (every {saved}) and {kind} (every {measured}), by which the "
             f"best is known. Set checkpoint.every to a multiple of {kind}.every, or 0 here."

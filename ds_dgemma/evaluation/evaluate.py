@@ -97,6 +97,8 @@ def score(task: Task, question: Question, answer: str, group_by: str | None = No
         raise UserError(f"{question.where}: {error}") from error
     if group_by is None:
         return made
+    if group_by in (*made.right, "examples"):
+        raise UserError(f"--group-by {group_by}: a measure of the task has that name. Give the column another.")
     if group_by not in question.row:
         raise UserError(f"{question.where}: no column {group_by} to group by; it has: {', '.join(question.row)}.")
     return Score(made.right, {group_by: question.row[group_by]})

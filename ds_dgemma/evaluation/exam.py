@@ -29,6 +29,7 @@ class Exam:
 
     questions: list[Question]
     prompts: list[Prompt]
+    task_name: str
     task: Task
     settings: SamplerSettings
     tokenizer: PreTrainedTokenizerFast
@@ -50,15 +51,16 @@ class Exam:
             score(task, question, "")
         prompts = prompt_ids(questions, tokenizer, data, images)
         settings = read_settings(directory, own.sampler.model_dump())
-        return cls(questions, prompts, task, settings, tokenizer, own.batch_size, config.seed, images)
+        return cls(questions, prompts, own.task, task, settings, tokenizer, own.batch_size, config.seed, images)
 
     @property
     def digest(self) -> str:
-        """What is asked: the questions and their references."""
+        """What is measured: the questions and their references, by which task, with answers sampled how."""
         asked = "\n".join(
             f"{ids} {q.reference}" + "".join(image.digest for image in ids.images)
             for ids, q in zip(self.prompts, self.questions, strict=True)
         )
+        asked += f"\n{self.task_name} {self.settings.named()} {self.seed}"
         return f"{hashlib.sha256(asked.encode()).hexdigest()[:16]} {len(self.prompts)}"
 
     def check_measure(self, metric: str) -> None:
@@ -76,7 +78,9 @@ class Exam:
             )
 
     def take(self, engine: Any, ranks: RankLayout) -> dict[str, Any]:
-        """Answer all questions; shares by measure, the manner of the answers, and some of them. A collective."""
+        """Answer all questions; shares by measure, the manner of the answers, and some of them, or `failed` and why.
+        A collective.
+        """
         engine.eval()
         any_rank = lambda holds: sum_over_ranks([holds], ranks.device)[0] > 0  # noqa: E731
         sampler = Sampler(engine.module.model, self.settings, ranks.device, any_rank, self.images)
@@ -92,8 +96,20 @@ class Exam:
         for part in gather(said, ranks):
             everything |= part
         ordered = [everything[row] for row in range(len(self.prompts))]
-        scores = [score(self.task, question, one.text) for question, one in zip(self.questions, ordered, strict=True)]
+        return gather(self._record(ordered) if ranks.is_main else {}, ranks)[0]
+
+    def _record(self, said: list[Said]) -> dict[str, Any]:
+        """What came of the answers; `failed`, where a user's task fails, which is no reason to end a training."""
+        try:
+            scores = [score(self.task, question, one.text) for question, one in zip(self.questions, said, strict=True)]
+        except UserError as error:
+            return {"failed": str(error)}
         report = summarise(scores)
         del report["groups"]
-        shown = samples(self.questions, ordered, scores)
-        return {**report, **manner(ordered, self.questions, self.tokenizer), "answers": shown}
+        how = {"sampler": ", ".join(f"{name} {value}" for name, value in self.settings.named().items())}
+        return {
+            **report,
+            **manner(said, self.questions, self.tokenizer),
+            **how,
+            "answers": samples(self.questions, said, scores),
+        }

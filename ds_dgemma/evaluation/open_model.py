@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,6 +77,7 @@ def find_model(source: Source, settings: Mapping[str, Any]) -> Found:
     change, bf16 = None, True
     if source.run is not None:
         run = open_run(source.run, source.step)
+        source = replace(source, step=run.trained.checkpoint.step)
         model, change, bf16 = open_pretrained(str(run.model)), changes_of(run), run.bf16
     else:
         assert source.model is not None

@@ -32,11 +32,21 @@ def message_ids(
     except BadRow as problem:
         raise UserError(f"{name}: {problem}") from problem
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    check_known(ids, found, name)
+    image_id: Any = tokenizer.convert_tokens_to_ids(found.images.tokens[0]) if images else None
+    placed = place_images(ids, image_id, images)
+    return Prompt(ids, placed)
+
+
+def check_known(ids: list[int], found: Found, name: str) -> None:
+    """Refuse text that has no tokens.
+
+    Raises:
+        UserError: a part of it became the unknown token.
+    """
+    tokenizer = found.model.tokenizer
     if tokenizer.unk_token_id in ids:
         raise UserError(
             f"{name}: the tokenizer of {found.source} has no token for a part of it, which would become "
             f"{tokenizer.unk_token}. Change the text."
         )
-    image_id: Any = tokenizer.convert_tokens_to_ids(found.images.tokens[0]) if images else None
-    placed = place_images(ids, image_id, images)
-    return Prompt(ids, placed)

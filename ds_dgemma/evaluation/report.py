@@ -1,11 +1,14 @@
 """An evaluation's report: a table in the terminal, JSON, Markdown, one HTML file that needs nothing beside it."""
 
 import json
+import re
 from html import escape
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
+SHARE = re.compile(r"(\d+\.\d)%")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; color: #222; }
 table { border-collapse: collapse; } th, td { padding: .2em .8em; border-bottom: 1px solid #ddd; text-align: right; }
@@ -17,13 +20,13 @@ pre { white-space: pre-wrap; background: #f6f6f6; padding: .8em; }
 def report_table(report: dict[str, Any]) -> Table:
     """A row per group, the whole last."""
     header, *groups, whole = _cells(report)
-    table = Table(title=_title(report), title_justify="left")
+    table = Table(title=Text(_title(report)), title_justify="left")  # Text: no brackets of a user's are markup
     for name in header:
-        table.add_column(name, justify="right")
+        table.add_column(Text(name), justify="right")
     for group in groups:
-        table.add_row(*group)
+        table.add_row(*map(Text, group))
     table.add_section()
-    table.add_row(*whole, style="bold")
+    table.add_row(*map(Text, whole), style="bold")
     return table
 
 
@@ -46,7 +49,7 @@ def as_markdown(report: dict[str, Any]) -> str:
     """Table, manner, settings and samples."""
     header, *rows = _cells(report)
     table = [header, ["---:"] * len(header), *rows]
-    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in table]
+    lines = [f"| {' | '.join(' '.join(cell.replace('|', '/').split()) for cell in row)} |" for row in table]
     samples = [
         "\n\n".join(
             [f"`{sample['where']}`: {_right(sample)}", *map(_indented, (sample["reference"], sample["answer"]))]
@@ -77,7 +80,8 @@ def as_html(report: dict[str, Any]) -> str:
 
 
 def _title(report: dict[str, Any]) -> str:
-    return f"{report.get('run') or report['model']} on {report['data']}"
+    source = f"{report['run']}, step {report['step']}," if "run" in report else report["model"]
+    return f"{source} on {report['data']}"
 
 
 def _cells(report: dict[str, Any]) -> list[list[str]]:
@@ -86,19 +90,22 @@ def _cells(report: dict[str, Any]) -> list[list[str]]:
     measures = keys[keys.index("examples") : keys.index("groups")]
     names = [name for name in (report["groups"] or [{}])[0] if name not in measures]
     header = [name.replace("_", " ") for name in [*(names or [""]), *measures]]
-    groups = [[_cell(group[name]) for name in [*names, *measures]] for group in report["groups"]]
+    groups = [
+        [*(str(group[name]) for name in names), *(_cell(group[name]) for name in measures)]
+        for group in report["groups"]
+    ]
     whole = ["all", *[""] * (max(len(names), 1) - 1), *(_cell(report[name]) for name in measures)]
     return [header, *groups, whole]
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.1%}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:.1%}" if isinstance(value, float) else str(value)
 
 
 def _row(kind: str, cells: list[str]) -> str:
     def shown(cell: str) -> str:
-        share = cell.removesuffix("%")
-        bar = f'<span class="bar" style="width:{float(share) / 25:.2f}em"></span> ' if share != cell else ""
+        share = SHARE.fullmatch(cell)
+        bar = f'<span class="bar" style="width:{float(share[1]) / 25:.2f}em"></span> ' if share else ""
         return f"<{kind}>{bar}{escape(cell)}</{kind}>"
 
     return f"<tr>{''.join(map(shown, cells))}</tr>"

@@ -28,7 +28,9 @@ def summarise(scores: Iterable[Score]) -> dict[str, Any]:
     for score in sorted(everything, key=lambda score: [_order(value) for value in score.group.values()]):
         if score.group:
             groups.setdefault(json.dumps(score.group, default=str), []).append(score)
-    return {**_shares(everything), "groups": [{**members[0].group, **_shares(members)} for members in groups.values()]}
+    measures = list(dict.fromkeys(measure for score in everything for measure in score.right))
+    by_group = [{**members[0].group, **_shares(members, measures)} for members in groups.values()]
+    return {**_shares(everything, measures), "groups": by_group}
 
 
 def _order(value: Any) -> tuple[bool, Any]:
@@ -37,12 +39,11 @@ def _order(value: Any) -> tuple[bool, Any]:
     return (not is_number, value if is_number else str(value))
 
 
-def _shares(scores: list[Score]) -> dict[str, Any]:
-    totals = {
-        measure: tuple(map(sum, zip(*(score.right[measure] for score in scores), strict=True)))
-        for measure in scores[0].right
-    }
-    return {
-        "examples": len(scores),
-        **{measure: right / max(of, 1) for measure, (right, of) in totals.items()},
-    }
+def _shares(scores: list[Score], measures: Iterable[str]) -> dict[str, Any]:
+    """Each measure over the examples that have it; None where none has."""
+    shares: dict[str, Any] = {"examples": len(scores)}
+    for measure in measures:
+        found = [score.right[measure] for score in scores if measure in score.right]
+        right, of = sum(right for right, _ in found), sum(of for _, of in found)
+        shares[measure] = right / of if of else None
+    return shares

@@ -37,9 +37,12 @@ from ds_dgemma.errors import UserError
 from ds_dgemma.evaluation.answers import Said
 from ds_dgemma.evaluation.prompts import message_ids
 from ds_dgemma.evaluation.tasks.tool_call import CALL, arguments_of
-from ds_dgemma.frameworks.served import answer_texts, cut, open_path
+from ds_dgemma.frameworks.served import answer_texts, cut, open_path, whole
 
-UNUSED = ("temperature", "top_p", "top_k", "frequency_penalty", "presence_penalty", "logit_bias", "logprobs")
+UNUSED = (
+    *("temperature", "top_p", "top_k", "frequency_penalty", "presence_penalty", "logit_bias", "logprobs"),
+    *("num_choices", "response_schema"),
+)
 
 
 @dataclass
@@ -65,10 +68,11 @@ class DiffusionGemmaAPI(ModelAPI):
     ) -> None:
         super().__init__(model_name, base_url, api_key, [], config)
         try:
+            self._batch_size = whole("batch_size", batch_size, 1)
             self._model = open_path(model_name, settings)
         except UserError as error:
             raise PrerequisiteError(str(error)) from error
-        self._batch_size, self._waiting, self._lock = int(batch_size), list[_Asked](), anyio.Lock()
+        self._waiting, self._lock = list[_Asked](), anyio.Lock()
         self._times: Counter[tuple[int, ...]] = Counter()
         self._told = set[str]()
 
@@ -76,7 +80,7 @@ class DiffusionGemmaAPI(ModelAPI):
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
     ) -> ModelOutput:
         """Answer a conversation. The same one asked again has another seed."""
-        self._tell_unused(config)
+        self._tell_unused(config, tool_choice)
         declared = [
             {"type": "function", "function": tool.model_dump(exclude_none=True, include=SHOWN)} for tool in tools
         ]
@@ -110,8 +114,9 @@ class DiffusionGemmaAPI(ModelAPI):
         """As many as are answered at once, and as many again that wait."""
         return 2 * self._batch_size
 
-    def _tell_unused(self, config: GenerateConfig) -> None:
-        if unused := {name for name in UNUSED if getattr(config, name) is not None} - self._told:
+    def _tell_unused(self, config: GenerateConfig, tool_choice: ToolChoice) -> None:
+        unused = {name for name in UNUSED if getattr(config, name) is not None}
+        if unused := (unused | ({"tool_choice"} if tool_choice not in ("auto", "none") else set())) - self._told:
             self._told |= unused
             getLogger(__name__).warning(
                 "ds_dgemma: %s not used: the sampler's settings are model arguments (-M t_max=...).",

@@ -24,7 +24,8 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"{error}. It comes with the extra: pip install -e '.[lm-eval]'")
 
-from ds_dgemma.frameworks.served import answer_texts, cut, open_path
+from ds_dgemma.evaluation.prompts import check_known
+from ds_dgemma.frameworks.served import answer_texts, cut, open_path, whole
 
 NO_LIKELIHOOD = (
     "This task asks for log-likelihoods. DiffusionGemma denoises whole canvases and has no probability of a text to "
@@ -51,9 +52,10 @@ class DiffusionGemmaLM(LM):
             raise UserError("--model_args pretrained=PATH is missing: a checkpoint, a run or an adapter.")
         if device not in (None, "cpu", "cuda", "cuda:0"):
             raise UserError(f"device {device}: the first GPU is used, or the CPU where there is none.")
-        self._batch_size = int(max_batch_size or 64) if str(batch_size).startswith("auto") else int(batch_size)
-        self._seed, self._told = int(seed), set[str]()
-        self._model = open_path(pretrained, settings)
+        most = (max_batch_size or 64) if str(batch_size).startswith("auto") else batch_size
+        self._batch_size = whole("batch_size", most, 1)
+        self._seed, self._told = whole("seed", seed, 0), set[str]()
+        self._model = open_path(str(pretrained), settings)
 
     @property
     def tokenizer_name(self) -> str:
@@ -99,7 +101,9 @@ class DiffusionGemmaLM(LM):
         tokenizer = self._model.found.model.tokenizer
         begin = str(tokenizer.bos_token or "")
         whole = text if text.startswith(begin) else begin + text
-        return tokenizer(whole, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+        check_known(ids, self._model.found, "the prompt")
+        return ids
 
     def _tell_unused(self, asked: dict[str, Any]) -> None:
         greedy = set() if asked.get("do_sample") else {"do_sample", "temperature"}  # asks for nothing
@@ -122,7 +126,7 @@ class DiffusionGemmaLM(LM):
 
 def _most(asked: dict[str, Any]) -> int | None:
     most = asked.get("max_gen_toks", asked.get("max_new_tokens"))
-    return None if most is None else int(most)
+    return None if most is None else whole("max_gen_toks", most, 1)
 
 
 def main() -> None:

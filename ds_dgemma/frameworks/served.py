@@ -15,6 +15,17 @@ FOUND_BY = ("adapter", "step", "revision")  # beside the path
 SETTINGS = tuple(field.name for field in fields(SamplerSettings) if field.name not in ("stop_ids", "pad_id"))
 
 
+def whole(name: str, value: Any, least: int) -> int:
+    """A whole number that a framework was given.
+
+    Raises:
+        UserError: it is none, or less than `least`.
+    """
+    if not str(value).isdecimal() or int(value) < least:
+        raise UserError(f"{name}={value}: a whole number of at least {least} was expected.")
+    return int(value)
+
+
 def open_path(path: str, given: dict[str, Any]) -> OpenModel:
     """Load what lies at `path`: a run's directory, a PEFT adapter (on the base that it names), a checkpoint or a hub
     id; `given` are `adapter`, `step` and `revision`, and settings of the sampler.

@@ -21,7 +21,8 @@ def measure(engine: Any, step: int, config: RunConfig, ranks: RankLayout, prepar
     if prepared.exam and step and (last or due(step, config.evaluation.every)):
         shares = prepared.exam.take(engine, ranks)
         tracker.track({"kind": "evaluation", "step": step, **shares})
-        prepared.scores.add("evaluation", step, shares)
+        if "failed" not in shares:
+            prepared.scores.add("evaluation", step, shares)
 
 
 def due(step: int, every: int) -> bool:

@@ -112,6 +112,12 @@ def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
 def _warnings(config: RunConfig, model: OutlinedModel) -> Iterator[str]:
     if config.optimizer.warmup_steps >= config.train.max_steps:
         yield "optimizer.warmup_steps is not below train.max_steps: the run ends before lr is reached."
+    measured, saved = getattr(config, config.checkpoint.best_by.split("/")[0]).every, config.checkpoint.every
+    if (config.checkpoint.keep_best or config.train.early_stopping_patience) and saved != measured:
+        yield (
+            f"{config.checkpoint.best_by} is measured every {measured} steps, checkpoints are every {saved} (0: at the "
+            "end). The best may have none: set checkpoint.every equal to keep it."
+        )
     if model.adapters and (warning := model.adapters.base_warning(config.model.path)):
         yield warning
 

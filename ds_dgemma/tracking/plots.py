@@ -10,17 +10,20 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from ds_dgemma.errors import UserError
 from ds_dgemma.tracking.metrics import Record, read_lines
 
 COLOURS = ("#1f6feb", "#e36209", "#2da44e", "#a371f7", "#d1242f", "#8c6d1f", "#0f8b8d", "#57606a")
+DASHES, MARKS = ("-", "--", ":", "-."), ("o", "s", "^", "v", "D")  # of lines with names, beside other runs'
 SMOOTHING_SHARE = 0.01
 LOG_SCALE_RATIO = 20
 NEEDED = ("loss_diffusion", "loss_ar", "grad_norm", "lr")  # of every step
@@ -117,8 +120,12 @@ def draw(names: Sequence[str], records: Sequence[list[Record]]) -> Figure:
     FigureCanvasAgg(figure)  # draws to memory: no display, and pyplot's global state is left alone
     places = figure.subplots(rows, 2, squeeze=False).flat
     for axes, panel in zip(places, shown, strict=False):
-        for name, run, colour in zip(names, records, _colours(len(names)), strict=True):
-            _draw(axes, panel.lines(run), colour, name, alone=len(names) == 1)
+        lines = [panel.lines(run) for run in records]
+        named = list(dict.fromkeys(line.name for of_run in lines for line in of_run if line.name and _is_there(line)))
+        for name, of_run, colour in zip(names, lines, _colours(len(names)), strict=True):
+            _draw(axes, of_run, colour, name, named, alone=len(names) == 1)
+        if named:
+            _tell_lines(axes, named, alone=len(names) == 1)
         _dress(axes, panel.title, panel.unit)
     for axes in list(figure.axes)[len(shown) :]:
         axes.set_axis_off()
@@ -155,7 +162,10 @@ def _read(run: Path) -> list[Record]:
 def _names(runs: Sequence[Path]) -> list[str]:
     """Name runs by their directories, or by whole paths where two would be called the same."""
     short = [run.resolve().name for run in runs]
-    return short if len(set(short)) == len(short) else [str(run) for run in runs]
+    names = short if len(set(short)) == len(short) else [str(run) for run in runs]
+    return [
+        name.replace("$", r"\$").lstrip("_") or name for name in names
+    ]  # what matplotlib takes for mathematics, or hides
 
 
 def _colours(count: int) -> list[str]:
@@ -170,29 +180,40 @@ def _curve(records: Sequence[Record], key: str, kind: str | None) -> Curve:
     )
 
 
-def _draw(axes: Axes, lines: list[Line], colour: str, name: str, alone: bool) -> None:
-    """A run's lines. Those with names of their own get colours of their own, or, beside other runs, shades."""
-    named = [line.name for line in lines if line.name and len(line.curve.steps_T)]
-    for line in lines:
+def _is_there(line: Line) -> bool:
+    return len(line.curve.steps_T) > 0
+
+
+def _style(number: int, of: int, alone: bool) -> dict[str, Any]:
+    """Of a line with a name: a colour of its own, or, beside other runs, its dashes and marks."""
+    if alone:
+        return {"color": colormaps["viridis"](0.9 * number / max(of - 1, 1)), "marker": "o", "linestyle": "-"}
+    return {"marker": MARKS[number % len(MARKS)], "linestyle": DASHES[number % len(DASHES)]}
+
+
+def _draw(axes: Axes, lines: list[Line], colour: str, name: str, named: list[str], alone: bool) -> None:
+    """A run's lines; `named` are the names of lines in this panel, of any run."""
+    for line in filter(_is_there, lines):
         steps, values = line.curve.steps_T, line.curve.values_T
-        if not len(steps):
-            continue
-        own, opacity, label = colour, 1.0, None if line.points else name
+        label = None if line.points else name
         if line.name:
-            share = named.index(line.name) / max(len(named) - 1, 1)
-            own = colormaps["viridis"](0.9 * share) if alone else colour
-            opacity, label = 1.0 if alone else 1 - 0.7 * share, line.name if alone else None
-        if line.points:
-            joined = "o-" if line.name else "o"
-            axes.plot(steps, values, joined, color=own, alpha=opacity, ms=4, lw=1.3, mfc="white", label=label)
+            own = {"color": colour, **_style(named.index(line.name), len(named), alone)}
+            axes.plot(steps, values, ms=4, lw=1.3, mfc="white", **own)
+        elif line.points:
+            axes.plot(steps, values, "o", color=colour, ms=4, mfc="white")
         elif line.smoothed:
             average = smooth(values, deviation=max(1.0, SMOOTHING_SHARE * len(values)))
-            axes.plot(steps, values, color=own, alpha=0.22, linewidth=0.8)
-            axes.plot(steps, average, color=own, linewidth=1.8, label=label)
+            axes.plot(steps, values, color=colour, alpha=0.22, linewidth=0.8)
+            axes.plot(steps, average, color=colour, linewidth=1.8, label=label)
         else:
-            axes.plot(steps, values, color=own, linewidth=1.8, label=label)
-    if alone and named:
-        axes.legend(fontsize=8, frameon=False)
+            axes.plot(steps, values, color=colour, linewidth=1.8, label=label)
+
+
+def _tell_lines(axes: Axes, named: list[str], alone: bool) -> None:
+    """What the lines of a panel are, whatever their run."""
+    styles = [{"color": "#57606a", **_style(number, len(named), alone)} for number in range(len(named))]
+    handles = [Line2D([], [], ms=4, lw=1.3, mfc="white", **style) for style in styles]
+    axes.legend(handles, named, fontsize=8, frameon=False)
 
 
 def _dress(axes: Axes, title: str, unit: str) -> None:

@@ -20,7 +20,7 @@ from ds_dgemma.errors import UserError
 from ds_dgemma.files import atomic_file
 from ds_dgemma.tracking.metrics import START, Record, StepMetrics, read_lines, to_line
 
-TABLES = ("answers",)  # rows rather than a number
+NOT_SHOWN = ("kind", "step", "sampler", "answers")  # on the console
 
 
 class Sink(Protocol):
@@ -209,7 +209,7 @@ def _other_line(record: Record) -> str:
     shown = (
         f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}"
         for key, value in record.items()
-        if key not in ("kind", "step", *TABLES)
+        if key not in NOT_SHOWN
     )
     return f"{record['kind']} at step {record['step']}: " + "  ".join(shown)
 

@@ -115,8 +115,13 @@ def test_shares_are_of_all_examples_and_of_each_number_of_blanks() -> None:
         ("number", question("q", "#### 5"), "it is 10-5", {"number": 1}),
         ("number", question("q", "#### 5"), "none", {"number": 0}),
         ("multiple_choice", question("q", "B"), "The answer is (b).", {"choice": 1}),
-        ("multiple_choice", question("q", "B"), "A guess: B) red", {"choice": 0}),
+        ("multiple_choice", question("q", "B"), "A guess: B) red", {"choice": 1}),
         ("multiple_choice", question("q", "(C)"), "C", {"choice": 1}),
+        ("multiple_choice", question("q", "B"), "I think B.", {"choice": 1}),
+        ("multiple_choice", question("q", "C"), "The answer is a bit unclear. C", {"choice": 1}),
+        ("number", question("q", "#### -1,000"), "\N{MINUS SIGN}$1000", {"number": 1}),
+        ("json_valid", question("q", "1"), "true", {"valid": 1, "equal": 0}),
+        ("json_valid", question("q", "some"), "NaN", {"valid": 0}),
         ("json_valid", question("q", '{"a": 1}'), '```json\n{"a": 1}\n```', {"valid": 1, "equal": 1}),
         ("json_valid", question("q", '{"a": 1}'), '{"a": 2}', {"valid": 1, "equal": 0}),
         ("json_valid", question("q", "some"), "{", {"valid": 0}),
@@ -204,7 +209,13 @@ def test_shares_are_reported_by_any_column_and_without_groups() -> None:
     for report in (plain, {"model": "m", "data": "d", **summarise(scores)}):
         table = report_table(report)
         assert len({len(column._cells) for column in table.columns}) == 1
-    assert [column.header for column in report_table(plain).columns] == ["", "examples", "exact"]
+    assert [str(column.header) for column in report_table(plain).columns] == ["", "examples", "exact"]
+    some = summarise([Score({"valid": (1, 1), "equal": (1, 1)}, {"of": "[b]"}), Score({"valid": (0, 1)}, {"of": 2.0})])
+    assert (some["valid"], some["equal"], [group["equal"] for group in some["groups"]]) == (0.5, 1.0, [None, 1.0])
+    cells = [
+        list(map(str, column._cells)) for column in report_table({"model": "m", "data": "d", **some, "seed": 0}).columns
+    ]
+    assert cells == [["2.0", "[b]", "all"], ["1", "1", "2"], ["0.0%", "100.0%", "50.0%"], ["", "100.0%", "100.0%"]]
     manner = dict.fromkeys(("stopped", "length_to_reference", "steps_per_canvas", "tokens_per_forward", "seconds"), 0.5)
     sample = {"where": "f:1", "reference": "<b>", "answer": "a|b", "exact": "0 of 1"}
     written = {

@@ -33,6 +33,10 @@ def test_shares_are_those_of_evaluate_on_the_checkpoint_on_any_topology(sudoku_r
     one, two = exams("one", 1), exams("two", 2, "parallel.expert_parallel_size=2")
     assert [record["step"] for record in one] == [2, 3]
     assert one == two
+    (tmp_path / "own.py").write_text("def late(row, answer):\n    assert not answer\n    return 0\n")
+    failed = exams("own", 1, f"evaluation.task=python:{tmp_path}/own.py:late", "evaluation.sampler.t_max=0.9")
+    assert [record["step"] for record in failed] == [2, 3]  # a scorer is no reason to end a training
+    assert all("late failed: AssertionError" in record["failed"] for record in failed)
     asked = ["--run", f"{tmp_path}/two", "--step", "2", "--data", str(data), "--task", "sudoku", "--limit", "5"]
     assert cli.main(["evaluate", *asked, "--max-denoising-steps", "3", "--out", f"{tmp_path}/report.json"]) == 0
     report = json.loads((tmp_path / "report.json").read_text())

@@ -4,6 +4,7 @@ To add one: a file here, and a line below. Users bring their own as `python:FILE
 """
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,12 @@ from ds_dgemma.evaluation.tasks.sudoku import sudoku
 from ds_dgemma.evaluation.tasks.tool_call import tool_call
 
 Task = Callable[[Question, str], Score]
+
+# What stands beside the measures in a report, a sample and a record of `metrics.jsonl`
+TAKEN = {
+    *("examples", "groups", "where", "reference", "answer", "kind", "step", "answers", "sampler", "not_finite"),
+    *("stopped", "length_to_reference", "steps_per_canvas", "tokens_per_forward", "seconds"),
+}
 
 TASKS: dict[str, Task] = {
     "contains": contains,
@@ -46,12 +53,12 @@ def find_task(name: str) -> Task:
     if not Path(file).is_file() or not function:
         raise UserError(f"--task {name}: no file {file or '(none)'}, or no function named. Write python:FILE:function.")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--task {name}: {file} is no Python file. Write python:FILE.py:function.")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # a user's program
+    except (Exception, SystemExit) as error:  # a user's program
         raise UserError(f"--task {name}: {file} cannot be imported: {first_line(error)}") from error
     if not callable(own := getattr(module, function, None)):
         raise UserError(f"--task {name}: {file} has no function {function}.")
@@ -64,16 +71,19 @@ def _own(function: Callable[..., object], name: str) -> Task:
     def task(question: Question, answer: str) -> Score:
         try:
             found = function(question.row, answer)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(f"--task {name} failed: {type(error).__name__}: {first_line(error)}") from error
-        measures = found if isinstance(found, dict) else {function.__name__: found}
+        measures = found if isinstance(found, dict) else {name.rpartition(":")[2]: found}
+        if not measures or any(not isinstance(measure, str) or measure in TAKEN for measure in measures):
+            told = ", ".join(map(str, measures)) or "nothing"
+            raise UserError(f"--task {name} measures {told}; names were expected that are none of {', '.join(TAKEN)}.")
         right: dict[str, tuple[float, int]] = {}
         for measure, value in measures.items():
             if not isinstance(value, bool | int | float) or not 0 <= value <= 1:
                 raise UserError(
                     f"--task {name} gave {measure} {value!r}, expected true, false or a number from 0 to 1."
                 )
-            right[str(measure)] = (float(value), 1)
+            right[measure] = (float(value), 1)
         return Score(right)
 
     return task

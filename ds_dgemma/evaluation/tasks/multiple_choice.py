@@ -7,8 +7,9 @@ from ds_dgemma.evaluation.questions import Question
 from ds_dgemma.evaluation.scores import Score
 
 # "answer is B", "Answer: (B)" before a bare letter, which may be a word such as A or I
-SAID = re.compile(r"answer\s*(?:is|:)?\s*[*(\[]*([A-Z])\b", re.IGNORECASE)
-ALONE = re.compile(r"(?<![A-Za-z'])([A-Z])(?=[).:,\]*\s]|$)")
+SAID = re.compile(r"(?i:\banswer\s*(?:is|:)?)\s*[*(\[`]*([A-Z]|[a-z](?=[).\]*`\s]*$))\b(?! [a-z])")
+WORDS = re.compile(r"\b(?:A|I) (?=[a-z])|\bI'")  # of a sentence
+ALONE = re.compile(r"(?<![A-Za-z'])([A-Z])(?=[).:,\]*}`?!\s]|$)")
 
 
 def multiple_choice(question: Question, answer: str) -> Score:
@@ -22,4 +23,5 @@ def multiple_choice(question: Question, answer: str) -> Score:
 def chosen(text: str) -> str | None:
     """The letter that a text chooses."""
     said = [match[1].upper() for match in SAID.finditer(text)]
-    return said[-1] if said else next((match[1] for match in ALONE.finditer(text)), None)
+    alone = [match[1] for part in (WORDS.sub("", text), text) for match in ALONE.finditer(part)]
+    return said[-1] if said else alone[0] if alone else None

@@ -7,7 +7,7 @@ from ds_dgemma.errors import UserError
 from ds_dgemma.evaluation.questions import Question
 from ds_dgemma.evaluation.scores import Score
 
-NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+")
+NUMBER = re.compile(r"[-+]?\$?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 
 
 def number(question: Question, answer: str) -> Score:
@@ -20,9 +20,10 @@ def number(question: Question, answer: str) -> Score:
 
 def last_number(text: str) -> Decimal | None:
     """The last number of a text, behind `####` where that stands."""
-    found = [match for match in NUMBER.finditer(text.rpartition("####")[2])]
+    behind = text.rpartition("####")[2].replace("\N{MINUS SIGN}", "-")
+    found = list(NUMBER.finditer(behind))
     if not found:
         return None
     last = found[-1]
-    is_minus = last.start() > 0 and text.rpartition("####")[2][last.start() - 1].isalnum()  # of a difference
-    return Decimal((last[0].lstrip("+-") if is_minus else last[0]).replace(",", ""))
+    is_minus = last.start() > 0 and behind[last.start() - 1].isalnum()  # of a difference
+    return Decimal((last[0].lstrip("+-") if is_minus else last[0]).replace(",", "").replace("$", ""))

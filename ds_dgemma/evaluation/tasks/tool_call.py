@@ -7,8 +7,9 @@ from typing import Any
 from ds_dgemma.errors import UserError
 from ds_dgemma.evaluation.questions import Question
 from ds_dgemma.evaluation.scores import Score
+from ds_dgemma.evaluation.tasks.json_valid import same_json
 
-CALL = re.compile(r"<\|tool_call>(?:call:)?\s*([\w.\-]+)\s*(\{.*?\})\s*<tool_call\|>", re.DOTALL)
+CALL = re.compile(r"<\|tool_call>(?:call:)?\s*([\w.:\-]+)\s*(\{.*?\})\s*<tool_call\|>", re.DOTALL)
 QUOTE = '<|"|>'  # Gemma's, around strings
 BARE_KEY = re.compile(r"([{,]\s*)([A-Za-z_][\w.\-]*)(\s*):")
 
@@ -24,7 +25,7 @@ def tool_call(question: Question, answer: str) -> Score:
     return Score(
         {
             "name": ([name for name, _ in said] == [name for name, _ in wanted], 1),
-            "call": (said == wanted, 1),
+            "call": (same_json([list(call) for call in said], [list(call) for call in wanted]), 1),
         }
     )
 
