@@ -103,7 +103,7 @@ def replay(args: argparse.Namespace) -> None:
 
 
 def plot(args: argparse.Namespace) -> None:
-    """Draw the loss curves of one or more runs as a PNG."""
+    """Draw the loss curves of one or more runs as PNG or HTML."""
     from ds_dgemma.tracking.plots import plot_runs
 
     print(plot_runs(args.runs, args.out))

@@ -67,8 +67,6 @@ def generate(args: argparse.Namespace) -> None:
 
     found = _found(args)
     if args.prompt is not None:
-        if not args.prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in args.prompt):
-            raise UserError("--prompt is not UTF-8 text. Write it as UTF-8, or into a file for --file.")
         images = [{"type": "image", "path": file} for file in args.image]
         content = [*images, {"type": "text", "text": args.prompt}] if images else args.prompt
         found = replace(found, images=replace(found.images, allow_urls=True))  # who types an address means it

@@ -1,5 +1,6 @@
 """Prompts of what a user types, as token ids."""
 
+import re
 from typing import Any
 
 from ds_dgemma.data.chat import prompt_text
@@ -8,6 +9,8 @@ from ds_dgemma.data.messages import BadRow, Message, words_of
 from ds_dgemma.errors import UserError
 from ds_dgemma.evaluation.open_model import Found
 from ds_dgemma.evaluation.sampler import Prompt
+
+UNDECODED = re.compile("[\ud800-\udfff]")  # what Python makes of bytes that are no text
 
 
 def message_ids(
@@ -24,6 +27,8 @@ def message_ids(
     """
     tokenizer = found.model.tokenizer
     for message in messages:
+        if UNDECODED.search(words_of(message["content"])):
+            raise UserError(f"{name} is not UTF-8 text. Write it as UTF-8.")
         for token in found.images.tokens:
             if token in words_of(message["content"]):
                 raise UserError(f"{name} holds {token}, which stands for an image: leave it out of the text.")

@@ -80,6 +80,9 @@ def prompt_ids(
     return prompts
 
 
+MADE = {"answer", "stopped", "steps"}  # what `ds-dgemma generate` adds to a row
+
+
 def read_prompts(file: Path, found: Found) -> tuple[list[dict[str, Any]], list[Prompt]]:
     """The rows of a JSONL file, and the prompts in them: `prompt` (text), or `messages` that end with the user or a
     tool; with the row's `tools` and `chat_template_kwargs`.
@@ -93,6 +96,8 @@ def read_prompts(file: Path, found: Found) -> tuple[list[dict[str, Any]], list[P
         where = source.where(row)
         if isinstance(record, BadRow):
             raise UserError(f"{where}: {record}")
+        if taken := MADE & record.keys():
+            raise UserError(f"{where}: {', '.join(sorted(taken))} would be written over. Rename it.")
         prompt = record.get("messages", record.get("prompt"))
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if not messages or not isinstance(messages, list):
