@@ -12,7 +12,7 @@ reaches the matrix), and the padding row gets no look-up gradient.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -119,24 +119,43 @@ class TiedVocabulary(nn.Module):
         return self(_Sample, hidden_NH, temperature, take, rows)
 
 
-def capped(hidden_NH: Tensor, weight_VH: Tensor, softcap: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Capped logits over the cap, tanh(hidden @ weight.T / softcap), and their `exponentials`, [N, V]; the sums of
-    those and the top, [N, 1]. In fp32 at least.
+Room = tuple[Tensor, Tensor]
+
+
+def room_for(chunks: list[slice], weight_VH: Tensor) -> Room | None:
+    """Memory for what `capped` makes of a chunk, to be used again by the next: on a CPU fresh memory costs a page fault
+    every 4 KiB, which is as much as a pass over it. None: let the allocator see to it.
+    """
+    if not chunks or weight_VH.is_cuda or weight_VH.dtype != wide(weight_VH.dtype):
+        return None
+    shape = chunks[0].stop, len(weight_VH)
+    return weight_VH.new_empty(shape), weight_VH.new_empty(shape)
+
+
+def capped(
+    hidden_NH: Tensor, weight_VH: Tensor, softcap: float, room: Room | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Capped logits over the cap, tanh(hidden @ weight.T / softcap), and their `exponentials`, [N, V], in `room` if
+    there is one; the sums of those and the top, [N, 1]. In fp32 at least.
     """
     if hidden_NH.is_cuda:
         return _fused(_measure)(F.linear(hidden_NH, weight_VH), softcap)
     if hidden_NH.dtype != wide(hidden_NH.dtype):
         return _measure(F.linear(hidden_NH, weight_VH), softcap)
+    logits, exponential = (None, None) if room is None else (part[: len(hidden_NH)] for part in room)
     nothing = hidden_NH.new_empty(())
-    return _of_tanh(torch.addmm(nothing, hidden_NH, weight_VH.t(), beta=0, alpha=1 / softcap).tanh_(), softcap)
+    logits = torch.addmm(nothing, hidden_NH, weight_VH.t(), beta=0, alpha=1 / softcap, out=logits)
+    return _of_tanh(logits.tanh_(), softcap, exponential)
 
 
 def _measure(logits_NV: Tensor, softcap: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _of_tanh((logits_NV.to(wide(logits_NV.dtype)) / softcap).tanh_(), softcap)
 
 
-def _of_tanh(squashed_NV: Tensor, softcap: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    exponential, top = exponentials(squashed_NV, softcap)
+def _of_tanh(
+    squashed_NV: Tensor, softcap: float, into_NV: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    exponential, top = exponentials(squashed_NV, softcap, into_NV)
     return squashed_NV, exponential, exponential.sum(-1, keepdim=True), top
 
 
@@ -149,13 +168,13 @@ def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True)
 
 
-def exponentials(squashed_NV: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+def exponentials(squashed_NV: Tensor, softcap: float, into_NV: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """exp(capped logits - top) [N, V], and top: the cap itself, which no logit exceeds, or a row's largest where the
     cap is so wide that others would vanish in fp32.
     """
     if softcap <= WIDEST_CAP:
         top = squashed_NV.new_full((), softcap)
-        return torch.add(-top, squashed_NV, alpha=softcap).exp_(), top
+        return torch.add(-top, squashed_NV, alpha=softcap, out=into_NV).exp_(), top
     logits = squashed_NV * softcap
     top = logits.amax(-1, keepdim=True)
     return logits.sub_(top).exp_(), top
@@ -166,13 +185,13 @@ def times_slope(exponential_NV: Tensor, squashed_NV: Tensor) -> Tensor:
     return exponential_NV.addcmul_(exponential_NV, squashed_NV.square_(), value=-1)
 
 
-def _chunks(count: int, chunk: int, weight: Tensor) -> Iterator[slice]:
+def _chunks(count: int, chunk: int, weight: Tensor) -> list[slice]:
     if not weight.is_cuda:
         # Passes over a chunk that stays in the cache; but each chunk also reads the matrix and its gradient [V, H], so
         # with few rows those are what is passed over.
         vocabulary, hidden = weight.shape
         chunk = min(chunk, max(CPU_CHUNK // (4 * vocabulary), hidden // 2, 1))
-    return (slice(start, min(start + chunk, count)) for start in range(0, count, chunk))
+    return [slice(start, min(start + chunk, count)) for start in range(0, count, chunk)]
 
 
 def _raise(
@@ -211,8 +230,10 @@ class _Embed(torch.autograd.Function):
         if first_pass_MH is None:
             first_pass_MH = weight.new_empty(0, weight.shape[1])
         soft_MH = torch.empty_like(first_pass_MH)
-        for part in _chunks(len(first_pass_MH), chunk, weight):
-            _, exponential, total, _ = capped(first_pass_MH[part], weight, owner.softcap)
+        chunks = _chunks(len(first_pass_MH), chunk, weight)
+        room = room_for(chunks, weight)
+        for part in chunks:
+            _, exponential, total, _ = capped(first_pass_MH[part], weight, owner.softcap, room)
             soft_MH[part] = (exponential.to(weight.dtype) @ weight) / total
         ctx.save_for_backward(weight, ids, first_pass_MH)
         ctx.owner, ctx.chunk, ctx.gradient = owner, chunk, gradient
@@ -225,8 +246,10 @@ class _Embed(torch.autograd.Function):
             return (None,) * 6
         total = ctx.gradient.take(weight)
         d_embedding, d_soft = (grad * ctx.owner.scale for grad in grads)
-        for part in _chunks(len(first_pass_MH), ctx.chunk, weight):
-            _, exponential, row, _ = capped(first_pass_MH[part], weight, ctx.owner.softcap)
+        chunks = _chunks(len(first_pass_MH), ctx.chunk, weight)
+        room = room_for(chunks, weight)
+        for part in chunks:
+            _, exponential, row, _ = capped(first_pass_MH[part], weight, ctx.owner.softcap, room)
             _add_product(total, exponential.to(weight.dtype), (d_soft[part] / row).to(weight.dtype))
         looked_up = (ids != ctx.owner.padding_id).flatten().unsqueeze(-1)
         rows = d_embedding.reshape(-1, d_embedding.shape[-1]) * looked_up
@@ -277,8 +300,10 @@ class _Score(torch.autograd.Function):
         d_weight = gradient.open(weight) if differentiate and weight.requires_grad else None
         is_top_N = torch.empty(0 if differentiate else len(target_N), dtype=torch.bool, device=hidden_NH.device)
         cap = owner.softcap
-        for part in _chunks(len(target_N), chunk, weight):
-            squashed, exponential, total, top = capped(hidden_NH[part], weight, cap)
+        chunks = _chunks(len(target_N), chunk, weight)
+        room = room_for(chunks, weight)
+        for part in chunks:
+            squashed, exponential, total, top = capped(hidden_NH[part], weight, cap, room)
             target = target_N[part, None]
             of_target = squashed.gather(-1, target)
             logit = of_target * cap
