@@ -43,7 +43,8 @@ class Scores:
         """Take what validation or evaluation, its `kind`, measured at a step; what is no number is never the best."""
         if not self.metric.startswith(f"{kind}/"):
             return
-        value = float(measured[self.metric.removeprefix(f"{kind}/")])
+        share = measured[self.metric.removeprefix(f"{kind}/")]
+        value = math.nan if share is None else float(share)  # None: of no example
         self.since += 1
         if not math.isfinite(value):
             return

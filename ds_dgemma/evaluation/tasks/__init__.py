@@ -52,7 +52,7 @@ def find_task(name: str) -> Task:
     _, file, function = [*name.split(":", 2), "", ""][:3]
     if not Path(file).is_file() or not function:
         raise UserError(f"--task {name}: no file {file or '(none)'}, or no function named. Write python:FILE:function.")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    spec = importlib.util.spec_from_file_location(f"ds_dgemma_task_{Path(file).stem}", file)
     if spec is None or spec.loader is None:
         raise UserError(f"--task {name}: {file} is no Python file. Write python:FILE.py:function.")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look
