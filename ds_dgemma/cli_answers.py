@@ -2,7 +2,8 @@
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -190,16 +191,21 @@ def _watch(args: argparse.Namespace, model: Any) -> Any:
     return Watch(model.found.model.tokenizer)
 
 
-def _check_place(out: Path) -> None:
-    """Refuse a place that cannot be written, before minutes are spent on answers."""
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("a"):
-            pass
+        yield
     except OSError as error:
         raise UserError(f"--out {out}: cannot write there ({error.strerror}). Name another file.") from error
 
 
+def _check_place(out: Path) -> None:
+    """Refuse a place that cannot be written, before minutes are spent on answers."""
+    with _writing(out):
+        out.open("a").close()
+
+
 def _write(out: Path, text: str) -> None:
-    _check_place(out)
-    out.write_text(text, encoding="utf-8")
+    with _writing(out):
+        out.write_text(text, encoding="utf-8")

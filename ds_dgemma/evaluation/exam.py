@@ -17,7 +17,7 @@ from ds_dgemma.evaluation.answers import Said, said_of
 from ds_dgemma.evaluation.evaluate import manner, samples, score
 from ds_dgemma.evaluation.questions import Question, prompt_ids, read_questions
 from ds_dgemma.evaluation.sampler import Group, Prompt, Sampler
-from ds_dgemma.evaluation.sampler_settings import SamplerSettings, ends_of, read_settings
+from ds_dgemma.evaluation.sampler_settings import SamplerSettings, ends_of, in_words, read_settings
 from ds_dgemma.evaluation.scores import summarise
 from ds_dgemma.evaluation.tasks import Task, find_task
 from ds_dgemma.ranks.layout import RankLayout, gather, sum_over_ranks
@@ -106,10 +106,9 @@ class Exam:
             return {"failed": str(error)}
         report = summarise(scores)
         del report["groups"]
-        how = {"sampler": ", ".join(f"{name} {value}" for name, value in self.settings.named().items())}
         return {
             **report,
             **manner(said, self.questions, self.tokenizer),
-            **how,
+            "sampler": in_words(self.settings.named()),
             "answers": samples(self.questions, said, scores),
         }

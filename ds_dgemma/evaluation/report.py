@@ -8,6 +8,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from ds_dgemma.evaluation.sampler_settings import in_words
+
 SHARE = re.compile(r"(\d+\.\d)%")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; color: #222; }
@@ -112,8 +114,7 @@ def _row(kind: str, cells: list[str]) -> str:
 
 
 def _settings(report: dict[str, Any]) -> str:
-    sampler = ", ".join(f"{name} {value}" for name, value in report["sampler"].items())
-    return f"Task {report['task']}, seed {report['seed']}; {sampler}."
+    return f"Task {report['task']}, seed {report['seed']}; {in_words(report['sampler'])}."
 
 
 def _right(sample: dict[str, Any]) -> str:

@@ -33,6 +33,11 @@ class SamplerSettings:
         return {**vars(self), "stop_ids": sorted(self.stop_ids)}
 
 
+def in_words(named: Mapping[str, Any]) -> str:
+    """`SamplerSettings.named` on one line."""
+    return ", ".join(f"{name} {value}" for name, value in named.items())
+
+
 def ends_of(settings: SamplerSettings, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
     """The ids that end an answer's text: the sampler's, and the tokenizer's EOS."""
     eos = tokenizer.eos_token_id

@@ -12,7 +12,7 @@ reaches the matrix), and the padding row gets no look-up gradient.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -119,17 +119,7 @@ class TiedVocabulary(nn.Module):
         return self(_Sample, hidden_NH, temperature, take, rows)
 
 
-Room = tuple[Tensor, Tensor]
-
-
-def room_for(chunks: list[slice], weight_VH: Tensor) -> Room | None:
-    """Memory for what `capped` makes of a chunk, to be used again by the next: on a CPU fresh memory costs a page fault
-    every 4 KiB, which is as much as a pass over it. None: let the allocator see to it.
-    """
-    if not chunks or weight_VH.is_cuda or weight_VH.dtype != wide(weight_VH.dtype):
-        return None
-    shape = chunks[0].stop, len(weight_VH)
-    return weight_VH.new_empty(shape), weight_VH.new_empty(shape)
+Room = tuple[Tensor, Tensor]  # [rows, V] for the capped logits of a chunk, and for their exponentials
 
 
 def capped(
@@ -185,13 +175,21 @@ def times_slope(exponential_NV: Tensor, squashed_NV: Tensor) -> Tensor:
     return exponential_NV.addcmul_(exponential_NV, squashed_NV.square_(), value=-1)
 
 
-def _chunks(count: int, chunk: int, weight: Tensor) -> list[slice]:
+def _chunks(count: int, chunk: int, weight: Tensor) -> Iterator[tuple[slice, Room | None]]:
+    """Rows of a chunk, and memory for what `capped` makes of them, the same for every chunk: on a CPU fresh memory
+    costs a page fault every 4 KiB, as much as a pass over it. None: the allocator sees to it.
+    """
+    vocabulary, hidden = weight.shape
     if not weight.is_cuda:
         # Passes over a chunk that stays in the cache; but each chunk also reads the matrix and its gradient [V, H], so
         # with few rows those are what is passed over.
-        vocabulary, hidden = weight.shape
         chunk = min(chunk, max(CPU_CHUNK // (4 * vocabulary), hidden // 2, 1))
-    return [slice(start, min(start + chunk, count)) for start in range(0, count, chunk)]
+    room = None
+    if count and not weight.is_cuda and weight.dtype == wide(weight.dtype):
+        rows = min(chunk, count)
+        room = weight.new_empty(rows, vocabulary), weight.new_empty(rows, vocabulary)
+    for start in range(0, count, chunk):
+        yield slice(start, min(start + chunk, count)), room
 
 
 def _raise(
@@ -230,9 +228,7 @@ class _Embed(torch.autograd.Function):
         if first_pass_MH is None:
             first_pass_MH = weight.new_empty(0, weight.shape[1])
         soft_MH = torch.empty_like(first_pass_MH)
-        chunks = _chunks(len(first_pass_MH), chunk, weight)
-        room = room_for(chunks, weight)
-        for part in chunks:
+        for part, room in _chunks(len(first_pass_MH), chunk, weight):
             _, exponential, total, _ = capped(first_pass_MH[part], weight, owner.softcap, room)
             soft_MH[part] = (exponential.to(weight.dtype) @ weight) / total
         ctx.save_for_backward(weight, ids, first_pass_MH)
@@ -246,9 +242,7 @@ class _Embed(torch.autograd.Function):
             return (None,) * 6
         total = ctx.gradient.take(weight)
         d_embedding, d_soft = (grad * ctx.owner.scale for grad in grads)
-        chunks = _chunks(len(first_pass_MH), ctx.chunk, weight)
-        room = room_for(chunks, weight)
-        for part in chunks:
+        for part, room in _chunks(len(first_pass_MH), ctx.chunk, weight):
             _, exponential, row, _ = capped(first_pass_MH[part], weight, ctx.owner.softcap, room)
             _add_product(total, exponential.to(weight.dtype), (d_soft[part] / row).to(weight.dtype))
         looked_up = (ids != ctx.owner.padding_id).flatten().unsqueeze(-1)
@@ -300,9 +294,7 @@ class _Score(torch.autograd.Function):
         d_weight = gradient.open(weight) if differentiate and weight.requires_grad else None
         is_top_N = torch.empty(0 if differentiate else len(target_N), dtype=torch.bool, device=hidden_NH.device)
         cap = owner.softcap
-        chunks = _chunks(len(target_N), chunk, weight)
-        room = room_for(chunks, weight)
-        for part in chunks:
+        for part, room in _chunks(len(target_N), chunk, weight):
             squashed, exponential, total, top = capped(hidden_NH[part], weight, cap, room)
             target = target_N[part, None]
             of_target = squashed.gather(-1, target)

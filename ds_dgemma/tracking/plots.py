@@ -163,9 +163,8 @@ def _names(runs: Sequence[Path]) -> list[str]:
     """Name runs by their directories, or by whole paths where two would be called the same."""
     short = [run.resolve().name for run in runs]
     names = short if len(set(short)) == len(short) else [str(run) for run in runs]
-    return [
-        name.replace("$", r"\$").lstrip("_") or name for name in names
-    ]  # what matplotlib takes for mathematics, or hides
+    # matplotlib takes $ for mathematics, and hides what begins with _
+    return [name.replace("$", r"\$").lstrip("_") or name for name in names]
 
 
 def _colours(count: int) -> list[str]:

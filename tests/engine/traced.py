@@ -94,7 +94,8 @@ def main(argv: list[str]) -> int:
     counts = ", ".join(f"{count:g}" for count in gathers.of_a_layer())
     print(
         f"{len(changed)} changed of {len(frozen)} frozen, dtypes {dtypes}\n"
-        f"gathers of a layer's parameter in a micro-step: [{counts}], layers whole at once: {gathers.at_once}",
+        f"gathers of a layer's parameter in a micro-step: [{counts}], layers whole at once: {gathers.at_once}\n",
+        end="",  # one write: without Python's buffer a newline of its own lets another rank's line in between
         flush=True,
     )
     return code

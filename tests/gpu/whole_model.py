@@ -21,12 +21,13 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, DiffusionGemmaConfig
 
+from ds_dgemma.config.file import load_config
+from ds_dgemma.plan.plan import RELEASED_SHAPES
 from ds_dgemma.ranks.layout import free_port
 from tests.benchmarks.real_checkpoint import make_checkpoint
 from tests.gpu import ROOT, shapes
 
-SHAPES = ROOT / "ds_dgemma" / "plan" / "released_26b.json"
-RUNS = {"lora_26b": 4096, "lora_26b_24gb": 2048}  # configs, and their data.max_length
+RUNS = ("lora_26b", "lora_26b_24gb")
 STEPS, ROWS = 4, 2
 ROOM = 60e9  # bytes: the checkpoint, and what the runs leave beside it
 GIB = 2**30
@@ -113,12 +114,13 @@ def main() -> int:
     rehearse = parser.parse_args().rehearse
     with tempfile.TemporaryDirectory(dir=None if rehearse else roomy()) as name:
         folder, began = Path(name), time.monotonic()
-        whole = DiffusionGemmaConfig.from_dict(json.loads(SHAPES.read_text()))
+        whole = DiffusionGemmaConfig.from_dict(json.loads(RELEASED_SHAPES.read_text()))
         make_checkpoint(shapes.config(True, 2) if rehearse else whole, folder / "model")
         print(f"made the checkpoint in {time.monotonic() - began:.0f} s", flush=True)
-        for config, length in RUNS.items():
-            print(f"FIGURE {train(config, folder, 192 if rehearse else length)}", flush=True)
-        print(f"FIGURE {answer('lora_26b', folder, 16 if rehearse else 256)}", flush=True)
+        for run in RUNS:
+            length = 192 if rehearse else load_config(ROOT / f"ds_configs/runs/{run}.yaml").data.max_length
+            print(f"FIGURE {train(run, folder, length)}", flush=True)
+        print(f"FIGURE {answer(RUNS[0], folder, 16 if rehearse else 256)}", flush=True)
     return 0
 
 
