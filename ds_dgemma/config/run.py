@@ -5,8 +5,6 @@ YAML owns the science (batch, learning rate, steps, clipping, canvases, expert r
 `engine/ds_config.py` joins the two.
 """
 
-from collections.abc import Iterator
-from math import lcm
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -291,59 +289,3 @@ class RunConfig(Section):
     health: Annotated[HealthSection, MAY_CHANGE] = HealthSection()
     tracking: Annotated[TrackingSection, MAY_CHANGE] = TrackingSection()
     deepspeed: Annotated[Path, MAY_CHANGE] = Field(description="DeepSpeed's JSON, passed to DeepSpeed whole")
-
-    def faults(self) -> Iterator[tuple[str, str]]:
-        """What settings of different sections say against each other: a setting, and what is wrong with it."""
-        if self.lora is not None:
-            yield from self._faults_of_lora()
-        elif self.objective.router_balance_weight and not self.model.train_router:
-            yield "objective.router_balance_weight", "trains frozen routers. Set model.train_router: true, or 0."
-        if self.optimizer.type == "muon" and self.train.gradient_clipping:
-            yield (
-                "train.gradient_clipping",
-                "would clip Muon's updates, whose norm is that of orthogonal matrices, and not gradients. Set 0.",
-            )
-        for name in ("validation", "evaluation"):
-            if getattr(self, name).every and self.data.validation is None:
-                yield f"{name}.every", f"needs held-out data. Set data.validation, or {name}.every: 0."
-        if fault := self._best_fault():
-            yield fault
-
-    def _faults_of_lora(self) -> Iterator[tuple[str, str]]:
-        if self.model.train_router:
-            yield (
-                "model.train_router",
-                "with lora the base is frozen. Remove it, or adapt the routers: add router.proj to "
-                "lora.target_modules.",
-            )
-        if self.model.train_vision_embedding:
-            yield "model.train_vision_embedding", "with lora the base is frozen. Remove one of them."
-        if self.model.freeze:
-            yield (
-                "model.freeze",
-                "with lora every weight of the base is frozen already. Remove it; lora.exclude_modules says which "
-                "linears get no adapter.",
-            )
-        if self.optimizer.type == "muon":
-            yield "optimizer.type", "is for whole matrices, not for the factors of lora. Use adamw."
-
-    def _best_fault(self) -> tuple[str, str] | None:
-        """Why nothing could be the best: the setting that asks for it, and what it lacks."""
-        kind, name = self.checkpoint.best_by.split("/")
-        measured, saved, last = getattr(self, kind).every, self.checkpoint.every, self.train.max_steps
-        levels = [
-            f"{one}_at_{level:g}" for one in ("loss_diffusion", "accuracy") for level in self.validation.noise_levels
-        ]
-        known = ["loss", "loss_diffusion", "loss_ar", "accuracy", *levels]
-        if kind == "validation" and name not in known:
-            return "checkpoint.best_by", f"is nothing that validation measures. It measures {', '.join(known)}."
-        if self.train.early_stopping_patience and not measured:
-            return "train.early_stopping_patience", f"waits for {self.checkpoint.best_by}. Set {kind}.every."
-        if not self.checkpoint.keep_best or (saved and measured and lcm(saved, measured) <= last):
-            return None
-        if not measured:
-            return "checkpoint.keep_best", f"is by {self.checkpoint.best_by}. Set {kind}.every, or 0 here."
-        return "checkpoint.keep_best", (
-            f"no step up to {last} has both a checkpoint (every {saved}) and {kind} (every {measured}), by which the "
-            f"best is known. Set checkpoint.every to a multiple of {kind}.every, or 0 here."
-        )

@@ -15,8 +15,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ds_dgemma.config.run import RunConfig
-
-Key = tuple[str, ...]
+from ds_dgemma.config.section import members_of, section_of
+from ds_dgemma.config.yaml import Key
 
 RENAMED: dict[Key, Key] = {("data", "assistant_turns"): ("data", "learn")}
 REFERENCE_BEGIN = "<!-- config reference: begin -->"
@@ -28,28 +28,12 @@ def dotted(key: Key) -> str:
     return ".".join(key)
 
 
-def settings(
-    section: type[BaseModel] = RunConfig, above: Key = (), inside_optional: bool = False
-) -> Iterator[tuple[Key, FieldInfo]]:
-    """Every setting of the schema; a section that may be null is one setting, unless `inside_optional`."""
+def settings(section: type[BaseModel] = RunConfig, above: Key = ()) -> Iterator[Key]:
+    """Every key of the schema, a section's before those in it."""
     for name, field in section.model_fields.items():
-        below = section_of(field)
-        if below is None or (below is not field.annotation and not inside_optional):
-            yield (*above, name), field
-        else:
-            yield from settings(below, (*above, name), inside_optional)
-
-
-def section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The section that a field holds, also where it may be null or holds a list of them; None for a plain setting."""
-    return next((m for m in members_of(field.annotation) if isinstance(m, type) and issubclass(m, BaseModel)), None)
-
-
-def members_of(annotation: Any) -> Iterator[Any]:
-    """A type and all that it is made of."""
-    yield annotation
-    for member in get_args(annotation):
-        yield from members_of(member)
+        yield (*above, name)
+        if below := section_of(field):
+            yield from settings(below, (*above, name))
 
 
 def default_of(field: FieldInfo) -> Any:
@@ -59,22 +43,19 @@ def default_of(field: FieldInfo) -> Any:
 
 def nearest(key: Key) -> str:
     """Advice for an unknown key: a close name beside it, the same name elsewhere, or what is known there."""
-    written, key = key, tuple(part for part in key if not part.isdigit())  # without places in a list
-    names = [name for name, _ in settings(inside_optional=True)]
-    known = sorted({name[:length] for name in names for length in range(1, len(name) + 1)}, key=dotted)
+    written, key = key, (*(part for part in key[:-1] if not part.isdigit()), key[-1])  # without places in a list
+    known = sorted(settings(), key=dotted)
+    beside = [other[-1] for other in known if other[:-1] == key[:-1]]
+    same = [dotted(other) for other in known if other[-1] == key[-1]]
     if key in RENAMED:
         return f" It is {dotted(RENAMED[key])} now."
     if len(key) == 1 and tuple(key[0].split(".")) in known:
         section, _, name = key[0].rpartition(".")
         return f" In a file, write {name}: indented below {section}:."
-    beside = [other[-1] for other in known if other[:-1] == key[:-1]]
-    same = [other for other in known if other[-1] == key[-1]]
     if close := difflib.get_close_matches(key[-1], beside, n=1):
         return f" Did you mean {dotted((*written[:-1], close[0]))}?"
-    if same:
-        return f" Did you mean {' or '.join(map(dotted, same))}?"
-    if close := difflib.get_close_matches(dotted(key), map(dotted, known), n=1, cutoff=0.75):
-        return f" Did you mean {close[0]}?"
+    if found := same or difflib.get_close_matches(dotted(key), map(dotted, known), n=1, cutoff=0.75):
+        return f" Did you mean {' or '.join(found)}?"
     return f" Known here: {', '.join(beside)}." if beside else ""
 
 

@@ -24,7 +24,8 @@ from pydantic import ValidationError
 
 from ds_dgemma.config.division import check_topology
 from ds_dgemma.config.run import RunConfig
-from ds_dgemma.config.schema import plain, section_of, show
+from ds_dgemma.config.schema import plain, show
+from ds_dgemma.config.section import section_of
 from ds_dgemma.errors import UserError, did_you_mean, first_line, one_line_each
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of weights and activations, by train.precision

@@ -18,9 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from signal import Signals
 
-from ds_dgemma.config.file import load_config, read_yaml
+from ds_dgemma.config.file import load_config
+from ds_dgemma.config.recorded import check_same_run
 from ds_dgemma.config.run import RunConfig
-from ds_dgemma.config.same_run import same_run_problems
 from ds_dgemma.errors import EXIT_BAD_NUMBERS, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from ds_dgemma.launch import multinode
 from ds_dgemma.launch.job import Nodes, keep_signals, run_job
@@ -80,12 +80,12 @@ def completed_step(config: RunConfig) -> int:
     try:
         complete = json.loads((directory / "complete.json").read_text())
         step, patience = int(complete["step"]), complete.get("early_stopping_patience", 0)
-        same = not same_run_problems(read_yaml(directory / "config.yaml"), config)
+        check_same_run(directory / "config.yaml", config)
     except (UserError, OSError, ValueError, KeyError, TypeError):
         return 0
     there = (directory / f"checkpoints/step-{step:06d}").is_dir()
     ended = step >= config.train.max_steps or 0 < config.train.early_stopping_patience == patience
-    return step if same and there and ended else 0
+    return step if there and ended else 0
 
 
 def newest_step(run_dir: Path) -> int:

@@ -20,10 +20,9 @@ from typing import IO, Any
 
 from ds_dgemma.checkpoint.run_state import Checkpoint, StateReader, newest, open_state, step_directories, step_directory
 from ds_dgemma.checkpoint.save import settle
-from ds_dgemma.config.file import read_yaml, resolved_yaml
+from ds_dgemma.config.recorded import check_same_run, resolved_yaml
 from ds_dgemma.config.run import RunConfig
-from ds_dgemma.config.same_run import same_run_problems
-from ds_dgemma.errors import UserError, one_line_each, told
+from ds_dgemma.errors import UserError, told
 from ds_dgemma.files import atomic_file, lock, sync_directory
 
 CONFIG = "config.yaml"
@@ -80,44 +79,29 @@ def find_start(config: RunConfig) -> Start:
         raise UserError(
             f"run.dir: {directory} holds a run, and run.resume is never. Choose another run.dir, or resume."
         )
-    if used and (problems := same_run_problems(_settings(directory / CONFIG), config)):
-        advice = (
-            "Set these back; or choose another run.dir with run.resume: the path of this run's checkpoint, which goes "
-            "on from there with the new settings."
-        )
-        raise one_line_each(f"{directory}, which belongs to another config", problems, advice)
-    if not used and (any((directory / CHECKPOINTS).glob("step-*")) or (directory / METRICS).exists()):
+    if used:
+        check_same_run(directory / CONFIG, config)
+    elif any((directory / CHECKPOINTS).glob("step-*")) or (directory / METRICS).exists():
         raise UserError(
             f"run.dir: {directory} has checkpoints or metrics but no {CONFIG}: it is not a run of ours. Choose another."
         )
-    if config.run.resume in ("auto", "never"):
-        return Start(*newest(directory / CHECKPOINTS))
-    return _named_start(Path(config.run.resume), directory / CHECKPOINTS, config.train.max_steps)
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    try:
-        return read_yaml(path)
-    except UserError as error:
-        raise UserError(
-            f"run.dir: {error} It is this run's record of its settings: put it back (a copy of the run's YAML with "
-            "every --set written out does), or choose another directory."
-        ) from error
-
-
-def _named_start(path: Path, own: Path, max_steps: int) -> Start:
-    """Start from a checkpoint that `run.resume` names; of another run it is only where this one began."""
+    own = directory / CHECKPOINTS
     latest = Start(*newest(own))
-    if path.resolve().parent != own.resolve():
-        if latest.resumed:
-            return latest
-        named = Start(open_state(path), latest.warnings)
-        if named.step >= max_steps:
-            raise UserError(
-                f"run.resume: {path} has done {named.step} steps, and train.max_steps is {max_steps}. Raise it."
-            )
-        return named
+    if config.run.resume in ("auto", "never"):
+        return latest
+    return _named_start(Path(config.run.resume), own, latest, config.train.max_steps)
+
+
+def _named_start(path: Path, own: Path, latest: Start, max_steps: int) -> Start:
+    """Start from a checkpoint that `run.resume` names; of another run it is only where this one began."""
+    ours = path.resolve().parent == own.resolve()
+    if latest.resumed and not ours:
+        return latest
     named = Start(open_state(path), latest.warnings)
+    if not ours and named.step >= max_steps:
+        raise UserError(
+            f"run.resume: {path} has done {named.step} steps, and train.max_steps is {max_steps}. Raise it."
+        )
     if latest.step > named.step:
         raise UserError(
             f"run.resume: {path} is older than {step_directory(own, latest.step).name} of the same run, and the next "

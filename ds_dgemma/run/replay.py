@@ -14,7 +14,7 @@ import torch
 
 from ds_dgemma.checkpoint.pretrained import open_pretrained
 from ds_dgemma.checkpoint.run_state import check_same_model, open_state
-from ds_dgemma.config.file import recorded_config
+from ds_dgemma.config.recorded import recorded_config
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.data.batch import Batch
 from ds_dgemma.data.order import Item

@@ -21,7 +21,7 @@ from ds_dgemma.checkpoint.manifest import read_state, write_state
 from ds_dgemma.checkpoint.run_state import check_same_model, open_checkpoint
 from ds_dgemma.checkpoint.weights import WeightReader, model_digest
 from ds_dgemma.checkpoint.whole_directory import whole_directory
-from ds_dgemma.config.file import read_yaml
+from ds_dgemma.config.yaml import read_yaml
 from ds_dgemma.errors import UserError
 from tests.benchmarks.real_checkpoint import make_checkpoint
 from tests.gpu import shapes
@@ -280,7 +280,7 @@ def test_a_run_whose_model_or_settings_are_gone_is_told(model, tmp_path):
     shutil.rmtree(tmp_path / "model")
     with pytest.raises(UserError, match="started from a model that is gone"):
         export_run(run, tmp_path / "out")
-    settings = read_yaml(run / "config.yaml")
+    settings = read_yaml(run / "config.yaml")[0]
     for broken, said in (([], "holds no settings"), ({**settings, "seed": "x"}, ".*: seed = 'x': Input should be")):
         (run / "config.yaml").write_text(json.dumps(broken))
         with pytest.raises(UserError, match=rf"config\.yaml {said}"):

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from ds_dgemma.checkpoint.manifest import describe, write_state
 from ds_dgemma.checkpoint.weights import WeightReader
-from ds_dgemma.config.file import resolved_yaml
+from ds_dgemma.config.recorded import resolved_yaml
 from ds_dgemma.config.run import RunConfig
 
 
