@@ -58,6 +58,11 @@ def step_directories(root: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def newest_until(checkpoints: Path, step: int) -> Path | None:
+    """The newest checkpoint of a step or before, unopened; that of a skipped step has the weights it read."""
+    return max((found for found in step_directories(checkpoints) if found[0] <= step), default=(0, None))[1]
+
+
 def newest(root: Path) -> tuple["StateReader | None", list[str]]:
     """The newest checkpoint that is whole, and what is wrong with those that are newer; a collective as `open_state`.
 

@@ -123,7 +123,7 @@ def _hint(part: str, names: Iterable[str], others: Iterable[str]) -> str:
         return f" It belongs in lora.{right}."
     endings = sorted({re.sub(r"^layers\.\d+\.", "", name) for name in names})
     return did_you_mean(part, [*endings, *(ending.rpartition(".")[2] for ending in endings)]) or (
-        f" There are {', '.join(endings)}."
+        f" There are {', '.join(endings) or 'none'}."
     )
 
 

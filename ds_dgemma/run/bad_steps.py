@@ -6,16 +6,12 @@ from typing import Any
 
 import torch
 
-from ds_dgemma.checkpoint.run_state import Checkpoint
+from ds_dgemma.checkpoint.run_state import Checkpoint, newest_until
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.errors import BadNumbers, told
 from ds_dgemma.ranks.layout import RankLayout, gather
-from ds_dgemma.run.replay_file import (
-    SeenMicroBatch,
-    SkippedStep,
-    newest_until,
-    write_skipped,
-)
+from ds_dgemma.run.directory import CHECKPOINTS
+from ds_dgemma.run.replay_file import SeenMicroBatch, SkippedStep, write_skipped
 from ds_dgemma.run.step import Update
 from ds_dgemma.tracking.sinks import Tracker
 
@@ -72,7 +68,7 @@ class BadSteps:
         return f"Last checkpoint: {weights}. The last batch, for ds-dgemma replay: {file}."
 
     def _skipped(self, step: int, seen: list[SeenMicroBatch]) -> SkippedStep:
-        checkpoint = newest_until(self._config.run.dir, step - 1)
+        checkpoint = newest_until(self._config.run.dir / CHECKPOINTS, step - 1)
         if checkpoint is None and self._resumed is not None:  # of another run
             checkpoint = self._resumed.path
         return SkippedStep(

@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from ds_dgemma.checkpoint.pretrained import open_pretrained
-from ds_dgemma.checkpoint.run_state import check_same_model, open_state
+from ds_dgemma.checkpoint.run_state import check_same_model, newest_until, open_state
 from ds_dgemma.config.recorded import recorded_config
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.data.batch import Batch
+from ds_dgemma.data.examples import ExampleSet
 from ds_dgemma.data.order import Item
 from ds_dgemma.data.read import order_of, read_split
 from ds_dgemma.data.stream import Share, make_batch
@@ -24,13 +26,14 @@ from ds_dgemma.engine.connect import connect
 from ds_dgemma.engine.router_balance import router_balance
 from ds_dgemma.errors import UserError
 from ds_dgemma.model.lora import seed_dropout
+from ds_dgemma.model.stack import DiffusionGemmaStack
 from ds_dgemma.objective.collate import collate
 from ds_dgemma.objective.corruption import Corruption
 from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
 from ds_dgemma.ranks.layout import RankLayout, disconnect
-from ds_dgemma.run.directory import CONFIG
+from ds_dgemma.run.directory import CHECKPOINTS, CONFIG
 from ds_dgemma.run.open_model import fill_model, outline_run
-from ds_dgemma.run.replay_file import SeenMicroBatch, newest_until, read_skipped
+from ds_dgemma.run.replay_file import SeenMicroBatch, SkippedStep, read_skipped
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,13 @@ class Outcome:
         first = f", first in {self.first_bad}" if self.first_bad else ""
         parts = f"diffusion {self.diffusion_nll:.4f}  ar {self.ar_nll:.4f}  gradient norm {self.gradient_norm:.4g}"
         return f"loss {self.loss:.4f}  {parts}{first}"
+
+
+class Rows(NamedTuple):
+    """The training examples, and how some of them become a batch."""
+
+    examples: ExampleSet
+    batch: Callable[[list[Item]], Batch]
 
 
 class StepAlone:
@@ -95,73 +105,74 @@ def replay(file: Path, checkpoint: Path | None = None, from_model: bool = False)
     Raises:
         UserError: `file` is no replay file, or its config, data, model or checkpoint is gone or another.
     """
-    step = read_skipped(file)
-    config = _config(file)
-    ranks = RankLayout.from_environment(1)
+    step, config, ranks = read_skipped(file), _config(file), RankLayout.from_environment(1)
     if ranks.world > 1:
         raise UserError("replay runs in one process: start it without a launcher.")
     if config.data.streaming:
         raise UserError("replay needs the step's examples again, and those of data.streaming are not kept.")
     # None: there was no checkpoint yet
-    weights = None if from_model else checkpoint or newest_until(config.run.dir, step.step) or step.checkpoint
+    weights = (
+        None if from_model else checkpoint or newest_until(config.run.dir / CHECKPOINTS, step.step) or step.checkpoint
+    )
     trained = weights and open_state(weights)
     pretrained = open_pretrained(config.model.path, config.model.revision)
-    if pretrained.digest != step.model_digest:
-        raise UserError(f"model.path: {config.model.path} has changed since {file} was written. Restore it.")
-    if trained is not None:
-        check_same_model(config.model.path, step.model_digest, trained.checkpoint)
+    _check_unchanged(file, "model.path", config.model.path, step.model_digest, pretrained.digest)
     examples = read_split(config, "train", pretrained.spec, pretrained.tokenizer)
-    if examples.digest != step.data_digest:
-        raise UserError(f"data.train: {config.data.named('train')} has changed since {file} was written. Restore it.")
-    corruption = Corruption(config.objective, config.seed, pretrained.text.vocab_size)
-    images = pretrained.images(config.data)
-    make = partial(make_batch, examples=examples, collate=partial(collate, corruption, images=images))
-    order = order_of(config, examples)
-    shares = [
-        Share(config.train.global_batch_size, step.micro_batch_size, seen.rank, step.ranks).items(
-            order, step.step - 1, seen.micro_batch
-        )
-        for seen in step.micro_batches
-    ]
+    _check_unchanged(file, "data.train", config.data.named("train"), step.data_digest, examples.digest)
     model = outline_run(config, pretrained, ranks, trained is not None)
     if trained is not None:
+        check_same_model(config.model.path, step.model_digest, trained.checkpoint)
         trained.check_fits(model.trained_sizes(ranks))
+    corruption = Corruption(config.objective, config.seed, pretrained.text.vocab_size)
+    collated = partial(collate, corruption, images=pretrained.images(config.data))
+    rows = Rows(examples, partial(make_batch, examples=examples, collate=collated))
     connect(ranks, config.parallel.collective_timeout_minutes)
     try:
         stack = fill_model(model, ranks, {}, config.train.precision, trained, config.seed)
-        objective = DenoisingObjective(stack, config.objective.logits_chunk_mib, config.objective.loss)
-        alone = StepAlone(objective, [make(share) for share in shares], config, ranks)
         source = f"checkpoint {trained.checkpoint.path}" if trained else f"model {config.model.path}"
         print(f"step {step.step} of {config.run.dir}, skipped for its {step.problem}; weights of {source}")
-        bad: list[str] = []
-        for seen, share in zip(step.micro_batches, shares, strict=True):
-            if not seen.micro_batch:
-                seed_dropout(config.seed, step.step, seen.rank)  # a rank's micro-batches draw one after another
-            bad += _run_micro_batch(alone, seen, share, make, examples.where)
+        bad = list(_run_step(stack, step, rows, config, ranks))
         print(f"Reproduced: {', '.join(bad)}." if bad else "Not reproduced: with these weights every number is finite.")
     finally:
         disconnect()
 
 
-def _run_micro_batch(
-    alone: StepAlone,
-    seen: SeenMicroBatch,
-    share: list[Item],
-    make: Callable[[list[Item]], Batch],
-    where: Callable[[int], str],
+def _check_unchanged(file: Path, setting: str, source: str, before: str, now: str) -> None:
+    if now != before:
+        raise UserError(f"{setting}: {source} has changed since {file} was written. Restore it.")
+
+
+def _run_step(
+    stack: DiffusionGemmaStack, step: SkippedStep, rows: Rows, config: RunConfig, ranks: RankLayout
 ) -> Iterator[str]:
+    """Run every micro-batch of all ranks; yield the names of what was not finite."""
+    size, order = config.train.global_batch_size, order_of(config, rows.examples)
+    shares = [
+        Share(size, step.micro_batch_size, seen.rank, step.ranks).items(order, step.step - 1, seen.micro_batch)
+        for seen in step.micro_batches
+    ]
+    objective = DenoisingObjective(stack, config.objective.logits_chunk_mib, config.objective.loss)
+    alone = StepAlone(objective, [rows.batch(share) for share in shares], config, ranks)
+    for seen, share in zip(step.micro_batches, shares, strict=True):
+        if not seen.micro_batch:
+            seed_dropout(config.seed, step.step, seen.rank)  # a rank's micro-batches draw one after another
+        yield from _run_micro_batch(alone, seen, share, rows)
+
+
+def _run_micro_batch(alone: StepAlone, seen: SeenMicroBatch, share: list[Item], rows: Rows) -> Iterator[str]:
     """Print what came of a micro-batch and of its examples; yield the names of those that were not finite."""
-    whole = alone.run(make(share))
+    whole = alone.run(rows.batch(share))
     print(f"{seen.name}: {whole}  (in the run: loss {seen.loss:.4f})", flush=True)
     if not whole.finite:
         yield seen.name
     with torch.random.fork_rng():
         for item in share:
-            batch = make([item])
+            batch = rows.batch([item])
             (number,), outcome = batch.sample_ids, alone.run(batch)
             noise = " ".join(f"{t:.4f}" for t in batch.noise_levels)
             canvases = " ".join(str(start) for _, start in batch.canvases)
-            print(f"  example {number} ({where(number)})  t {noise}  canvas at {canvases}  {outcome}", flush=True)
+            where = rows.examples.where(number)
+            print(f"  example {number} ({where})  t {noise}  canvas at {canvases}  {outcome}", flush=True)
             if not outcome.finite:
                 yield f"example {number}"
 

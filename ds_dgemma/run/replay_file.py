@@ -8,10 +8,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ds_dgemma.checkpoint.run_state import step_directories
 from ds_dgemma.errors import UserError, first_fault, told
 from ds_dgemma.files import atomic_file
-from ds_dgemma.run.directory import CHECKPOINTS
 
 REPLAY = "replay"
 
@@ -76,8 +74,3 @@ def read_skipped(path: Path) -> SkippedStep:
         raise UserError(f"{path} is no replay file: {first_fault(error)}.") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {told(error)}.") from None
-
-
-def newest_until(run_dir: Path, step: int) -> Path | None:
-    """The run's newest checkpoint of a step or before; that of a skipped step has the weights it read."""
-    return max((found for found in step_directories(run_dir / CHECKPOINTS) if found[0] <= step), default=(0, None))[1]
