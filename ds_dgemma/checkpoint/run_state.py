@@ -34,19 +34,6 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def check_same_model(path: str, digest: str, checkpoint: Checkpoint) -> None:
-    """Refuse to go on from, or to export into, other weights: what was not trained is read from them.
-
-    Raises:
-        UserError: the model at `path`, of which `digest` is, changed since the checkpoint.
-    """
-    if checkpoint.state.get("model_digest", digest) != digest:
-        raise UserError(
-            f"model.path: {path} has changed since {checkpoint.path} was written: other tensors or other values. "
-            "Restore the model that the run started from, or choose a new run.dir."
-        )
-
-
 def step_directory(root: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
     return root / f"step-{step:06d}"

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from ds_dgemma.checkpoint.retention import best_step
-from ds_dgemma.checkpoint.run_state import StateReader, check_same_model, newest, open_state, step_directory
+from ds_dgemma.checkpoint.run_state import StateReader, newest, open_state, step_directory
+from ds_dgemma.checkpoint.same import check_same_model
 from ds_dgemma.checkpoint.weights import local_directory, model_digest
 from ds_dgemma.config.recorded import recorded_config
 from ds_dgemma.config.run import LoraSection

@@ -221,6 +221,12 @@ class ExampleSet:
         number = bisect_right(self._firsts, index) - 1
         return self.sources[number][index - self._firsts[number]]
 
+    def report(self, split: str) -> list[str]:
+        """What became of the rows of a split, a line for each source and for what a user should know of it."""
+        alone = len(self.sources) == 1
+        named = [f"{'' if alone else f'{one.source.name}: '}{one.report}" for one in self.sources]
+        return [f"{split}: {line}" for line in [*named, *self.told]]
+
     def where(self, sample: int) -> str:
         """Say where the row of a sample id is."""
         source, row = row_of(sample)

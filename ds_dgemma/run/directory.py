@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from ds_dgemma.checkpoint.run_state import Checkpoint, StateReader, newest, open_state, step_directories, step_directory
+from ds_dgemma.checkpoint.run_state import StateReader, newest, open_state, step_directories, step_directory
 from ds_dgemma.checkpoint.save import settle
 from ds_dgemma.config.recorded import check_same_run, resolved_yaml
 from ds_dgemma.config.run import RunConfig
@@ -110,35 +110,6 @@ def _named_start(path: Path, own: Path, latest: Start, max_steps: int) -> Start:
     return named
 
 
-def check_same_data(source: str, resumed: Checkpoint, digest: str, examples: int) -> None:
-    """Refuse to go on with other data: a step's batch would be another one.
-
-    Raises:
-        UserError: the content of `data.train` changed since the checkpoint.
-    """
-    before = resumed.state.get("data_digest", digest)
-    if before != digest:
-        raise UserError(
-            f"data.train: {source} has changed since {resumed.path.name} was written: {resumed.state['examples']:,} "
-            f"examples then, {examples:,} now, or other text. Restore it; or export that checkpoint and start a new "
-            "run from the export, with the new data."
-        )
-
-
-def check_same_optimizer(wanted: str, resumed: Checkpoint) -> None:
-    """Refuse to go on with another optimizer: the moments of one are nothing to the other.
-
-    Raises:
-        UserError: `optimizer.type` changed since the checkpoint.
-    """
-    before = resumed.state.get("optimizer", "adamw")
-    if before != wanted:
-        raise UserError(
-            f"optimizer.type: {wanted}, but {resumed.path.name} was written by {before}, whose moments are others. Set "
-            f"optimizer.type: {before}; or export that checkpoint and start a new run from the export."
-        )
-
-
 def claim(directory: Path) -> IO[str]:
     """Make the directory and lock it for this job; the lock lasts as long as the returned file is open.
 
@@ -185,8 +156,8 @@ def owner(directory: Path) -> str:
         return ""
 
 
-def write_settings(config: RunConfig, deepspeed_config: dict[str, Any]) -> None:
-    """Write what the run was told, defaults and all.
+def begin(config: RunConfig, deepspeed_config: dict[str, Any]) -> None:
+    """Write what the run was told, defaults and all, and say, durably, that it goes on.
 
     Raises:
         UserError: the disk refuses.
@@ -195,6 +166,9 @@ def write_settings(config: RunConfig, deepspeed_config: dict[str, Any]) -> None:
     try:
         _replace(directory / CONFIG, resolved_yaml(config))
         _replace(directory / DEEPSPEED, json.dumps(deepspeed_config, indent=2, default=str) + "\n")
+        if (directory / COMPLETE).exists():
+            (directory / COMPLETE).unlink()
+            sync_directory(directory)
     except OSError as error:
         raise UserError(f"run.dir: {directory} cannot be written: {told(error)}.") from error
 
@@ -210,21 +184,6 @@ def mark_complete(directory: Path, step: int, patience: int = 0) -> None:
     try:
         if not path.is_file() or path.read_text() != text:
             _replace(path, text)
-    except OSError as error:
-        raise UserError(f"run.dir: {directory} cannot be written: {told(error)}.") from error
-
-
-def mark_unfinished(directory: Path) -> None:
-    """Say, durably, that the run goes on.
-
-    Raises:
-        UserError: the disk refuses.
-    """
-    path = directory / COMPLETE
-    try:
-        if path.exists():
-            path.unlink()
-            sync_directory(directory)
     except OSError as error:
         raise UserError(f"run.dir: {directory} cannot be written: {told(error)}.") from error
 

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from ds_dgemma.checkpoint.pretrained import Pretrained, open_pretrained
 from ds_dgemma.checkpoint.retention import Scores
-from ds_dgemma.checkpoint.run_state import StateReader, check_same_model
+from ds_dgemma.checkpoint.run_state import StateReader
+from ds_dgemma.checkpoint.same import check_same_data, check_same_model, check_same_optimizer
 from ds_dgemma.config.division import check_expert_groups
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.data.batch import Batch, Example
@@ -24,7 +25,7 @@ from ds_dgemma.evaluation.exam import Exam
 from ds_dgemma.objective.collate import collate
 from ds_dgemma.objective.corruption import Corruption
 from ds_dgemma.ranks.layout import RankLayout
-from ds_dgemma.run.directory import Start, check_same_data, check_same_optimizer
+from ds_dgemma.run.directory import Start
 from ds_dgemma.run.open_model import OutlinedModel, choose_kernels, outline_run
 
 CURSOR = "data_cursor"
@@ -138,7 +139,7 @@ def _read_training(
         streamed = open_stream(config, model.spec, model.tokenizer, ranks.is_main)
         return streamed, [f"train: {len(streamed.readers)} sources are read while training"]
     examples = read_split(config, "train", model.spec, model.tokenizer, ranks.is_main)
-    return examples, tell("train", examples)
+    return examples, examples.report("train")
 
 
 class _Measures(NamedTuple):
@@ -154,7 +155,7 @@ def _read_measures(config: RunConfig, model: Pretrained, images: ImageFiles, ran
     held_out, exam, digest, told = [], None, None, []
     if config.validation.every:
         validation = read_split(config, "validation", model.spec, model.tokenizer, ranks.is_main)
-        told = tell("validation", validation)
+        told = validation.report("validation")
         held_out = [validation[i] for i in range(min(len(validation), config.validation.examples))]
         digest = f"{validation.digest} {len(held_out)} {config.validation.noise_levels}"
     if config.evaluation.every:
@@ -163,14 +164,6 @@ def _read_measures(config: RunConfig, model: Pretrained, images: ImageFiles, ran
             exam.check_measure(config.checkpoint.best_by)
             digest = exam.digest
     return _Measures(held_out, exam, digest, told)
-
-
-def tell(split: str, examples: ExampleSet) -> list[str]:
-    """What became of the rows of a split, a line for each source and for what a user should know of it."""
-    named = [f"{split}: {source.source.name}: {source.report}" for source in examples.sources]
-    if len(named) == 1:
-        named = [f"{split}: {examples.sources[0].report}"]
-    return [*named, *(f"{split}: {line}" for line in examples.told)]
 
 
 def open_batches(config: RunConfig, ranks: RankLayout, prepared: Prepared) -> Stream | StreamedBatches:

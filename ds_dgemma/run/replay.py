@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 
 from ds_dgemma.checkpoint.pretrained import open_pretrained
-from ds_dgemma.checkpoint.run_state import check_same_model, newest_until, open_state
+from ds_dgemma.checkpoint.run_state import newest_until, open_state
+from ds_dgemma.checkpoint.same import check_same_model
 from ds_dgemma.config.recorded import recorded_config
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.data.batch import Batch

@@ -18,13 +18,12 @@ from ds_dgemma.ranks.layout import RankLayout, agreed, disconnect, gather
 from ds_dgemma.ranks.stop_request import StopRequest
 from ds_dgemma.run.directory import (
     METRICS,
+    begin,
     check_shared,
     claim,
     contents,
     find_start,
     mark_complete,
-    mark_unfinished,
-    write_settings,
 )
 from ds_dgemma.run.prepare import Prepared, prepare
 from ds_dgemma.run.requirements import check_environment
@@ -98,10 +97,8 @@ def run(train: Train, config: RunConfig, ranks: RankLayout, stop: StopRequest) -
         prepared = prepare(config, ranks, found)
     last, over = config.train.max_steps, prepared.is_over(config)
     with agreed(ranks):
-        if ranks.is_main:
-            write_settings(config, prepared.deepspeed)
-            if not over:
-                mark_unfinished(config.run.dir)
+        if ranks.is_main and not over:
+            begin(config, prepared.deepspeed)
         tracker = open_tracker(config, ranks, prepared.start, stop)
     if ranks.is_main and over:
         print(f"{config.run.dir} is complete at step {prepared.start}: nothing is left to train", flush=True)

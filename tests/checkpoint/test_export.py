@@ -18,7 +18,8 @@ from transformers import DiffusionGemmaForBlockDiffusion
 from ds_dgemma.checkpoint.export import export_run
 from ds_dgemma.checkpoint.hf_weights import Layout
 from ds_dgemma.checkpoint.manifest import read_state, write_state
-from ds_dgemma.checkpoint.run_state import check_same_model, open_checkpoint
+from ds_dgemma.checkpoint.run_state import open_checkpoint
+from ds_dgemma.checkpoint.same import check_same_model
 from ds_dgemma.checkpoint.weights import WeightReader, model_digest
 from ds_dgemma.checkpoint.whole_directory import whole_directory
 from ds_dgemma.config.yaml import read_yaml

@@ -7,17 +7,16 @@ import pytest
 
 from ds_dgemma.checkpoint.manifest import write_state
 from ds_dgemma.checkpoint.run_state import open_checkpoint, step_directory
+from ds_dgemma.checkpoint.same import check_same_data
 from ds_dgemma.config.file import load_config
 from ds_dgemma.errors import UserError
 from ds_dgemma.run import directory
 from ds_dgemma.run.directory import (
     COMPLETE,
-    check_same_data,
+    begin,
     claim,
     find_start,
     mark_complete,
-    mark_unfinished,
-    write_settings,
 )
 
 
@@ -37,7 +36,7 @@ def run(sudoku_run: Path, tmp_path: Path):
         return load_config(sudoku_run, [f"run.dir={tmp_path}/run", *overrides])
 
     claim(tmp_path / "run").close()
-    write_settings(open_config(), {})
+    begin(open_config(), {})
     return open_config
 
 
@@ -90,10 +89,10 @@ def test_other_data_under_the_same_name_is_refused(tmp_path):
         check_same_data("train.jsonl", checkpoint, "b", 40)
 
 
-def test_a_run_is_complete_until_it_goes_on(tmp_path):
-    mark_unfinished(tmp_path)  # a new run
-    mark_complete(tmp_path, 10)
-    mark_complete(tmp_path, 10)
-    assert json.loads((tmp_path / COMPLETE).read_text()) == {"step": 10}
-    mark_unfinished(tmp_path)
-    assert not any(tmp_path.iterdir())
+def test_a_run_is_complete_until_it_goes_on(run, tmp_path):
+    begin(run(), {})
+    mark_complete(tmp_path / "run", 10)
+    mark_complete(tmp_path / "run", 10)
+    assert json.loads((tmp_path / "run" / COMPLETE).read_text()) == {"step": 10}
+    begin(run(), {})
+    assert not (tmp_path / "run" / COMPLETE).exists()
