@@ -87,7 +87,7 @@ class _Source:
         self._add(key, dotted(key) if value is UNWRITTEN else f"{dotted(key)} = {show(value)}{default}", advice)
 
     def _add(self, key: Key, what: str, advice: str) -> None:
-        """Where a key, or the closest thing around it, was written."""
+        """Note a problem where its key, or the closest thing around it, was written."""
         around = (key[:length] for length in range(len(key), 0, -1))
         line = next((self.lines[there] for there in around if there in self.lines), NOWHERE)
         self.problems.append(Problem(line, what, advice))
