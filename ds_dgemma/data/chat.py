@@ -24,6 +24,7 @@ from ds_dgemma.data.drafts import Draft
 from ds_dgemma.data.encoding import Encoder, TokenizedText
 from ds_dgemma.data.formats import BadRow, Conversation, Message, Text
 from ds_dgemma.data.image_files import ImageFiles, Measured, place_images
+from ds_dgemma.data.left_out import check_context
 from ds_dgemma.data.pictures import origins
 from ds_dgemma.data.rendering import ChatTemplate, as_templates_read
 
@@ -91,13 +92,15 @@ def prompt_text(
     """What `generate` is given to answer `messages`, and their images.
 
     Raises:
-        BadRow: the template does not render them, or an image cannot be read.
+        BadRow: the template leaves out a part of them or of the tools, or an image cannot be read.
     """
     render = ChatTemplate(tokenizer, chat_template_kwargs or {}).for_row(tools, {})
     found = [images.find(origin) for origin in origins(messages)] if images else []
     if images and found:
         render = images.rendering(render, found)
-    return render(as_templates_read(messages), True), found
+    text = render(as_templates_read(messages), True)
+    check_context(messages, tools, text)
+    return text, found
 
 
 class _Writer:

@@ -282,10 +282,11 @@ def _conversation(row: Row, turns: Turns, reads_system: bool = True) -> Conversa
     if weight is not None:
         turns = [(turn, weight if own is None and turn["role"] == "assistant" else own) for turn, own in turns]
     told, weights = map(list, zip(*turns, strict=True))
-    return Conversation(told, weights, _tools(row), _template_kwargs(row))
+    return Conversation(told, weights, tools_of(row), template_kwargs_of(row))
 
 
-def _tools(row: Row) -> list[dict[str, Any]] | None:
+def tools_of(row: Row) -> list[dict[str, Any]] | None:
+    """Take the declarations of tools out of a row; None where it has none."""
     declared = [
         [_tool(tool, f"{key}[{n}]") for n, tool in enumerate(list_of(value, key))]
         for key in TOOLS
@@ -318,7 +319,8 @@ def _tool(tool: Any, name: str) -> dict[str, Any]:
     return {"type": "function"} | tool | {"function": function}
 
 
-def _template_kwargs(row: Row) -> dict[str, Any]:
+def template_kwargs_of(row: Row) -> dict[str, Any]:
+    """Take a row's own variables of the chat template out of it."""
     given = parsed(row.pop("chat_template_kwargs", None) or {}, "chat_template_kwargs", "{")
     if not isinstance(given, dict):
         raise BadRow(f"chat_template_kwargs is {kind_of(given)}, expected an object.")

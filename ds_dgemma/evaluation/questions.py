@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from ds_dgemma.config.data import DataSection
 from ds_dgemma.data.chat import Document, tokenize_rows
 from ds_dgemma.data.drafter import Drafter
-from ds_dgemma.data.formats import Conversation
+from ds_dgemma.data.formats import Conversation, template_kwargs_of, tools_of
 from ds_dgemma.data.image_files import ImageFiles
 from ds_dgemma.data.messages import BadRow, Message, read_message
 from ds_dgemma.data.pictures import place, placed_in, take_column
@@ -104,13 +104,15 @@ def read_prompts(file: Path, found: Found) -> tuple[list[dict[str, Any]], list[P
             raise UserError(f"{where}: no prompt (a text) or messages (a list) in it; it has: {', '.join(record)}.")
         try:
             read = [read_message(turn, f"messages[{number}]")[0] for number, turn in enumerate(messages)]
-            read = placed_in(place(read, take_column(dict(record)))[0], source.folder(row))
+            rest = dict(record)
+            read = placed_in(place(read, take_column(rest))[0], source.folder(row))
+            tools, variables = tools_of(rest), template_kwargs_of(rest)
         except BadRow as problem:
             raise UserError(f"{where}: {problem}") from problem
         if read[-1]["role"] == "assistant":
             raise UserError(f"{where}: it ends with an answer already. End it with the user.")
         rows.append(record)
-        ids.append(message_ids(found, read, where, record.get("tools"), record.get("chat_template_kwargs")))
+        ids.append(message_ids(found, read, where, tools, variables))
     return rows, ids
 
 

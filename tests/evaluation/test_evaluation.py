@@ -349,8 +349,13 @@ def test_a_file_of_prompts_is_answered_and_a_conversation_kept(tmp_path: Path, m
         "absent": "{}",
         "answered": json.dumps({"messages": [*rows[1]["messages"], {"role": "assistant", "content": "a"}]}),
     }
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    bad["tools"] = json.dumps(rows[0] | {"tools": [tool]})
+    bad["no-tools"] = json.dumps(rows[0] | {"tools": "?"})
     for name, line in bad.items():
         (tmp_path / f"{name}.jsonl").write_text(line + "\n")
         assert cli.main(["generate", *asked, "--file", f"{tmp_path}/{name}.jsonl"]) == 2
     assert "no prompt (a text) or messages" in (err := capsys.readouterr().err)
     assert "it ends with an answer already" in err
+    assert "leaves out a part of tools[0]: 'weather'" in err  # this template knows none
+    assert "tools" in err.splitlines()[-1]
