@@ -12,6 +12,7 @@ Source: deepspeed 0.19.8 `module_inject/auto_ep_layer.py`.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from deepspeed.module_inject.auto_ep_config import AutoEPConfig, MoELayerSpec
 from deepspeed.module_inject.auto_ep_layer import (
     AutoEPMoELayer,
@@ -107,7 +108,7 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (place_R,) = ctx.saved_tensors
-        return grads[0].index_select(0, place_R).unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
+        return F.embedding_bag(place_R.unflatten(0, (-1, ctx.top_k)), grads[0], mode="sum"), None, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -116,20 +117,20 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_RH: Tensor, weight_Nk: Tensor, order_R: Tensor, place_R: Tensor) -> Tensor:
         ctx.save_for_backward(rows_RH, weight_Nk, order_R, place_R)
+        if weight_Nk.dtype == rows_RH.dtype:  # without a copy of the rows in between
+            return F.embedding_bag(place_R.view_as(weight_Nk), rows_RH, mode="sum", per_sample_weights=weight_Nk)
         rows = rows_RH.index_select(0, place_R).unflatten(0, weight_Nk.shape)
         return torch.bmm(weight_Nk.unsqueeze(1), rows.to(weight_Nk.dtype)).squeeze(1).to(rows_RH.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         rows_RH, weight_Nk, order_R, place_R = ctx.saved_tensors
-        grad = grads[0]
-        d_weight = None
+        d_rows, d_weight = grads[0].index_select(0, order_R // weight_Nk.shape[1]), None
         if ctx.needs_input_grad[1]:
-            rows = rows_RH.index_select(0, place_R).unflatten(0, weight_Nk.shape).to(weight_Nk.dtype)
-            d_weight = torch.bmm(rows, grad.to(rows.dtype).unsqueeze(-1)).squeeze(-1)
-        weight_R1 = weight_Nk.flatten().index_select(0, order_R).unsqueeze(-1)
-        d_rows = grad.index_select(0, order_R // weight_Nk.shape[1]) * weight_R1
-        return d_rows.to(grad.dtype), d_weight, None, None
+            d_weight_R = torch.linalg.vecdot(rows_RH.to(weight_Nk.dtype), d_rows.to(weight_Nk.dtype))
+            d_weight = d_weight_R.index_select(0, place_R).view_as(weight_Nk)
+        d_rows.mul_(weight_Nk.flatten().index_select(0, order_R).unsqueeze(-1))
+        return d_rows, d_weight, None, None
 
 
 def place_experts(stack: DiffusionGemmaStack, size: int, rank: int, grouped: bool) -> None:

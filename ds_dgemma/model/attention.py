@@ -75,8 +75,8 @@ class _Attend(torch.autograd.Function):
         query, key, value, output, normaliser, *kept = ctx.saved_tensors
         # In fp32 at least: a key has a share of every canvas behind it, and bf16 would lose the last ones.
         wide = normaliser.dtype
-        totals = [torch.zeros_like(tensor, dtype=wide) for tensor in (query, key, value, *kept)]
-        d_query, d_key, d_value, *d_kept = totals
+        d_query = torch.empty_like(query, dtype=wide)
+        d_key, d_value, *d_kept = d_keys = [torch.zeros_like(tensor, dtype=wide) for tensor in (key, value, *kept)]
         lines = normaliser.unsqueeze(-1)
         for part in ctx.todo:
             at = part.queries.of
@@ -87,9 +87,11 @@ class _Attend(torch.autograd.Function):
             found = ctx.kernel.backward(*inputs[:5], inputs[5].squeeze(-1), part.causal, ctx.scale)
             if part.backwards:
                 found = tuple(tensor.flip(2) for tensor in found)
-            for total, share in zip((at(d_query), *_keys(part, d_key, d_value, d_kept)), found, strict=True):
+            put = Tensor.add_ if part.merges else Tensor.copy_
+            put(at(d_query), found[0])
+            for total, share in zip(_keys(part, d_key, d_value, d_kept), found[1:], strict=True):
                 total.add_(share)
-        return None, None, None, None, *(total.to(query.dtype) for total in totals)
+        return None, None, None, None, *(total.to(query.dtype) for total in (d_query, *d_keys))
 
 
 def _keys(part: Part, key: Tensor, value: Tensor, kept: Any) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ Neighbours that are alike, documents of one length and canvases with as much bef
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate, groupby, starmap
+from itertools import accumulate, chain, groupby, starmap
 from typing import Literal, NamedTuple
 
 from torch import Tensor
@@ -36,6 +36,9 @@ from torch import Tensor
 # generate: all of the image, on every layer, whatever the window: transformers' `generate()`.
 # sliding: on sliding layers the tokens behind it: Gemma 4 elsewhere in transformers, Google's code.
 ImageRule = Literal["generate", "sliding"]
+
+
+BLOCKS = 4096  # tokens of neighbouring blocks that one part takes at most: kernels get copies of a triangle's
 
 
 class Cache(NamedTuple):
@@ -195,37 +198,53 @@ def _clean_parts(tokens: Tokens, window: int | None) -> Iterator[Part]:
         found = _causal_parts(before, end, window or end)
         if cache and cache.is_canvas:
             found = [_Piece((before, end), (visible(before, window)[0], end))]
-        yield from (_part(piece, rows, cache is not None) for piece in found if length)
+        if length:
+            yield from chain.from_iterable(_parts_of(piece, rows, cache is not None) for piece in found)
     images = sorted(tokens.images, key=lambda image: (image.begin, image.end, image.document))
     same = lambda pair: (pair[1].document - pair[0], pair[1][1:], homes[pair[1].document][:3])  # noqa: E731
     for _, neighbours in groupby(enumerate(images), key=same):
         alike = [image for _, image in neighbours]
         rows = [homes[image.document] for image in alike]
         for piece in image_parts(alike[0].begin, alike[0].end, window, tokens.image_rule):
-            yield _part(piece, rows, cache is not None)
+            yield from _parts_of(piece, rows, cache is not None)
 
 
-def _part(piece: "_Piece", rows: Sequence[_Home], of_kept: bool) -> Part:
-    """A piece of neighbouring documents that are alike."""
-    (q, q_end), (k, k_end), home = piece.queries, piece.keys, rows[0]
-    return Part(
-        queries=Span(home.offset, len(rows), home.length, q - home.filled, q_end - home.filled),
-        keys=Span(home.begin, len(rows), home.room, k, k_end),
-        of_kept=of_kept,
-        causal=piece.causal,
-        backwards=piece.backwards,
-        merges=piece.merges,
-    )
+def _parts_of(piece: "_Piece", alike: Sequence[_Home], of_kept: bool) -> Iterator[Part]:
+    """A piece of neighbouring documents that are alike: a part's rows are the documents, or a document's blocks where
+    those are more.
+    """
+    (q, q_end), (k, k_end), first = piece.queries, piece.keys, alike[0]
+    if len(alike) < piece.blocks:
+        spans = [
+            (
+                Span(home.offset - home.filled + q, piece.blocks, piece.step, 0, q_end - q),
+                Span(home.begin + k, piece.blocks, piece.step, 0, k_end - k),
+            )
+            for home in alike
+        ]
+    else:
+        q, q_end = q - first.filled, q_end - first.filled
+        spans = [
+            (
+                Span(first.offset, len(alike), first.length, q + ahead, q_end + ahead),
+                Span(first.begin, len(alike), first.room, k + ahead, k_end + ahead),
+            )
+            for ahead in range(0, piece.blocks * piece.step, piece.step)
+        ]
+    for queries, keys in spans:
+        yield Part(queries, keys, of_kept, piece.causal, piece.backwards, piece.merges)
 
 
 class _Piece(NamedTuple):
-    """A part by its places in one document."""
+    """A part by its places in one document, or the first of such `blocks`, each `step` tokens behind the last."""
 
     queries: tuple[int, int]
     keys: tuple[int, int]
     causal: bool = False
     backwards: bool = False
     merges: bool = False
+    blocks: int = 1
+    step: int = 1
 
 
 def _causal_parts(first: int, length: int, window: int) -> Iterator[_Piece]:
@@ -233,14 +252,16 @@ def _causal_parts(first: int, length: int, window: int) -> Iterator[_Piece]:
     begin = first
     while begin < length:
         end = min(window if begin < window else begin + window, length)  # the first window sees all before it
-        yield _Piece((begin, end), (begin, end), causal=True)
+        whole = min(length - begin, BLOCKS) // window if begin >= window else 0
+        blocks = max(whole, 1)
+        yield _Piece((begin, end), (begin, end), causal=True, blocks=blocks, step=window)
         # What its last query still sees of what lies before, all its queries see.
         if (last_sees := max(end - window, 0)) < begin:
             yield _Piece((begin, end), (last_sees, begin), merges=True)
         if begin >= window and end - begin > 1:
             keys = (begin - window + 1, end - window)
-            yield _Piece((begin, end - 1), keys, causal=True, backwards=True, merges=True)
-        begin = end
+            yield _Piece((begin, end - 1), keys, True, backwards=True, merges=True, blocks=blocks, step=window)
+        begin = end + (blocks - 1) * window
 
 
 def image_parts(begin: int, end: int, window: int | None, rule: ImageRule) -> Iterator[_Piece]:

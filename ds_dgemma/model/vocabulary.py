@@ -125,8 +125,11 @@ Room = tuple[Tensor, Tensor]  # [rows, V] for the capped logits of a chunk, and 
 def capped(
     hidden_NH: Tensor, weight_VH: Tensor, softcap: float, room: Room | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Capped logits over the cap, tanh(hidden @ weight.T / softcap), and their `exponentials`, [N, V], in `room` if
-    there is one; the sums of those and the top, [N, 1]. In fp32 at least.
+    """How far below the cap the soft-capped logits of hidden @ weight.T are, in units of twice the cap, and their
+    `exponentials`, [N, V], in `room` if there is one; the sums of those and the least, [N, 1]. In fp32 at least.
+
+    (softcap - softcap * tanh(x / softcap)) / (2 * softcap) is sigmoid(-2 * x / softcap), which is a tenth of tanh's
+    time on a CPU (torch 2.13).
     """
     if hidden_NH.is_cuda:
         return _fused(_measure)(F.linear(hidden_NH, weight_VH), softcap)
@@ -134,19 +137,19 @@ def capped(
         return _measure(F.linear(hidden_NH, weight_VH), softcap)
     logits, exponential = (None, None) if room is None else (part[: len(hidden_NH)] for part in room)
     nothing = hidden_NH.new_empty(())
-    logits = torch.addmm(nothing, hidden_NH, weight_VH.t(), beta=0, alpha=1 / softcap, out=logits)
-    return _of_tanh(logits.tanh_(), softcap, exponential)
+    logits = torch.addmm(nothing, hidden_NH, weight_VH.t(), beta=0, alpha=-2 / softcap, out=logits)
+    return _of_sigmoid(logits.sigmoid_(), softcap, exponential)
 
 
 def _measure(logits_NV: Tensor, softcap: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _of_tanh((logits_NV.to(wide(logits_NV.dtype)) / softcap).tanh_(), softcap)
+    return _of_sigmoid((logits_NV.to(wide(logits_NV.dtype)) * (-2 / softcap)).sigmoid_(), softcap)
 
 
-def _of_tanh(
-    squashed_NV: Tensor, softcap: float, into_NV: Tensor | None = None
+def _of_sigmoid(
+    below_NV: Tensor, softcap: float, into_NV: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    exponential, top = exponentials(squashed_NV, softcap, into_NV)
-    return squashed_NV, exponential, exponential.sum(-1, keepdim=True), top
+    exponential, least = exponentials(below_NV, softcap, into_NV)
+    return below_NV, exponential, exponential.sum(-1, keepdim=True), least
 
 
 @cache
@@ -158,21 +161,19 @@ def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True)
 
 
-def exponentials(squashed_NV: Tensor, softcap: float, into_NV: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """exp(capped logits - top) [N, V], and top: the cap itself, which no logit exceeds, or a row's largest where the
-    cap is so wide that others would vanish in fp32.
+def exponentials(below_NV: Tensor, softcap: float, into_NV: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """exp(-2 * softcap * (below - least)) [N, V], and least: 0, the cap itself, which no logit exceeds, or a row's
+    least where the cap is so wide that others would vanish in fp32.
     """
     if softcap <= WIDEST_CAP:
-        top = squashed_NV.new_full((), softcap)
-        return torch.add(-top, squashed_NV, alpha=softcap, out=into_NV).exp_(), top
-    logits = squashed_NV * softcap
-    top = logits.amax(-1, keepdim=True)
-    return logits.sub_(top).exp_(), top
+        return torch.mul(below_NV, -2 * softcap, out=into_NV).exp_(), below_NV.new_zeros(())
+    least = below_NV.amin(-1, keepdim=True)
+    return torch.sub(below_NV, least, out=into_NV).mul_(-2 * softcap).exp_(), least
 
 
-def times_slope(exponential_NV: Tensor, squashed_NV: Tensor) -> Tensor:
-    """Times the derivative of the soft cap, 1 - tanh^2; both are used up."""
-    return exponential_NV.addcmul_(exponential_NV, squashed_NV.square_(), value=-1)
+def times_slope(exponential_NV: Tensor, below_NV: Tensor) -> Tensor:
+    """Times a quarter of the soft cap's derivative, 1 - tanh^2 = 4 * below * (1 - below); both are used up."""
+    return exponential_NV.mul_(below_NV.addcmul_(below_NV, below_NV, value=-1))
 
 
 def _chunks(count: int, chunk: int, weight: Tensor) -> Iterator[tuple[slice, Room | None]]:
@@ -193,13 +194,15 @@ def _chunks(count: int, chunk: int, weight: Tensor) -> Iterator[tuple[slice, Roo
 
 
 def _raise(
-    exponential: Tensor, total: Tensor, logit: Tensor, target: Tensor, token_C: Tensor, amount_C: Tensor
+    exponential: Tensor, total: Tensor, target: Tensor, token_C: Tensor, amount_C: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Raise one logit of each row: in the exponentials, in place, and in their sum and the target's logit, returned."""
+    """Raise one logit of each row: in the exponentials, in place. Returns their sum, and by how much the target's logit
+    was raised.
+    """
     token, amount = token_C[:, None], amount_C[:, None].to(total.dtype)
     of_token = exponential.gather(-1, token)
     exponential.scatter_(-1, token, of_token * amount.exp())
-    return total + of_token * amount.expm1(), logit + amount * (token == target)
+    return total + of_token * amount.expm1(), amount * (token == target)
 
 
 def _add_product(total_VH: Tensor, rows_CV: Tensor, rows_CH: Tensor) -> None:
@@ -295,22 +298,23 @@ class _Score(torch.autograd.Function):
         is_top_N = torch.empty(0 if differentiate else len(target_N), dtype=torch.bool, device=hidden_NH.device)
         cap = owner.softcap
         for part, room in _chunks(len(target_N), chunk, weight):
-            squashed, exponential, total, top = capped(hidden_NH[part], weight, cap, room)
+            below, exponential, total, least = capped(hidden_NH[part], weight, cap, room)
             target = target_N[part, None]
-            of_target = squashed.gather(-1, target)
-            logit = of_target * cap
+            of_target = below.gather(-1, target)
+            raised = 0.0
             if shift is not None:
-                total, logit = _raise(exponential, total, logit, target, shift.token_N[part], shift.amount_N[part])
-            nll_N[part] = (total.log() + top - logit).squeeze(-1)
+                total, raised = _raise(exponential, total, target, shift.token_N[part], shift.amount_N[part])
+            nll_N[part] = (total.log() + 2 * cap * (of_target - least) - raised).squeeze(-1)
             if d_hidden is None:
-                is_top_N[part] = (squashed.amax(-1, keepdim=True) <= of_target).squeeze(-1)
+                is_top_N[part] = (of_target <= below.amin(-1, keepdim=True)).squeeze(-1)
                 continue
-            d_target = (exponential.gather(-1, target) - total) * (1 - of_target.square())
+            d_target = (exponential.gather(-1, target) - total) * of_target * (1 - of_target)
             slope = _fused(times_slope) if exponential.is_cuda else times_slope
-            d_logits = slope(exponential, squashed).to(weight.dtype)
+            d_logits = slope(exponential, below).to(weight.dtype)
             d_logits.scatter_(-1, target, d_target.to(weight.dtype))
-            # A row's weight over its sum, which the logits' gradient lacks, is put on the narrow side of both products.
-            row = weight_N[part, None] / total
+            # What the logits' gradient lacks, a row's weight over its sum and the slope's 4, is put on the narrow side
+            # of both products.
+            row = 4 * weight_N[part, None] / total
             torch.mul(d_logits @ weight, row, out=d_hidden[part])
             if d_weight is not None:
                 _add_product(d_weight, d_logits, (hidden_NH[part] * row).to(weight.dtype))

@@ -111,11 +111,8 @@ def replay(file: Path, checkpoint: Path | None = None, from_model: bool = False)
         raise UserError("replay runs in one process: start it without a launcher.")
     if config.data.streaming:
         raise UserError("replay needs the step's examples again, and those of data.streaming are not kept.")
-    # None: there was no checkpoint yet
-    weights = (
-        None if from_model else checkpoint or newest_until(config.run.dir / CHECKPOINTS, step.step) or step.checkpoint
-    )
-    trained = weights and open_state(weights)
+    newest = checkpoint or newest_until(config.run.dir / CHECKPOINTS, step.step) or step.checkpoint
+    trained = open_state(newest) if newest and not from_model else None
     pretrained = open_pretrained(config.model.path, config.model.revision)
     _check_unchanged(file, "model.path", config.model.path, step.model_digest, pretrained.digest)
     examples = read_split(config, "train", pretrained.spec, pretrained.tokenizer)

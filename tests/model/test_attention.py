@@ -79,16 +79,17 @@ def test_parts_equal_dense_masks_and_kept_keys_equal_those_in_the_call(seed: int
         torch.testing.assert_close(torch.autograd.grad(told, inputs, direction), wanted, rtol=0, atol=1e-12)
 
 
-def test_a_sliding_layer_does_no_more_than_its_window_asks_for():
+def test_a_sliding_layer_does_no_more_than_its_window_asks_for_in_few_parts():
     window, clean, length = 16, 256, 8
     tokens = Tokens((clean,), (Canvas(0, 200),), length)
-    area = 0
-    for part in parts(tokens, window):
+    area, found = 0, list(parts(tokens, window))
+    for part in found:
         queries = part.queries.end - part.queries.begin
         keys = 15 if isinstance(part.keys, int) else part.keys.end - part.keys.begin
-        area += queries * (queries + 1) // 2 if part.causal else queries * keys
+        area += part.queries.rows * (queries * (queries + 1) // 2 if part.causal else queries * keys)
     visible = attention_masks(clean_and_canvases([clean], [(0, 200)], length), window)["sliding_attention"]
     assert area == int(visible.sum())
+    assert len(found) == 5  # the first block; of all others the square and the triangle; the canvas, and what it sees
 
 
 def test_a_keys_gradient_has_a_share_of_every_canvas_in_bf16_too():
