@@ -38,7 +38,7 @@ from torch import Tensor
 ImageRule = Literal["generate", "sliding"]
 
 
-BLOCKS = 4096  # tokens of neighbouring blocks that one part takes at most: kernels get copies of a triangle's
+BLOCKS = 1024  # tokens of neighbouring blocks, so many at most are one part: kernels get copies of its triangles
 
 
 class Cache(NamedTuple):
