@@ -195,7 +195,7 @@ def _clean_parts(tokens: Tokens, window: int | None) -> Iterator[Part]:
     homes, cache = _homes(tokens), tokens.cache
     for (length, _, before), alike in groupby(homes, key=lambda home: home[:3]):
         rows, end = list(alike), before + length
-        found = _causal_parts(before, end, window or end)
+        found = _causal_parts(before, end, window or end, len(rows))
         if cache and cache.is_canvas:
             found = [_Piece((before, end), (visible(before, window)[0], end))]
         if length:
@@ -210,26 +210,20 @@ def _clean_parts(tokens: Tokens, window: int | None) -> Iterator[Part]:
 
 
 def _parts_of(piece: "_Piece", alike: Sequence[_Home], of_kept: bool) -> Iterator[Part]:
-    """A piece of neighbouring documents that are alike: a part's rows are the documents, or a document's blocks where
-    those are more.
+    """A piece of neighbouring documents that are alike: its rows are the documents; of blocks they are the blocks, a
+    document at a time.
     """
     (q, q_end), (k, k_end), first = piece.queries, piece.keys, alike[0]
-    if len(alike) < piece.blocks:
+    if piece.blocks == 1:
+        queries = Span(first.offset, len(alike), first.length, q - first.filled, q_end - first.filled)
+        spans = [(queries, Span(first.begin, len(alike), first.room, k, k_end))]
+    else:
         spans = [
             (
                 Span(home.offset - home.filled + q, piece.blocks, piece.step, 0, q_end - q),
                 Span(home.begin + k, piece.blocks, piece.step, 0, k_end - k),
             )
             for home in alike
-        ]
-    else:
-        q, q_end = q - first.filled, q_end - first.filled
-        spans = [
-            (
-                Span(first.offset, len(alike), first.length, q + ahead, q_end + ahead),
-                Span(first.begin, len(alike), first.room, k + ahead, k_end + ahead),
-            )
-            for ahead in range(0, piece.blocks * piece.step, piece.step)
         ]
     for queries, keys in spans:
         yield Part(queries, keys, of_kept, piece.causal, piece.backwards, piece.merges)
@@ -247,13 +241,13 @@ class _Piece(NamedTuple):
     step: int = 1
 
 
-def _causal_parts(first: int, length: int, window: int) -> Iterator[_Piece]:
-    """Tokens `first` to `length`; those before are read already."""
+def _causal_parts(first: int, length: int, window: int, documents: int) -> Iterator[_Piece]:
+    """Tokens `first` to `length` of so many documents; those before are read already."""
     begin = first
     while begin < length:
         end = min(window if begin < window else begin + window, length)  # the first window sees all before it
         whole = min(length - begin, BLOCKS) // window if begin >= window else 0
-        blocks = max(whole, 1)
+        blocks = whole if whole > documents else 1  # the more rows, the fewer parts
         yield _Piece((begin, end), (begin, end), causal=True, blocks=blocks, step=window)
         # What its last query still sees of what lies before, all its queries see.
         if (last_sees := max(end - window, 0)) < begin:
