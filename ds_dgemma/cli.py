@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ds_dgemma.cli_answers import add_commands
-from ds_dgemma.errors import EXIT_USER_ERROR, UserError
+from ds_dgemma.errors import EXIT_USER_ERROR, UserError, spelt
 
 if TYPE_CHECKING:
     from ds_dgemma.checkpoint.hf_weights import Layout
 
 EXIT_DOES_NOT_FIT = 1
 EXIT_INTERRUPTED = 130
+EXIT_UNREAD = 141  # as the shell tells SIGPIPE
 
 
 def make_tiny(args: argparse.Namespace) -> None:
@@ -88,7 +89,8 @@ def merge(args: argparse.Namespace) -> None:
     """Add a PEFT adapter to the weights of its model, once, and write the result as a transformers directory."""
     from ds_dgemma.checkpoint.export import merge_adapter
 
-    merge_adapter(args.model, args.adapter, args.out, args.dtype, args.revision, _layout(args))
+    with spelt({"model.path": "--model"}):
+        merge_adapter(args.model, args.adapter, args.out, args.dtype, args.revision, _layout(args))
     print(f"{args.out}: {args.model} with {args.adapter}")
 
 
@@ -128,6 +130,9 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except BrokenPipeError:  # who read what is printed has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python's own flush at the end would fail again
+        return EXIT_UNREAD
 
 
 def parser() -> argparse.ArgumentParser:

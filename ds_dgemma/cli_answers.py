@@ -5,10 +5,11 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds_dgemma.errors import UserError, say
+from ds_dgemma.errors import UserError, say, spelt
 
 if TYPE_CHECKING:
     from ds_dgemma.evaluation.open_model import Found
@@ -22,9 +23,32 @@ SAMPLER = {
     "stability_threshold": (int, "steps without a change before a canvas may be done"),
     "confidence_threshold": (float, "mean entropy below which it is"),
 }
+OPTIONS = {  # and the settings of a config that errors call them by
+    "model": "model.path",
+    "data": "data.train",
+    "file": "data.train",
+    "columns": "data.columns",
+    "ignore": "data.ignore",
+}
 Number = Callable[[str], Any]
+Command = Callable[[argparse.Namespace], None]
 
 
+def _as_typed(command: Command) -> Command:
+    """Errors name the options of the command line."""
+
+    @wraps(command)
+    def run(args: argparse.Namespace) -> None:
+        known = {setting: f"--{option}" for option, setting in OPTIONS.items() if hasattr(args, option)}
+        if args.run is not None:
+            del known["model.path"]  # which the run's own config names
+        with spelt(known):
+            command(args)
+
+    return run
+
+
+@_as_typed
 def evaluate(args: argparse.Namespace) -> None:
     """Answer held-out conversations and score the answers."""
     from rich.console import Console
@@ -57,6 +81,7 @@ def evaluate(args: argparse.Namespace) -> None:
         _write(out, forms[out.suffix](report))
 
 
+@_as_typed
 def generate(args: argparse.Namespace) -> None:
     """Answer a prompt, or every conversation of a file."""
     from ds_dgemma.data.messages import BadRow
@@ -105,6 +130,7 @@ def generate(args: argparse.Namespace) -> None:
         _write(args.out, "\n".join(lines) + "\n")
 
 
+@_as_typed
 def chat(args: argparse.Namespace) -> None:
     """Talk with a model; /watch shows canvases, /reset forgets, /quit ends."""
     from ds_dgemma.evaluation.chat import chat
@@ -179,6 +205,8 @@ def _found(args: argparse.Namespace) -> "Found":
     for option in ("adapter", "revision") if args.run else ("step",):
         if getattr(args, option) is not None:
             raise UserError(f"--{option} belongs to --{'model' if args.run else 'run'}. Leave it out.")
+    if args.model is not None and (Path(args.model) / "config.yaml").is_file():
+        raise UserError(f"--model {args.model}: this is a run's directory. Say --run {args.model}.")
     source = Source(args.model, args.revision, args.adapter, args.run, args.step)
     return find_model(source, {name: getattr(args, name) for name in SAMPLER})
 

@@ -1,6 +1,7 @@
 """The command line: instant help, one message and exit code 2 for a mistake, never a trace."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(
     printed = capsys.readouterr()
     assert printed.err.strip()
     assert "Traceback" not in printed.err
+    assert "model.path" not in printed.err  # nobody typed that
     assert not printed.out
     assert not list(tmp_path.iterdir())
 
@@ -81,6 +83,15 @@ def test_the_process_itself_ends_with_2_and_no_trace(tmp_path: Path) -> None:
         assert done.returncode == 2
         assert done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "ds_dgemma", "config-reference"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_interrupting_a_command_exits_with_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

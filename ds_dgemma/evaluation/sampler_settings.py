@@ -52,19 +52,21 @@ def read_settings(directory: Path, overrides: Mapping[str, Any]) -> SamplerSetti
         UserError: a file that cannot be read, or a value that transformers refuses.
     """
     given = {name: value for name, value in overrides.items() if value is not None}
-    bound = given.pop("entropy_bound", None)
     file = directory / "generation_config.json"
+    read_from = str(file)
     try:
         config: Any = DiffusionGemmaGenerationConfig()
         if file.exists():
             config = DiffusionGemmaGenerationConfig.from_pretrained(directory)
         config.update(**config._get_default_generation_params(), defaults_only=True)  # as `generate()` does
+        config.validate()
+        read_from = f"the sampler's settings, {in_words(given)} set here"
+        if "entropy_bound" in given:
+            config.sampler_config = EntropyBoundSamplerConfig(entropy_bound=given.pop("entropy_bound"))
         config.update(**given)
-        if bound is not None:
-            config.sampler_config = EntropyBoundSamplerConfig(entropy_bound=bound)
         config.validate()
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file}, or what is set instead of it: {first_line(error)}") from error
+        raise UserError(f"{read_from}: {first_line(error)}") from error
     stop = config.eos_token_id
     stops = stop if isinstance(stop, list) else [] if stop is None else [stop]
     return SamplerSettings(

@@ -101,9 +101,10 @@ def tell(skipped: SkippedStep) -> dict[str, str]:
     """What was not finite, and where."""
     if skipped.problem == "gradient":
         return {"problem": "the gradient of a finite loss", "where": "unknown, ds-dgemma replay tells"}
-    values = sorted({str(one.loss) for one in skipped.bad})
+    bad = [seen for seen in skipped.micro_batches if seen.bad]
+    values = sorted({str(one.loss) for one in bad})
     where = []
-    for one in skipped.bad:
+    for one in bad:
         ids = list(map(str, one.examples))
         more = f" and {len(ids) - SHOWN_EXAMPLES} more" if len(ids) > SHOWN_EXAMPLES else ""
         where.append(f"{one.name}, examples {' '.join(ids[:SHOWN_EXAMPLES])}{more}")

@@ -106,12 +106,15 @@ def replay(file: Path, checkpoint: Path | None = None, from_model: bool = False)
     Raises:
         UserError: `file` is no replay file, or its config, data, model or checkpoint is gone or another.
     """
-    step, config, ranks = read_skipped(file), _config(file), RankLayout.from_environment(1)
+    step, run, ranks = read_skipped(file), file.resolve().parent.parent, RankLayout.from_environment(1)
+    if not (run / CONFIG).is_file():
+        raise UserError(f"{file} is not in a run directory's replay/: {run / CONFIG} is missing. Put it back there.")
+    config = recorded_config(run / CONFIG)  # its run.dir is where the run was; it may have been moved
     if ranks.world > 1:
         raise UserError("replay runs in one process: start it without a launcher.")
     if config.data.streaming:
         raise UserError("replay needs the step's examples again, and those of data.streaming are not kept.")
-    newest = checkpoint or newest_until(config.run.dir / CHECKPOINTS, step.step) or step.checkpoint
+    newest = checkpoint or newest_until(run / CHECKPOINTS, step.step) or step.checkpoint
     trained = open_state(newest) if newest and not from_model else None
     pretrained = open_pretrained(config.model.path, config.model.revision)
     _check_unchanged(file, "model.path", config.model.path, step.model_digest, pretrained.digest)
@@ -127,8 +130,8 @@ def replay(file: Path, checkpoint: Path | None = None, from_model: bool = False)
     connect(ranks, config.parallel.collective_timeout_minutes)
     try:
         stack = fill_model(model, ranks, {}, config.train.precision, trained, config.seed)
-        source = f"checkpoint {trained.checkpoint.path}" if trained else f"model {config.model.path}"
-        print(f"step {step.step} of {config.run.dir}, skipped for its {step.problem}; weights of {source}")
+        source = trained.checkpoint.path if trained else config.model.path
+        print(f"step {step.step} of {run}, skipped for its {step.problem}; weights of {source}")
         bad = list(_run_step(stack, step, rows, config, ranks))
         print(f"Reproduced: {', '.join(bad)}." if bad else "Not reproduced: with these weights every number is finite.")
     finally:
@@ -173,11 +176,3 @@ def _run_micro_batch(alone: StepAlone, seen: SeenMicroBatch, share: list[Item], 
             print(f"  example {number} ({where})  t {noise}  canvas at {canvases}  {outcome}", flush=True)
             if not outcome.finite:
                 yield f"example {number}"
-
-
-def _config(file: Path) -> RunConfig:
-    path = file.resolve().parent.parent / CONFIG  # the run directory may have been moved
-    if not path.is_file():
-        raise UserError(f"{file} is not in a run directory's replay/: {path} is missing. Put it back there.")
-    config = recorded_config(path)
-    return config.model_copy(update={"run": config.run.model_copy(update={"dir": path.parent})})

@@ -47,11 +47,6 @@ class SkippedStep(_Part):
     checkpoint: Path | None  # the newest at that moment; None: the model that the run started from
     micro_batches: tuple[SeenMicroBatch, ...] = Field(min_length=1)
 
-    @property
-    def bad(self) -> list[SeenMicroBatch]:
-        """The micro-batches whose loss was not finite."""
-        return [seen for seen in self.micro_batches if seen.bad]
-
 
 def write_skipped(step: SkippedStep, run_dir: Path) -> Path:
     """Write the file, whole or not at all; return where."""

@@ -359,3 +359,11 @@ def test_a_file_of_prompts_is_answered_and_a_conversation_kept(tmp_path: Path, m
     assert "it ends with an answer already" in err
     assert "leaves out a part of tools[0]: 'weather'" in err  # this template knows none
     assert "tools" in err.splitlines()[-1]
+    (tmp_path / "config.yaml").touch()
+    for mistake, said in (
+        (["--file", f"{tmp_path}/none.jsonl"], "--file: no file "),
+        (["--prompt", PUZZLE, "--t-min", "-1"], "the sampler's settings, max_denoising_steps 2, t_min -1.0 set here: "),
+        (["--prompt", PUZZLE, "--model", str(tmp_path)], f"--model {tmp_path}: this is a run's directory"),
+    ):
+        assert cli.main(["generate", *asked, *mistake]) == 2
+        assert capsys.readouterr().err.startswith(said)
