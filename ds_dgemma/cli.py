@@ -30,8 +30,9 @@ def make_tiny(args: argparse.Namespace) -> None:
     """Make a tiny checkpoint of random weights, with a tokenizer."""
     from ds_dgemma.tools.tiny import make_tiny
 
-    make_tiny(args.preset, args.out, args.text, args.seed, args.vocab_size, args.force)
-    print(f"{args.out}: a {args.preset} checkpoint of random weights")
+    tokens = make_tiny(args.preset, args.out, args.text, args.seed, args.vocab_size, args.force)
+    few = " (the text has no more)" if args.vocab_size and tokens < args.vocab_size else ""
+    print(f"{args.out}: a {args.preset} checkpoint of random weights, {tokens:,} tokens{few}")
 
 
 def make_sudoku(args: argparse.Namespace) -> None:

@@ -90,6 +90,7 @@ MISTAKES = [
     ("optimizer:", "sft.yaml:10 optimizer null"),
     ("optimizer: {betas: [0.9]}", "optimizer.betas [0.9] 2"),
     ("objective: {canvases_per_example: few}", "objective.canvases_per_example few all"),
+    ("objective: {canvases_per_example: 0}", "objective.canvases_per_example = 0 ≥ 1 all"),
     ("checkpoint: {every: 100, keep_every: 250}", "sft.yaml:10 checkpoint keep_every 250 100"),
     ("checkpoint: {every: 0, keep_every: 5}", "sft.yaml:10 checkpoint keep_every 5"),
     ("checkpoint: {keep_best: 1}", "sft.yaml:10 checkpoint.keep_best 1 validation"),
@@ -115,6 +116,7 @@ MISTAKES = [
     ),
     (["checkpoint.best_by=validation/los"], "checkpoint.best_by loss_diffusion_at_0.5"),
     (["train.early_stopping_patience=2"], "train.early_stopping_patience validation.every"),
+    (["objective.noise_eps=0.7", "objective.noise_max=0.5"], "--set objective noise_max 0.5 noise_eps 0.7"),
     (["deepspeed=none.json"], "deepspeed none.json"),
 ]
 

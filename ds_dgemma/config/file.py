@@ -120,7 +120,8 @@ class _Source:
             elif found["type"] == "missing" and not inside:
                 self._add(key, dotted(key), f"is required: {expected(field)}; {meaning(field)}.")
             elif found["type"] == "value_error":
-                self._add(key, dotted(key), f"{found['msg'].removeprefix('Value error, ')}.")
+                said = found["msg"].removeprefix("Value error, ")
+                self._add((*key, said.split()[0]), dotted(key), f"{said}.")  # mostly the setting's name: its line
             else:
                 self.note(key, f"expected {expected(field)}: {meaning(field)}.")
         return noted

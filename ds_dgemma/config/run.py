@@ -88,7 +88,10 @@ class LoraSection(Section):
     r: int = Field(default=8, ge=1, le=2**16, description="rank of every adapter, of each expert's too")
     lora_alpha: float = Field(default=8, gt=0, description="an adapter's output is scaled by lora_alpha / r")
     lora_dropout: float = Field(
-        default=0.0, ge=0, lt=1, description="dropout on an adapter's input; 0 with target_parameters"
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="dropout on an adapter's input, drawn by each rank; 0 with target_parameters",
     )
     target_modules: tuple[str, ...] | str | None = Field(
         default=ATTENTION_AND_MLP,
@@ -186,7 +189,7 @@ class ObjectiveSection(Section):
     noise_eps: float = Field(
         default=1e-3, ge=0, lt=1, description="least noise level, the share of tokens that are drawn anew"
     )
-    noise_max: float = Field(default=1.0, gt=0, le=1, description="largest noise level")
+    noise_max: float = Field(default=1.0, gt=0, le=1, description="largest noise level; noise_eps: the only one")
     self_conditioning_probability: float = Field(
         default=0.5, ge=0, le=1, description="chance that the second pass sees the first one's guess"
     )
@@ -202,7 +205,7 @@ class ObjectiveSection(Section):
         description="weight of the routers' load-balance loss (Switch Transformer's; the mean over layers), for "
         "model.train_router; with accumulation it costs one more forward a micro-batch",
     )
-    canvases_per_example: int | Literal["all"] = Field(
+    canvases_per_example: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
         default=1, description="canvases denoised per example and step, drawn without replacement; or all"
     )
     logits_chunk_mib: Annotated[int, MAY_CHANGE] = Field(
@@ -210,15 +213,9 @@ class ObjectiveSection(Section):
     )
 
     @model_validator(mode="after")
-    def _some_canvas(self) -> "ObjectiveSection":
-        if isinstance(self.canvases_per_example, int) and self.canvases_per_example < 1:
-            raise ValueError("canvases_per_example must be at least 1, or all")
-        return self
-
-    @model_validator(mode="after")
     def _some_noise(self) -> "ObjectiveSection":
-        if self.noise_max <= self.noise_eps:
-            raise ValueError(f"noise_max {self.noise_max} is not above noise_eps {self.noise_eps}")
+        if self.noise_max < self.noise_eps:
+            raise ValueError(f"noise_max {self.noise_max} is below noise_eps {self.noise_eps}")
         return self
 
 

@@ -7,7 +7,7 @@ import difflib
 import json
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -69,14 +69,15 @@ def expected(field: FieldInfo) -> str:
             "a list of sections" if any(get_origin(m) is tuple for m in members_of(field.annotation)) else "a section"
         )
         return f"{null}{what} with {', '.join(required or section.model_fields)}"
+    return _type_in_words(field.annotation) + _bounds_in_words(field.metadata)
+
+
+def _bounds_in_words(metadata: Iterable[Any]) -> str:
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     bounds = [
-        f"{sign} {getattr(bound, name)}"
-        for bound in field.metadata
-        for name, sign in signs.items()
-        if hasattr(bound, name)
+        f"{sign} {getattr(bound, name)}" for bound in metadata for name, sign in signs.items() if hasattr(bound, name)
     ]
-    return " ".join(filter(None, [_type_in_words(field.annotation), " and ".join(bounds)]))
+    return f" {' and '.join(bounds)}" if bounds else ""
 
 
 def _type_in_words(annotation: Any) -> str:
@@ -85,7 +86,8 @@ def _type_in_words(annotation: Any) -> str:
         return words[annotation]
     origin, members = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _type_in_words(members[0])
+        inside = members[1].metadata if isinstance(members[1], FieldInfo) else members[1:]
+        return _type_in_words(members[0]) + _bounds_in_words(inside)
     if origin is Literal:
         *most, last = map(str, members)
         return f"{', '.join(most)} or {last}" if most else last

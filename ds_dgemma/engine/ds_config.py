@@ -199,8 +199,8 @@ def _stage_problems(settings: dict[str, Any]) -> Iterator[str]:
         yield f"zero_optimization.stage = {show(stage)}  expected 1, 2 or 3"
     elif stage == 0:
         yield (
-            "zero_optimization.stage = 0  every rank would clip by the norm of its own experts there, and the ranks "
-            "would drift apart. Use stage 1, 2 or 3"
+            "zero_optimization.stage = 0  is not supported: with expert parallelism every rank would clip by the norm "
+            "of its own experts. Use stage 1, 2 or 3; on one rank stage 1 is the same training"
         )
     for block, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
         device = _get(settings, f"zero_optimization.{block}.device")

@@ -89,8 +89,8 @@ def make_tiny(
     seed: int = 0,
     vocab_size: int | None = None,
     force: bool = False,
-) -> None:
-    """Write a checkpoint directory, whole or not at all; `force` replaces one that is there.
+) -> int:
+    """Write a checkpoint directory, whole or not at all, and return its tokens; `force` replaces one that is there.
 
     Raises:
         UserError: `out` may not be written or replaced, or an argument does not fit the preset.
@@ -112,6 +112,7 @@ def make_tiny(
             fresh.rename(out)
     except OSError as error:
         raise UserError(f"--out {out}: cannot write there ({error.strerror}). Name another directory.") from error
+    return len(tokenizer)
 
 
 def _check_out(out: Path, force: bool) -> None:
