@@ -295,7 +295,10 @@ MODEL: dict[str, tuple[Break, list[str]]] = {
         spec(text_config={"hidden_size": -128}),
         ["hidden_size = -128 in layer 0, a whole number from 1"],
     ),
-    "no window": (spec(text_config={"sliding_window": 0}), ["sliding_window = 0 in layer 0, a whole number from 1"]),
+    "window of one": (
+        spec(text_config={"sliding_window": 1}),
+        ["sliding_window = 1 in layer 0, a whole number from 2"],
+    ),
     "more experts for a token than there are": (
         spec(text_config={"top_k_experts": 9}),
         ["top_k_experts = 9, at most num_experts, 8"],

@@ -58,6 +58,14 @@ def test_a_mistake_is_named_before_any_weight_is_read(mistake, copied_run):
     assert {path: after.get(path) for path in before} == before, "something was overwritten"
 
 
+def test_what_may_be_meant_is_a_warning(copied_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config(copied_run, ["data.max_length=4097"])
+    prepare(config, RankLayout(0, 2, 0, 2, 1), find_start(config))
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(told) == 2
+    assert all(any(words in line for line in told) for words in ("data.max_length 4,097", "optimizer.warmup_steps"))
+
+
 @pytest.mark.slow
 def test_under_the_launcher_a_mistake_is_told_once_and_is_its_exit_code(copied_run, tmp_path):
     break_it, named = MISTAKES["unknown key"]  # each rank finds it

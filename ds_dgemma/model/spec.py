@@ -73,8 +73,9 @@ def _impossible(text: Any) -> Iterator[str]:
         yield f"final_logit_softcapping = {cap}, a number above 0 is expected."
     for number, layer in enumerate(text.per_layer_config):
         for key in SIZES:
-            if not isinstance(size := getattr(layer, key), int) or size < 1:
-                yield f"{key} = {size} in layer {number}, a whole number from 1 is expected."
+            least = 2 if key == "sliding_window" else 1  # of a window of 1 transformers' cache keeps every key
+            if not isinstance(size := getattr(layer, key), int) or size < least:
+                yield f"{key} = {size} in layer {number}, a whole number from {least} is expected."
                 return
         if layer.top_k_experts > layer.num_experts:
             yield f"top_k_experts = {layer.top_k_experts}, at most num_experts, {layer.num_experts}, is expected."

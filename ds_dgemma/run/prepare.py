@@ -90,7 +90,7 @@ def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
     }
     build_cpu_adam(settings)
     if ranks.is_main:
-        _say([*told, *measures.told], [*start.warnings, *_warnings(config, model), *dropped], resumed)
+        _say([*told, *measures.told], [*start.warnings, *_warnings(config, model, pretrained.text), *dropped], resumed)
     if resumed:
         check_same_data(config.data.named("train"), resumed.checkpoint, facts["data_digest"], facts["examples"])
     scores = Scores.continued(config.checkpoint.best_by, measures.digest, resumed.checkpoint if resumed else None)
@@ -110,7 +110,12 @@ def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
     )
 
 
-def _warnings(config: RunConfig, model: OutlinedModel) -> Iterator[str]:
+def _warnings(config: RunConfig, model: OutlinedModel, text: Any) -> Iterator[str]:
+    if config.data.max_length > text.max_position_embeddings:
+        yield (
+            f"data.max_length {config.data.max_length:,} is above the model's max_position_embeddings, "
+            f"{text.max_position_embeddings:,}: it was made for no positions behind that."
+        )
     if config.optimizer.warmup_steps >= config.train.max_steps:
         yield "optimizer.warmup_steps is not below train.max_steps: the run ends before lr is reached."
     measured, saved = getattr(config, config.checkpoint.best_by.split("/")[0]).every, config.checkpoint.every
