@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ds_dgemma.cli_answers import add_commands
-from ds_dgemma.errors import EXIT_USER_ERROR, UserError, spelt
+from ds_dgemma.cli_answers import add_commands, as_typed
+from ds_dgemma.errors import EXIT_USER_ERROR, UserError
 
 if TYPE_CHECKING:
     from ds_dgemma.checkpoint.hf_weights import Layout
@@ -86,12 +86,12 @@ def export(args: argparse.Namespace) -> None:
     print(f"{args.out}: exported from {args.run}")
 
 
+@as_typed
 def merge(args: argparse.Namespace) -> None:
     """Add a PEFT adapter to the weights of its model, once, and write the result as a transformers directory."""
     from ds_dgemma.checkpoint.export import merge_adapter
 
-    with spelt({"model.path": "--model"}):
-        merge_adapter(args.model, args.adapter, args.out, args.dtype, args.revision, _layout(args))
+    merge_adapter(args.model, args.adapter, args.out, args.dtype, args.revision, _layout(args))
     print(f"{args.out}: {args.model} with {args.adapter}")
 
 

@@ -9,7 +9,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds_dgemma.errors import UserError, say, spelt
+from ds_dgemma.errors import UserError, say
 
 if TYPE_CHECKING:
     from ds_dgemma.evaluation.open_model import Found
@@ -34,21 +34,24 @@ Number = Callable[[str], Any]
 Command = Callable[[argparse.Namespace], None]
 
 
-def _as_typed(command: Command) -> Command:
+def as_typed(command: Command) -> Command:
     """Errors name the options of the command line."""
 
     @wraps(command)
     def run(args: argparse.Namespace) -> None:
-        known = {setting: f"--{option}" for option, setting in OPTIONS.items() if hasattr(args, option)}
-        if args.run is not None:
-            del known["model.path"]  # which the run's own config names
-        with spelt(known):
+        try:
             command(args)
+        except UserError as error:
+            text = str(error)
+            for option, setting in OPTIONS.items():
+                if hasattr(args, option) and (option != "model" or args.model):  # a run's own config names its model
+                    text = text.replace(setting, f"--{option}")
+            raise UserError(text) from error
 
     return run
 
 
-@_as_typed
+@as_typed
 def evaluate(args: argparse.Namespace) -> None:
     """Answer held-out conversations and score the answers."""
     from rich.console import Console
@@ -81,7 +84,7 @@ def evaluate(args: argparse.Namespace) -> None:
         _write(out, forms[out.suffix](report))
 
 
-@_as_typed
+@as_typed
 def generate(args: argparse.Namespace) -> None:
     """Answer a prompt, or every conversation of a file."""
     from ds_dgemma.data.messages import BadRow
@@ -130,7 +133,7 @@ def generate(args: argparse.Namespace) -> None:
         _write(args.out, "\n".join(lines) + "\n")
 
 
-@_as_typed
+@as_typed
 def chat(args: argparse.Namespace) -> None:
     """Talk with a model; /watch shows canvases, /reset forgets, /quit ends."""
     from ds_dgemma.evaluation.chat import chat
@@ -200,12 +203,13 @@ def _add_source(parser: argparse.ArgumentParser, step: Number) -> None:
 
 
 def _found(args: argparse.Namespace) -> "Found":
+    from ds_dgemma.config.recorded import CONFIG
     from ds_dgemma.evaluation.open_model import Source, find_model
 
     for option in ("adapter", "revision") if args.run else ("step",):
         if getattr(args, option) is not None:
             raise UserError(f"--{option} belongs to --{'model' if args.run else 'run'}. Leave it out.")
-    if args.model is not None and (Path(args.model) / "config.yaml").is_file():
+    if args.model is not None and (Path(args.model) / CONFIG).is_file():
         raise UserError(f"--model {args.model}: this is a run's directory. Say --run {args.model}.")
     source = Source(args.model, args.revision, args.adapter, args.run, args.step)
     return find_model(source, {name: getattr(args, name) for name in SAMPLER})

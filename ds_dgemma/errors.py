@@ -7,8 +7,7 @@ its trace.
 
 import difflib
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,18 +29,6 @@ class UserError(Exception):
 
 class BadNumbers(Exception):
     """NaN or infinity in too many steps in a row; every rank raises it after the same step."""
-
-
-@contextmanager
-def spelt(options: Mapping[str, str]) -> Iterator[None]:
-    """Tell a mistake by the options that a command line has for some settings: {"model.path": "--model"}."""
-    try:
-        yield
-    except UserError as error:
-        text = str(error)
-        for setting, option in options.items():
-            text = text.replace(setting, option)
-        raise UserError(text) from error
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

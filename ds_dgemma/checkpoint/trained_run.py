@@ -9,7 +9,7 @@ from ds_dgemma.checkpoint.retention import best_step
 from ds_dgemma.checkpoint.run_state import StateReader, newest, open_state, step_directory
 from ds_dgemma.checkpoint.same import check_same_model
 from ds_dgemma.checkpoint.weights import local_directory, model_digest
-from ds_dgemma.config.recorded import recorded_config
+from ds_dgemma.config.recorded import CONFIG, recorded_config
 from ds_dgemma.config.run import LoraSection
 from ds_dgemma.errors import UserError
 
@@ -32,9 +32,9 @@ def open_run(run_dir: Path, step: int | Literal["best"] | None) -> Run:
     Raises:
         UserError: no such run or checkpoint, or a model that is gone or has changed since.
     """
-    path = run_dir / "config.yaml"
+    path = run_dir / CONFIG
     if not path.is_file():
-        raise UserError(f"--run {run_dir} is no run directory: it has no config.yaml.")
+        raise UserError(f"--run {run_dir} is no run directory: it has no {CONFIG}.")
     config = recorded_config(path)
     checkpoints = run_dir / "checkpoints"
     if step == "best" and (step := best_step(checkpoints)) is None:

@@ -14,6 +14,8 @@ from ds_dgemma.config.section import MAY_CHANGE
 from ds_dgemma.config.yaml import CoreDumper, Key, read_yaml
 from ds_dgemma.errors import UserError, first_fault, one_line_each
 
+CONFIG = "config.yaml"
+
 
 def resolved_yaml(config: RunConfig) -> str:
     """Every setting with its value, defaults written out, in the order of the reference."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from signal import Signals
 
 from ds_dgemma.config.file import load_config
-from ds_dgemma.config.recorded import check_same_run
+from ds_dgemma.config.recorded import CONFIG, check_same_run
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.errors import EXIT_BAD_NUMBERS, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from ds_dgemma.launch import multinode
@@ -80,7 +80,7 @@ def completed_step(config: RunConfig) -> int:
     try:
         complete = json.loads((directory / "complete.json").read_text())
         step, patience = int(complete["step"]), complete.get("early_stopping_patience", 0)
-        check_same_run(directory / "config.yaml", config)
+        check_same_run(directory / CONFIG, config)
     except (UserError, OSError, ValueError, KeyError, TypeError):
         return 0
     there = (directory / f"checkpoints/step-{step:06d}").is_dir()

@@ -20,12 +20,11 @@ from typing import IO, Any
 
 from ds_dgemma.checkpoint.run_state import StateReader, newest, open_state, step_directories, step_directory
 from ds_dgemma.checkpoint.save import settle
-from ds_dgemma.config.recorded import check_same_run, resolved_yaml
+from ds_dgemma.config.recorded import CONFIG, check_same_run, resolved_yaml
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.errors import UserError, told
 from ds_dgemma.files import atomic_file, lock, sync_directory
 
-CONFIG = "config.yaml"
 DEEPSPEED = "deepspeed.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
