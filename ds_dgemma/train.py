@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ds_dgemma.checkpoint.run_state import step_directory
+from ds_dgemma.config.recorded import CHECKPOINTS, METRICS
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.data.batch import Batch
 from ds_dgemma.engine.deepspeed_engine import gradient_norm, set_learning_rate
@@ -23,7 +24,6 @@ from ds_dgemma.objective.denoising import TokenWeights, mean
 from ds_dgemma.ranks.layout import RankLayout
 from ds_dgemma.ranks.stop_request import StopRequest
 from ds_dgemma.run.bad_steps import BadSteps
-from ds_dgemma.run.directory import CHECKPOINTS, METRICS
 from ds_dgemma.run.keep import keep
 from ds_dgemma.run.measure import due, measure
 from ds_dgemma.run.open_engine import open_engine

@@ -22,13 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from safetensors.torch import load_file
 
-from ds_dgemma.checkpoint.load import find_places, materialise, plain
+from ds_dgemma.checkpoint.load import check_places, materialise, plain
 from ds_dgemma.checkpoint.weights import WeightReader
 from ds_dgemma.engine.connect import connect
 from ds_dgemma.errors import EXIT_USER_ERROR, UserError
 from ds_dgemma.evaluation.sampler import Group, Sampler
 from ds_dgemma.evaluation.sampler_settings import SamplerSettings, read_settings
 from ds_dgemma.model.build import build_stack
+from ds_dgemma.model.names import places_of
 from ds_dgemma.model.spec import read_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
 from ds_dgemma.ranks.layout import RankLayout, disconnect, sum_over_ranks
@@ -40,7 +41,7 @@ KINDS = ("", "padded_")
 def open_plain(model: Path) -> DiffusionGemmaStack:
     """The stack in fp32 on transformers' own experts."""
     stack, reader = build_stack(read_spec(str(model))), WeightReader(model)
-    materialise(stack, reader, find_places(stack, reader), plain(torch.float32, "cpu"), device="cpu")
+    materialise(stack, reader, check_places(stack, places_of(stack), reader), plain(torch.float32, "cpu"), device="cpu")
     return stack.eval()
 
 

@@ -37,8 +37,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ds_dgemma.checkpoint.adapter import CONFIG, PEFT, TENSORS
-from ds_dgemma.checkpoint.load import find_places, materialise, plain
-from ds_dgemma.checkpoint.names import DECODER, is_expert
+from ds_dgemma.checkpoint.load import check_places, materialise, plain
 from ds_dgemma.checkpoint.weights import WeightReader
 from ds_dgemma.config.run import LoraSection
 from ds_dgemma.data.batch import Batch
@@ -46,6 +45,7 @@ from ds_dgemma.engine.connect import connect
 from ds_dgemma.errors import EXIT_USER_ERROR, UserError
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.lora import PREFIXES
+from ds_dgemma.model.names import DECODER, is_expert, places_of
 from ds_dgemma.model.spec import read_spec
 from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
 from ds_dgemma.ranks.layout import RankLayout, disconnect, free_port
@@ -88,7 +88,7 @@ def open_float64(model: Path, train_router: bool, lora: LoraSection | None = Non
 
         place_experts(stack, size=1, rank=0, grouped=False)
     reader, make_real = WeightReader(model), plain(torch.float64, "cpu")
-    materialise(stack, reader, find_places(stack, reader), make_real, device="cpu")
+    materialise(stack, reader, check_places(stack, places_of(stack), reader), make_real, device="cpu")
     stack.vision.open(torch.device("cpu"), torch.float64)
     if lora is not None:
         from ds_dgemma.engine.adapters import attach_adapters, choose_adapters

@@ -11,11 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from ds_dgemma.checkpoint.pretrained import open_pretrained
+from ds_dgemma.checkpoint.run_directory import claim, find_start
 from ds_dgemma.config.file import load_config
+from ds_dgemma.config.recorded import check_belongs
+from ds_dgemma.config.run import RunConfig
+from ds_dgemma.engine.ds_config import deepspeed_config
 from ds_dgemma.errors import EXIT_STOPPED, UserError
 from ds_dgemma.ranks.layout import RankLayout
-from ds_dgemma.run.directory import claim, find_start
-from ds_dgemma.run.prepare import prepare
+from ds_dgemma.run.prepare import Prepared, prepare
 from tests.bad_inputs import MISTAKES
 from tests.broken_job import Job
 from tests.training import start_ranks
@@ -38,6 +42,15 @@ def files_of(folder: Path) -> dict[str, float]:
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
+def prepared(config: RunConfig) -> Prepared:
+    """What the first of two ranks prepares in a directory of its own."""
+    ranks = RankLayout(0, 2, 0, 2, config.parallel.expert_parallel_size)
+    settings = deepspeed_config(config, ranks.world, "cpu")
+    check_belongs(config)
+    found = find_start(config)
+    return prepare(config, settings, ranks, open_pretrained(config.model.path, config.model.revision), found)
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_named_before_any_weight_is_read(mistake, copied_run):
     break_it, named = MISTAKES[mistake]
@@ -47,8 +60,7 @@ def test_a_mistake_is_named_before_any_weight_is_read(mistake, copied_run):
     def open_run() -> None:
         config = load_config(copied_run, overrides)
         with claim(config.run.dir):
-            start = find_start(config)
-            prepare(config, RankLayout(0, 2, 0, 2, config.parallel.expert_parallel_size), start)
+            prepared(config)
 
     with pytest.raises(UserError) as raised:
         open_run()
@@ -58,10 +70,9 @@ def test_a_mistake_is_named_before_any_weight_is_read(mistake, copied_run):
     assert {path: after.get(path) for path in before} == before, "something was overwritten"
 
 
-def test_what_may_be_meant_is_a_warning(copied_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_may_be_meant_is_a_warning(copied_run: Path) -> None:
     config = load_config(copied_run, ["data.max_length=4097"])
-    prepare(config, RankLayout(0, 2, 0, 2, 1), find_start(config))
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    told = prepared(config).warnings
     assert len(told) == 2
     assert all(any(words in line for line in told) for words in ("data.max_length 4,097", "optimizer.warmup_steps"))
 

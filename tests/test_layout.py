@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "tracking": set(),
     "tools": set(),
     "objective": {"data", "model"},
-    "checkpoint": {"data", "model"},
+    "checkpoint": {"data", "model", "ranks"},
     "config": set(),
     "ranks": set(),
     "watch": {"ranks"},

@@ -22,11 +22,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ds_dgemma.checkpoint.load import MakeReal
-from ds_dgemma.checkpoint.names import DECODER, checkpoint_name, is_adapter, is_expert
 from ds_dgemma.checkpoint.weights import FLOATS
 from ds_dgemma.config.run import LoraSection
 from ds_dgemma.errors import UserError, first_fault, first_line, one_line_each
 from ds_dgemma.model.lora import FACTORS, PREFIXES, Factor, Target, is_named
+from ds_dgemma.model.names import DECODER, checkpoint_name, is_adapter, is_expert
 from ds_dgemma.model.stack import DiffusionGemmaStack
 
 CONFIG = "adapter_config.json"
@@ -219,25 +219,6 @@ def _names(lora: LoraSection, target: Target, prefix: str) -> bool:
         return is_named(lora.target_parameters, name)
     named = lora.target_modules == "all-linear" or is_named(lora.target_modules, name)
     return named and not is_named(lora.exclude_modules, name)
-
-
-def check_continues(reader: AdapterReader, targets: Iterable[Target], lora: LoraSection) -> None:
-    """Raise `UserError` with every difference between a run's adapters and the one that it is to continue from."""
-    problems = [
-        f"lora.{key} = {getattr(lora, key)}, but it was made with {getattr(reader.lora, key)}. Set that."
-        for key in ("r", "lora_alpha", "use_rslora")
-        if getattr(lora, key) != getattr(reader.lora, key)
-    ]
-    wanted, there = {target.name for target in targets}, {target.name for target in reader.targets}
-    for names, what in (
-        (wanted - there, "is adapted by this run only"),
-        (there - wanted, "is adapted by it only"),
-    ):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            problems.append(f"{min(names)}{more} {what}. Set lora.target_modules and target_parameters to fit.")
-    if problems:
-        raise one_line_each(f"lora.path: {reader.directory}", problems)
 
 
 def _read_settings(directory: Path) -> dict[str, Any]:

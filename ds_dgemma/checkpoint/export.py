@@ -22,9 +22,8 @@ from ds_dgemma.checkpoint.adapter import CONFIG as ADAPTER_CONFIG
 from ds_dgemma.checkpoint.adapter import AdapterReader
 from ds_dgemma.checkpoint.adapter_export import write_adapter
 from ds_dgemma.checkpoint.hf_weights import Change, Layout, write_weights
-from ds_dgemma.checkpoint.load import find_places
+from ds_dgemma.checkpoint.load import check_places
 from ds_dgemma.checkpoint.merge import Merged
-from ds_dgemma.checkpoint.names import adapter_state_name, sources_of
 from ds_dgemma.checkpoint.run_state import StateReader
 from ds_dgemma.checkpoint.trained_run import Run, open_run
 from ds_dgemma.checkpoint.weights import PICKLED, WeightReader, local_directory, pieces
@@ -33,6 +32,7 @@ from ds_dgemma.config.run import LoraSection
 from ds_dgemma.errors import UserError
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.lora import Factor, Target, possible_targets, scaling
+from ds_dgemma.model.names import adapter_state_name, places_of, sources_of
 from ds_dgemma.model.spec import read_spec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -96,7 +96,7 @@ def merge_adapter(
     directory = local_directory(model, revision)
     stack = _outline(directory)
     possible = possible_targets(stack)
-    find_places(stack, WeightReader(directory), copy_decoder_scalars=True)
+    check_places(stack, places_of(stack), WeightReader(directory), True)
     reader = AdapterReader(adapter, possible)
     if warning := reader.base_warning(model):
         print(warning, file=sys.stderr)

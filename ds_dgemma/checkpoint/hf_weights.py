@@ -15,10 +15,10 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ds_dgemma.checkpoint.names import DECODER_LAYERS, ENCODER_LAYERS, tied_to
 from ds_dgemma.checkpoint.weights import INDEX, WeightReader
 from ds_dgemma.checkpoint.whole_directory import flush
 from ds_dgemma.errors import UserError
+from ds_dgemma.model.names import DECODER_LAYERS, ENCODER_LAYERS, tied_to
 
 # (name, the model that was started from, type to return) -> what the tensor became; None: it stayed
 Change = Callable[[str, WeightReader, torch.dtype], Tensor | None]

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_dgemma.checkpoint.names import DECODER, DECODER_LAYERS, ENCODER_LAYERS, Place, is_expert, place_of, tied_to
 from ds_dgemma.checkpoint.run_state import StateReader
 from ds_dgemma.checkpoint.weights import FLOATS, WeightReader, pieces
 from ds_dgemma.errors import one_line_each
+from ds_dgemma.model.names import DECODER, DECODER_LAYERS, ENCODER_LAYERS, Place, is_expert, tied_to
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
 
@@ -33,25 +33,16 @@ def plain(dtype: torch.dtype, device: torch.device | str) -> MakeReal:
     return make
 
 
-def find_places(
-    stack: DiffusionGemmaStack,
-    reader: WeightReader,
-    *,
-    expert_rank: int = 0,
-    copy_decoder_scalars: bool = False,
+def check_places(
+    stack: DiffusionGemmaStack, places: dict[str, Place], reader: WeightReader, copy_decoder_scalars: bool = False
 ) -> dict[str, Place]:
-    """Where every meta parameter and buffer of `stack` lies in the checkpoint; reads headers, and samples of what is
-    stored twice.
+    """Hold the places of a stack (`names.places_of`) against what a checkpoint has, and return them; those of encoder
+    scalars that it lacks are the decoder's, if so wished. Reads headers, and samples of what is stored twice.
 
     Raises:
         UserError: the checkpoint, vision tower and all, lacks tensors or has them in another shape than config.json
         says; all of them are named.
     """
-    places = {
-        name: place_of(name, tuple(tensor.shape), expert_rank)
-        for name, tensor in [*stack.named_parameters(), *stack.named_buffers()]
-        if tensor.is_meta
-    }
     if copy_decoder_scalars:
         places = {name: _decoder_scalar(place, reader) for name, place in places.items()}
     _check(stack, reader, places)

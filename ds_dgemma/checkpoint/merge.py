@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from ds_dgemma.checkpoint.names import DECODER
 from ds_dgemma.checkpoint.weights import WeightReader
 from ds_dgemma.model.lora import Factor, Target
+from ds_dgemma.model.names import DECODER
 
 ReadFactor = Callable[[Target, Factor], Tensor]  # a whole factor, experts in front
 

@@ -9,7 +9,7 @@ from ds_dgemma.checkpoint.retention import best_step
 from ds_dgemma.checkpoint.run_state import StateReader, newest, open_state, step_directory
 from ds_dgemma.checkpoint.same import check_same_model
 from ds_dgemma.checkpoint.weights import local_directory, model_digest
-from ds_dgemma.config.recorded import CONFIG, recorded_config
+from ds_dgemma.config.recorded import CHECKPOINTS, CONFIG, recorded_config
 from ds_dgemma.config.run import LoraSection
 from ds_dgemma.errors import UserError
 
@@ -36,7 +36,7 @@ def open_run(run_dir: Path, step: int | Literal["best"] | None) -> Run:
     if not path.is_file():
         raise UserError(f"--run {run_dir} is no run directory: it has no {CONFIG}.")
     config = recorded_config(path)
-    checkpoints = run_dir / "checkpoints"
+    checkpoints = run_dir / CHECKPOINTS
     if step == "best" and (step := best_step(checkpoints)) is None:
         raise UserError(
             f"--step best: no checkpoint of {run_dir} has what best_by measures. Give a number, or leave it out."

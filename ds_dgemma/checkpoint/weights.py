@@ -15,8 +15,8 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from ds_dgemma.checkpoint.names import Place
 from ds_dgemma.errors import UserError, first_line
+from ds_dgemma.model.names import Place
 from ds_dgemma.model.spec import check_path
 
 INDEX = "model.safetensors.index.json"

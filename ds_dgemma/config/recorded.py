@@ -1,4 +1,6 @@
-"""A run directory's config.yaml: every setting of its run, written, read, and held against the config that goes on."""
+"""What a run directory is known by, first its config.yaml: every setting of its run, written, read, and held against
+the config that goes on.
+"""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +17,9 @@ from ds_dgemma.config.yaml import CoreDumper, Key, read_yaml
 from ds_dgemma.errors import UserError, first_fault, one_line_each
 
 CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+COMPLETE = "complete.json"
 
 
 def resolved_yaml(config: RunConfig) -> str:
@@ -32,6 +37,27 @@ def recorded_config(path: Path) -> RunConfig:
         return RunConfig.model_validate(read_yaml(path)[0])
     except ValidationError as error:
         raise UserError(f"{path} is not what a run of this version writes: {first_fault(error)}.") from error
+
+
+def check_belongs(config: RunConfig) -> None:
+    """Refuse a run directory that holds something else than this run, or this run where it may not go on.
+
+    Raises:
+        UserError: what it holds, and how to go on.
+    """
+    directory = config.run.dir
+    if not (directory / CONFIG).is_file():
+        if any((directory / CHECKPOINTS).glob("step-*")) or (directory / METRICS).exists():
+            raise UserError(
+                f"run.dir: {directory} has checkpoints or metrics but no {CONFIG}: it is not a run of ours. Choose "
+                "another."
+            )
+        return
+    if config.run.resume == "never":
+        raise UserError(
+            f"run.dir: {directory} holds a run, and run.resume is never. Choose another run.dir, or resume."
+        )
+    check_same_run(directory / CONFIG, config)
 
 
 def check_same_run(path: Path, new: RunConfig) -> None:

@@ -76,9 +76,13 @@ def order_of(config: RunConfig, examples: ExampleSet) -> Order:
     )
 
 
-def open_stream(
-    config: RunConfig, spec: DiffusionGemmaConfig, tokenizer: PreTrainedTokenizerFast, tells: bool
-) -> StreamedExamples:
-    """The training examples, read while training; `tells`: of rows that are dropped."""
+def read_training(
+    config: RunConfig, spec: DiffusionGemmaConfig, tokenizer: PreTrainedTokenizerFast, shows: bool
+) -> ExampleSet | StreamedExamples:
+    """The training examples, all read, or to be read while training; `shows`: with a progress bar, or of rows that are
+    dropped on the way.
+    """
+    if not config.data.streaming:
+        return read_split(config, "train", spec, tokenizer, shows)
     readers, cut = open_readers(config, "train", spec, tokenizer)
-    return StreamedExamples(readers, cut, arrangement_of(config), config.seed, config.data.shuffle_buffer, tells)
+    return StreamedExamples(readers, cut, arrangement_of(config), config.seed, config.data.shuffle_buffer, shows)

@@ -97,6 +97,10 @@ class StreamedExamples:
         """Of the sources, as far as it is known without reading them."""
         return " ".join(reader.source.use for reader in self.readers)
 
+    def report(self, split: str) -> list[str]:
+        """What a user should know before anything is read."""
+        return [f"{split}: {len(self.readers)} sources are read while training"]
+
     @property
     def begin(self) -> Cursor:
         """Before the first row."""

@@ -9,9 +9,8 @@ from math import prod
 
 import torch
 
-from ds_dgemma.checkpoint.adapter import AdapterReader, AdapterValues, check_continues, fill_adapters
+from ds_dgemma.checkpoint.adapter import AdapterReader, AdapterValues, fill_adapters
 from ds_dgemma.checkpoint.load import MakeReal
-from ds_dgemma.checkpoint.names import DECODER, adapter_state_name
 from ds_dgemma.checkpoint.run_state import StateReader
 from ds_dgemma.config.run import LoraSection
 from ds_dgemma.engine.experts import Experts
@@ -21,9 +20,11 @@ from ds_dgemma.model.lora import (
     FreshAdapters,
     Target,
     adapt_linears,
+    check_continues,
     choose_targets,
     possible_targets,
 )
+from ds_dgemma.model.names import DECODER, adapter_state_name
 from ds_dgemma.model.stack import DiffusionGemmaStack
 
 GROUPED_RANK = 8  # grouped products want the rows of a bf16 matrix to start at multiples of 16 bytes
@@ -70,7 +71,7 @@ def choose_adapters(stack: DiffusionGemmaStack, lora: LoraSection, grouped_matmu
     if lora.path is None:
         return Adapters(lora, targets, None)
     continued = AdapterReader(lora.path, possible_targets(stack))
-    check_continues(continued, targets, lora)
+    check_continues(lora, targets, continued.lora, continued.targets)
     return Adapters(lora, targets, continued)
 
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -119,7 +119,7 @@ zero_optimization
 """.split()  # noqa: SIM905
 
 
-def deepspeed_config(config: RunConfig, world_size: int, device: Literal["cpu", "cuda"]) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, world_size: int, device: str) -> dict[str, Any]:
     """Return all that `deepspeed.initialize` is told; raise `UserError` with every conflict at once."""
     accumulation = check_topology(config, world_size)
     settings = read_json(config.deepspeed)

@@ -15,7 +15,7 @@ from torch import nn
 
 from ds_dgemma.config.optimizer import OptimizerSection
 from ds_dgemma.engine import private
-from ds_dgemma.engine.trainable import parameter_groups
+from ds_dgemma.model.names import checkpoint_name, matching
 
 COMPILERS = ("cc", "gcc", "clang")  # that Triton looks for
 ParameterGroups = list[dict[str, Any]]
@@ -37,6 +37,22 @@ def choose_optimizer(module: nn.Module, deepspeed_config: dict[str, Any], optimi
         make = muon(deepspeed_config["optimizer"]["params"], in_fp32=not settings["bf16"]["enabled"])
         return Chosen(make, muon_groups(module, optimizer), settings, private.share_gradients_with_muon)
     return Chosen(None, parameter_groups(module, optimizer), deepspeed_config)
+
+
+def parameter_groups(module: nn.Module, optimizer: OptimizerSection | None) -> ParameterGroups:
+    """AdamW's groups over the trainable parameters; `lr_scale` is a group's share of the scheduled learning rate,
+    `has_lr` whether that is the group's own.
+    """
+    left = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    groups: ParameterGroups = []
+    for number, group in enumerate(optimizer.groups if optimizer else ()):
+        picked = [left.pop(name) for name in list(left) if matching(group.match, [checkpoint_name(name)])]
+        scale = group.lr / optimizer.lr if optimizer and group.lr else 1.0
+        own = {} if group.weight_decay is None else {"weight_decay": group.weight_decay}
+        name = f"group-{number}"
+        groups.append({"name": name, "params": picked, "lr_scale": scale, "has_lr": group.lr is not None, **own})
+    groups.append({"name": "rest", "params": list(left.values()), "lr_scale": 1.0, "has_lr": False})
+    return [group for group in groups if group["params"]]
 
 
 def is_muon_matrix(name: str, dimensions: int) -> bool:

@@ -12,8 +12,7 @@ from torch import Tensor
 from ds_dgemma.checkpoint.adapter import AdapterReader
 from ds_dgemma.checkpoint.export import adapter_change, changes_of
 from ds_dgemma.checkpoint.hf_weights import Change
-from ds_dgemma.checkpoint.load import find_places, materialise, plain
-from ds_dgemma.checkpoint.names import Place
+from ds_dgemma.checkpoint.load import check_places, materialise, plain
 from ds_dgemma.checkpoint.pretrained import Pretrained, open_pretrained
 from ds_dgemma.checkpoint.trained_run import open_run
 from ds_dgemma.checkpoint.weights import WeightReader
@@ -21,6 +20,7 @@ from ds_dgemma.data.image_files import ImageFiles
 from ds_dgemma.evaluation.sampler_settings import SamplerSettings, ends_of, read_settings
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.lora import possible_targets
+from ds_dgemma.model.names import Place, places_of
 from ds_dgemma.model.stack import DiffusionGemmaStack
 
 ONE_THREAD_BELOW = 50_000_000  # parameters: a smaller model's CPU threads mostly wait for each other
@@ -105,7 +105,7 @@ def load_model(found: Found) -> OpenModel:
 
         place_experts(stack, 1, 0, grouped=dtype is torch.bfloat16)
     copies = found.source.run is not None
-    places = find_places(stack, reader, copy_decoder_scalars=copies)
+    places = check_places(stack, places_of(stack), reader, copies)
     materialise(stack, reader, places, plain(dtype, device), device=device)
     reader.close()
     if not on_gpu and sum(parameter.numel() for parameter in stack.parameters()) < ONE_THREAD_BELOW:

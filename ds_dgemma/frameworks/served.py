@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from ds_dgemma.config.recorded import CHECKPOINTS
 from ds_dgemma.errors import UserError
 from ds_dgemma.evaluation.answers import Said, answer_prompts
 from ds_dgemma.evaluation.open_model import OpenModel, Source, find_model, load_model
@@ -48,7 +49,7 @@ def source_at(
         UserError: a step of what is no run, or an adapter that does not say on what it was trained.
     """
     folder = Path(path)
-    if (folder / "checkpoints").is_dir():
+    if (folder / CHECKPOINTS).is_dir():
         if adapter is not None or revision is not None:
             raise UserError(f"{path} is a run, which has neither an adapter nor a revision beside it. Leave them out.")
         if step not in (None, "best") and not str(step).isdecimal():

@@ -19,7 +19,7 @@ from pathlib import Path
 from signal import Signals
 
 from ds_dgemma.config.file import load_config
-from ds_dgemma.config.recorded import CONFIG, check_same_run
+from ds_dgemma.config.recorded import CHECKPOINTS, COMPLETE, CONFIG, check_same_run
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.errors import EXIT_BAD_NUMBERS, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from ds_dgemma.launch import multinode
@@ -78,19 +78,19 @@ def completed_step(config: RunConfig) -> int:
     """
     directory = config.run.dir
     try:
-        complete = json.loads((directory / "complete.json").read_text())
+        complete = json.loads((directory / COMPLETE).read_text())
         step, patience = int(complete["step"]), complete.get("early_stopping_patience", 0)
         check_same_run(directory / CONFIG, config)
     except (UserError, OSError, ValueError, KeyError, TypeError):
         return 0
-    there = (directory / f"checkpoints/step-{step:06d}").is_dir()
+    there = (directory / CHECKPOINTS / f"step-{step:06d}").is_dir()
     ended = step >= config.train.max_steps or 0 < config.train.early_stopping_patience == patience
     return step if there and ended else 0
 
 
 def newest_step(run_dir: Path) -> int:
     """The step of the newest checkpoint, 0 without one: a directory gets this name when all of it is written."""
-    names = (path.name.removeprefix("step-") for path in (run_dir / "checkpoints").glob("step-*"))
+    names = (path.name.removeprefix("step-") for path in (run_dir / CHECKPOINTS).glob("step-*"))
     return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
         if not all(0 <= wait <= LONGEST_SECONDS for wait in (args.wait, args.longest_wait)):
             raise UserError(f"--wait, --longest-wait: expected seconds, 0 to {LONGEST_SECONDS:,}")
         config = load_config(settings.config, settings.set)
-        resume, own = config.run.resume, (config.run.dir / "checkpoints").resolve()
+        resume, own = config.run.resume, (config.run.dir / CHECKPOINTS).resolve()
         if resume == "never" or (resume != "auto" and Path(resume).resolve().parent == own):
             raise UserError(f"run.resume = {resume}  would stop at the second try. Set run.resume: auto.")
         return keep_going(starter(command, signals), config, args, signals)

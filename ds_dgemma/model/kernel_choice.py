@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import DiffusionGemmaConfig
 
 from ds_dgemma.errors import UserError, first_line
 from ds_dgemma.model.kernels import (
@@ -24,6 +25,7 @@ from ds_dgemma.model.kernels import (
     efficient_fits,
     flash_fits,
 )
+from ds_dgemma.model.spec import text_spec
 
 Wanted = Literal["auto", "sdpa", "flash_attn_4", "ffpa"]
 
@@ -51,6 +53,18 @@ def kernel_for(wanted: Wanted, query: Tensor, key: Tensor) -> Kernel:
     """The kernel for queries [N, h, d] and keys [N, g, d]."""
     heads, head_size = query.shape[1:]
     return choose(wanted, problem_on(query.device, query.dtype, heads, key.shape[1], head_size)).kernel
+
+
+def choose_kernels(
+    wanted: Wanted, spec: DiffusionGemmaConfig, device: torch.device, dtype: torch.dtype
+) -> dict[str, Choice]:
+    """The kernel of each of a model's layer types; see `choose_all`."""
+    text = text_spec(spec)
+    layers = {
+        kind: problem_on(device, dtype, layer.num_attention_heads, layer.num_key_value_heads, layer.head_dim)
+        for kind, layer in zip(text.layer_types, text.per_layer_config, strict=True)
+    }
+    return choose_all(wanted, layers)
 
 
 def choose_all(wanted: Wanted, layers: Mapping[str, Problem]) -> dict[str, Choice]:

@@ -69,6 +69,29 @@ def choose_targets(stack: DiffusionGemmaStack, lora: LoraSection) -> tuple[Targe
     return tuple(target for name, target in targets.items() if name in chosen)
 
 
+def check_continues(
+    lora: LoraSection, targets: Iterable[Target], before: LoraSection, adapted: Iterable[Target]
+) -> None:
+    """Raise `UserError` with every difference between a run's adapters and those of `lora.path`, which it is to
+    continue: their settings `before`, and the weights that were `adapted`.
+    """
+    problems = [
+        f"lora.{key} = {getattr(lora, key)}, but it was made with {getattr(before, key)}. Set that."
+        for key in ("r", "lora_alpha", "use_rslora")
+        if getattr(lora, key) != getattr(before, key)
+    ]
+    wanted, there = {target.name for target in targets}, {target.name for target in adapted}
+    for names, what in (
+        (wanted - there, "is adapted by this run only"),
+        (there - wanted, "is adapted by it only"),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            problems.append(f"{min(names)}{more} {what}. Set lora.target_modules and target_parameters to fit.")
+    if problems:
+        raise one_line_each(f"lora.path: {lora.path}", problems)
+
+
 def possible_targets(stack: DiffusionGemmaStack) -> dict[str, Target]:
     """Every weight that can have an adapter, by name: the linears, then the experts' two tensors of every layer."""
     targets = [

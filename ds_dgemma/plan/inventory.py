@@ -14,12 +14,12 @@ from ds_dgemma.config.run import RunConfig
 from ds_dgemma.engine.adapters import adapt_experts, choose_adapters
 from ds_dgemma.engine.expert_parallel import place_experts
 from ds_dgemma.engine.private import is_expert_parameter
-from ds_dgemma.engine.trainable import freeze
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.flops import Products, products_of, unit_of
 from ds_dgemma.model.lora import adapt_linears
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
+from ds_dgemma.model.trainable import freeze
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def build_stack_for(config: RunConfig, spec: DiffusionGemmaConfig) -> DiffusionG
     trains = config.model.train_vision_embedding
     stack = build_stack(spec, train_router=config.model.train_router, train_vision_embedding=trains)
     place_experts(stack, size=1, rank=0, grouped=False)
-    freeze(stack, config.model.freeze, list(stack.outside))
+    freeze(stack, config.model.freeze)
     if config.lora is not None:
         adapters = choose_adapters(stack, config.lora, grouped_matmul=config.parallel.grouped_matmul != "off")
         adapt_linears(stack, adapters.targets, config.lora)

@@ -16,8 +16,8 @@ from transformers import AutoConfig, DiffusionGemmaConfig
 from ds_dgemma.config.division import check_experts, divisors
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.engine.ds_config import DTYPES, deepspeed_config
-from ds_dgemma.engine.trainable import all_names, check_trained, trained_names
 from ds_dgemma.model.spec import read_spec, text_spec
+from ds_dgemma.model.trainable import all_names, check_trained, trained_names
 from ds_dgemma.plan.activations import trace
 from ds_dgemma.plan.cost import Cost, cost
 from ds_dgemma.plan.inventory import Inventory, build_stack_for, take_inventory
@@ -77,7 +77,7 @@ def make_plan(config: RunConfig, gpus: int, limits: Limits, length: int | None =
     check_experts(text_spec(spec).num_experts, config.parallel.expert_parallel_size, gpus)
     stack = build_stack_for(config, spec)
     inventory, setup = take_inventory(stack), read_setup(config, settings, gpus)
-    check_trained(config, setup.stage, trained_names(stack), [*all_names(stack), *stack.outside])
+    check_trained(config, setup.stage, trained_names(stack), all_names(stack))
     shape = read_shape(config, inventory.products.canvas_length, length, images)
     activations = trace(stack, shape, DTYPES[config.train.precision])
     judge = partial(_judge, setup, limits, partial(memory, inventory, activations, shape))

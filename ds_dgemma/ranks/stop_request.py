@@ -34,7 +34,8 @@ ONE_WISH_SECONDS = 3
 PER_NODE = "deepspeed.launcher.launch"
 LAUNCHERS = (PER_NODE, "deepspeed.launcher.runner", "bin/deepspeed")
 # A launcher that is gone can tell nobody any more. Without a signal the ranks try for a checkpoint, for less time than
-# the next start waits for them (LOCK_SECONDS in `run/directory.py`); a stop that a signal asked for has what it needs.
+# the next start waits for them (LOCK_SECONDS in `checkpoint/run_directory.py`); a stop that a signal asked for has what
+# it needs.
 UNASKED_SECONDS, ASKED_SECONDS = 15, 600
 
 

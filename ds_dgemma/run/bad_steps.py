@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from ds_dgemma.checkpoint.run_state import Checkpoint, newest_until
+from ds_dgemma.config.recorded import CHECKPOINTS
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.errors import BadNumbers, told
 from ds_dgemma.ranks.layout import RankLayout, gather
-from ds_dgemma.run.directory import CHECKPOINTS
 from ds_dgemma.run.replay_file import SeenMicroBatch, SkippedStep, write_skipped
 from ds_dgemma.run.step import Update
 from ds_dgemma.tracking.sinks import Tracker

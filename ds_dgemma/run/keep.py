@@ -4,10 +4,10 @@ from typing import Any
 
 from ds_dgemma.checkpoint.retention import prune
 from ds_dgemma.checkpoint.save import NotWritten, save
+from ds_dgemma.config.recorded import CHECKPOINTS
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.engine.optimizer_state import adam_step, owned_shards
 from ds_dgemma.ranks.layout import RankLayout
-from ds_dgemma.run.directory import CHECKPOINTS
 from ds_dgemma.tracking.sinks import Tracker
 
 

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import DiffusionGemmaConfig
 
-from ds_dgemma.checkpoint.load import find_places, materialise, plain
-from ds_dgemma.checkpoint.names import Place, is_expert
+from ds_dgemma.checkpoint.load import check_places, materialise, plain
 from ds_dgemma.checkpoint.pretrained import Pretrained
 from ds_dgemma.checkpoint.progress import ReadProgress
 from ds_dgemma.checkpoint.run_state import StateReader
@@ -24,13 +22,14 @@ from ds_dgemma.engine.adapters import Adapters, attach_adapters, choose_adapters
 from ds_dgemma.engine.ds_config import DTYPES
 from ds_dgemma.engine.expert_parallel import place_experts
 from ds_dgemma.engine.sharding import zero3
-from ds_dgemma.engine.trainable import freeze, trained_names
 from ds_dgemma.model.build import build_stack
-from ds_dgemma.model.kernel_choice import Wanted, choose_all, problem_on
+from ds_dgemma.model.kernel_choice import Wanted
+from ds_dgemma.model.names import Place, is_expert, places_of
 from ds_dgemma.model.parts import ImageRule
 from ds_dgemma.model.spec import text_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
 from ds_dgemma.model.sweep import Checkpointing
+from ds_dgemma.model.trainable import freeze, trained_names
 from ds_dgemma.ranks.layout import RankLayout, agreed
 
 
@@ -41,18 +40,21 @@ class OutlinedModel:
     stack: DiffusionGemmaStack
     reader: WeightReader
     places: dict[str, Place]
+    expert_parallel_size: int
     adapters: Adapters | None = None
 
+    @property
     def trained_names(self) -> list[str]:
         """The names, as in the checkpoint, of all that will be trained."""
         return trained_names(self.stack) + (self.adapters.names() if self.adapters else [])
 
-    def trained_sizes(self, ranks: RankLayout) -> dict[str, int]:
+    @property
+    def trained_sizes(self) -> dict[str, int]:
         """Elements, over all ranks, of every logical tensor of the training state."""
         sizes = self.adapters.sizes() if self.adapters else {}
         for name, parameter in self.stack.named_parameters():
             if parameter.requires_grad:
-                parts = ranks.expert_parallel_size if is_expert(name) else 1
+                parts = self.expert_parallel_size if is_expert(name) else 1
                 sizes[f"model.{name}"] = parts * parameter.numel()
         return sizes
 
@@ -98,7 +100,6 @@ def outline_model(
         of `frozen` or `lora` do not fit the model.
     """
     size = ranks.expert_parallel_size
-    check_experts(text_spec(spec).num_experts, size, ranks.world)
     stack = build_stack(
         spec,
         train_router=train_router,
@@ -107,30 +108,14 @@ def outline_model(
         image_rule=image_rule,
         train_vision_embedding=train_vision_embedding,
     )
+    check_experts(text_spec(spec).num_experts, size, ranks.world)
     place_experts(stack, size, ranks.expert_rank, grouped_matmul)
-    reader = WeightReader(directory)
-    places = find_places(stack, reader, expert_rank=ranks.expert_rank, copy_decoder_scalars=copy_decoder_scalars)
-    freeze(stack, frozen, list(reader.files))
-    adapters = choose_adapters(stack, lora, grouped_matmul) if lora else None
-    return OutlinedModel(stack, reader, places, adapters)
-
-
-def choose_kernels(
-    config: RunConfig, spec: DiffusionGemmaConfig, device: torch.device
-) -> tuple[dict[str, str], list[str]]:
-    """The attention kernel of each layer type, by name, and what was dropped, a line each; no weights.
-
-    Raises:
-        UserError: the kernel that is asked for does not serve this model on this device.
-    """
-    text, dtype = text_spec(spec), DTYPES[config.train.precision]
-    layers = {
-        kind: problem_on(device, dtype, layer.num_attention_heads, layer.num_key_value_heads, layer.head_dim)
-        for kind, layer in zip(text.layer_types, text.per_layer_config, strict=True)
-    }
-    chosen = choose_all(config.model.attention, layers)
-    dropped = [line for choice in chosen.values() for line in choice.dropped]
-    return {kind: choice.kernel.name for kind, choice in sorted(chosen.items())}, dropped
+    adapters = choose_adapters(stack, lora, grouped_matmul) if lora else None  # which freezes all else
+    if not lora:
+        freeze(stack, frozen)
+    places, reader = places_of(stack, ranks.expert_rank), WeightReader(directory)
+    places = check_places(stack, places, reader, copy_decoder_scalars)
+    return OutlinedModel(stack, reader, places, size, adapters)
 
 
 def fill_model(

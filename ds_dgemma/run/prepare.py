@@ -1,32 +1,30 @@
 """Everything that is checked and read before the first weight."""
 
-import socket
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from ds_dgemma.checkpoint.pretrained import Pretrained, open_pretrained
+from ds_dgemma.checkpoint.pretrained import Pretrained
 from ds_dgemma.checkpoint.retention import Scores
+from ds_dgemma.checkpoint.run_directory import Start
 from ds_dgemma.checkpoint.run_state import StateReader
 from ds_dgemma.checkpoint.same import check_same_data, check_same_model, check_same_optimizer
-from ds_dgemma.config.division import check_expert_groups
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.data.batch import Batch, Example
 from ds_dgemma.data.examples import ExampleSet
 from ds_dgemma.data.image_files import ImageFiles
-from ds_dgemma.data.read import open_stream, order_of, read_split
+from ds_dgemma.data.read import order_of, read_split, read_training
 from ds_dgemma.data.stream import Share, Stream
 from ds_dgemma.data.streaming import Cursor, StreamedBatches, StreamedExamples
-from ds_dgemma.engine.ds_config import build_cpu_adam, deepspeed_config
-from ds_dgemma.engine.trainable import check_trained
+from ds_dgemma.engine.ds_config import DTYPES
 from ds_dgemma.evaluation.exam import Exam
+from ds_dgemma.model.kernel_choice import choose_kernels
+from ds_dgemma.model.trainable import check_trained
 from ds_dgemma.objective.collate import collate
 from ds_dgemma.objective.corruption import Corruption
 from ds_dgemma.ranks.layout import RankLayout
-from ds_dgemma.run.directory import Start
-from ds_dgemma.run.open_model import OutlinedModel, choose_kernels, outline_run
+from ds_dgemma.run.open_model import OutlinedModel, outline_run
 
 CURSOR = "data_cursor"
 
@@ -46,6 +44,8 @@ class Prepared:
     scores: Scores  # by which a checkpoint is the best
     resumed: StateReader | None
     facts: dict[str, Any]  # of the model and the data, kept in every checkpoint
+    told: Sequence[str]  # of the data, a line each
+    warnings: Sequence[str]
 
     @property
     def start(self) -> int:
@@ -62,25 +62,27 @@ def waited(scores: Scores, config: RunConfig) -> bool:
     return 0 < config.train.early_stopping_patience <= scores.since
 
 
-def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
-    """Check everything else that a user can get wrong; no collective, no weights, no download of the model.
+def prepare(
+    config: RunConfig, settings: dict[str, Any], ranks: RankLayout, pretrained: Pretrained, start: Start
+) -> Prepared:
+    """Check everything else that a user can get wrong; no collective, no weights. `settings`: what DeepSpeed is told.
 
     Raises:
         UserError: what is wrong, and what to do about it.
     """
-    settings = deepspeed_config(config, ranks.world, "cuda" if ranks.device.type == "cuda" else "cpu")
-    check_expert_groups(config.parallel, {socket.gethostname(): ranks.local_world})
-    pretrained, resumed = open_pretrained(config.model.path, config.model.revision, download=False), start.resumed
+    resumed = start.resumed
     model = outline_run(config, pretrained, ranks, resumed is not None)
-    attention, dropped = choose_kernels(config, pretrained.spec, ranks.device)
     if resumed:
         check_same_model(config.model.path, pretrained.digest, resumed.checkpoint)
         check_same_optimizer(config.optimizer.type, resumed.checkpoint)
-        resumed.check_fits(model.trained_sizes(ranks))
-    check_trained(config, settings["zero_optimization"]["stage"], model.trained_names(), model.reader.files)
+        resumed.check_fits(model.trained_sizes)
     images = pretrained.images(config.data)
-    examples, told = _read_training(config, pretrained, ranks)
+    check_trained(config, settings["zero_optimization"]["stage"], model.trained_names, model.reader.files)
+    dtype = DTYPES[config.train.precision]
+    kernels = choose_kernels(config.model.attention, pretrained.spec, ranks.device, dtype)
+    warnings = [*start.warnings, *_warnings(config, model, pretrained.text)]
     measures = _read_measures(config, pretrained, images, ranks)
+    examples = read_training(config, pretrained.spec, pretrained.tokenizer, ranks.is_main)
     facts = {
         "model": config.model.path,
         "model_digest": pretrained.digest,
@@ -88,25 +90,29 @@ def prepare(config: RunConfig, ranks: RankLayout, start: Start) -> Prepared:
         "data_digest": examples.digest,
         "examples": len(examples) if isinstance(examples, ExampleSet) else 0,
     }
-    build_cpu_adam(settings)
-    if ranks.is_main:
-        _say([*told, *measures.told], [*start.warnings, *_warnings(config, model, pretrained.text), *dropped], resumed)
+    told = [*examples.report("train"), *measures.told]
     if resumed:
+        told.append(f"continuing from {resumed.checkpoint.path}")
         check_same_data(config.data.named("train"), resumed.checkpoint, facts["data_digest"], facts["examples"])
-    scores = Scores.continued(config.checkpoint.best_by, measures.digest, resumed.checkpoint if resumed else None)
     corruption = Corruption(config.objective, config.seed, pretrained.text.vocab_size)
     return Prepared(
         deepspeed=settings,
         model=model,
-        attention=attention,
+        attention={kind: choice.kernel.name for kind, choice in sorted(kernels.items())},
         collate=partial(collate, corruption, images=images),
         images=images,
         examples=examples,
         held_out=measures.held_out,
         exam=measures.exam,
-        scores=scores,
+        scores=Scores.continued(config.checkpoint.best_by, measures.digest, resumed.checkpoint if resumed else None),
         resumed=resumed,
         facts=facts,
+        told=[
+            *examples.report("train"),
+            *measures.told,
+            *([f"continuing from {resumed.checkpoint.path}"] if resumed else []),
+        ],
+        warnings=[*warnings, *(line for choice in kernels.values() for line in choice.dropped)],
     )
 
 
@@ -128,25 +134,6 @@ def _warnings(config: RunConfig, model: OutlinedModel, text: Any) -> Iterator[st
         yield warning
 
 
-def _say(told: Sequence[str], warnings: Sequence[str], resumed: StateReader | None) -> None:
-    print("\n".join(told), flush=True)
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
-    if resumed:
-        print(f"continuing from {resumed.checkpoint.path}", flush=True)
-
-
-def _read_training(
-    config: RunConfig, model: Pretrained, ranks: RankLayout
-) -> tuple[ExampleSet | StreamedExamples, list[str]]:
-    """The training examples, and what is to be told of them."""
-    if config.data.streaming:
-        streamed = open_stream(config, model.spec, model.tokenizer, ranks.is_main)
-        return streamed, [f"train: {len(streamed.readers)} sources are read while training"]
-    examples = read_split(config, "train", model.spec, model.tokenizer, ranks.is_main)
-    return examples, examples.report("train")
-
-
 class _Measures(NamedTuple):
     """What the model is measured on while it trains."""
 
@@ -158,16 +145,18 @@ class _Measures(NamedTuple):
 
 def _read_measures(config: RunConfig, model: Pretrained, images: ImageFiles, ranks: RankLayout) -> _Measures:
     held_out, exam, digest, told = [], None, None, []
+    by_exam = config.checkpoint.best_by.startswith("evaluation/")
+    if config.evaluation.every:
+        exam = Exam.of(config, model.directory, model.tokenizer, images)
+        if by_exam:
+            exam.check_measure(config.checkpoint.best_by)
+            digest = exam.digest
     if config.validation.every:
         validation = read_split(config, "validation", model.spec, model.tokenizer, ranks.is_main)
         told = validation.report("validation")
         held_out = [validation[i] for i in range(min(len(validation), config.validation.examples))]
-        digest = f"{validation.digest} {len(held_out)} {config.validation.noise_levels}"
-    if config.evaluation.every:
-        exam = Exam.of(config, model.directory, model.tokenizer, images)
-        if config.checkpoint.best_by.startswith("evaluation/"):
-            exam.check_measure(config.checkpoint.best_by)
-            digest = exam.digest
+        if not by_exam:
+            digest = f"{validation.digest} {len(held_out)} {config.validation.noise_levels}"
     return _Measures(held_out, exam, digest, told)
 
 

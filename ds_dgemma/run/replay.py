@@ -16,7 +16,7 @@ import torch
 from ds_dgemma.checkpoint.pretrained import open_pretrained
 from ds_dgemma.checkpoint.run_state import newest_until, open_state
 from ds_dgemma.checkpoint.same import check_same_model
-from ds_dgemma.config.recorded import CONFIG, recorded_config
+from ds_dgemma.config.recorded import CHECKPOINTS, CONFIG, recorded_config
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.data.batch import Batch
 from ds_dgemma.data.examples import ExampleSet
@@ -32,7 +32,6 @@ from ds_dgemma.objective.collate import collate
 from ds_dgemma.objective.corruption import Corruption
 from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
 from ds_dgemma.ranks.layout import RankLayout, disconnect
-from ds_dgemma.run.directory import CHECKPOINTS
 from ds_dgemma.run.open_model import fill_model, outline_run
 from ds_dgemma.run.replay_file import SeenMicroBatch, SkippedStep, read_skipped
 
@@ -123,7 +122,7 @@ def replay(file: Path, checkpoint: Path | None = None, from_model: bool = False)
     model = outline_run(config, pretrained, ranks, trained is not None)
     if trained is not None:
         check_same_model(config.model.path, step.model_digest, trained.checkpoint)
-        trained.check_fits(model.trained_sizes(ranks))
+        trained.check_fits(model.trained_sizes)
     corruption = Corruption(config.objective, config.seed, pretrained.text.vocab_size)
     collated = partial(collate, corruption, images=pretrained.images(config.data))
     rows = Rows(examples, partial(make_batch, examples=examples, collate=collated))

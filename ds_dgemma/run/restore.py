@@ -5,9 +5,9 @@ from typing import Any
 import torch
 
 from ds_dgemma.checkpoint.adapter import AdapterReader
-from ds_dgemma.checkpoint.names import DECODER, checkpoint_name
 from ds_dgemma.checkpoint.run_state import StateReader
 from ds_dgemma.engine.optimizer_state import create_moments, owned_shards
+from ds_dgemma.model.names import DECODER, checkpoint_name
 from ds_dgemma.ranks.layout import RankLayout
 
 

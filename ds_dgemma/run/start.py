@@ -2,29 +2,26 @@
 
 import argparse
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from ds_dgemma.checkpoint.pretrained import open_pretrained
+from ds_dgemma.checkpoint.run_directory import begin, check_shared, claim, find_start, mark_complete
 from ds_dgemma.checkpoint.weights import local_directory
+from ds_dgemma.config.division import check_expert_groups
 from ds_dgemma.config.file import load_config
+from ds_dgemma.config.recorded import METRICS, check_belongs
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.engine.connect import connect
+from ds_dgemma.engine.ds_config import build_cpu_adam, deepspeed_config
 from ds_dgemma.errors import EXIT_BAD_NUMBERS, EXIT_STOPPED, EXIT_USER_ERROR, BadNumbers, UserError
-from ds_dgemma.ranks.layout import RankLayout, agreed, disconnect, gather
+from ds_dgemma.ranks.layout import RankLayout, agreed, disconnect
 from ds_dgemma.ranks.stop_request import StopRequest
-from ds_dgemma.run.directory import (
-    METRICS,
-    begin,
-    check_shared,
-    claim,
-    contents,
-    find_start,
-    mark_complete,
-)
 from ds_dgemma.run.prepare import Prepared, prepare
 from ds_dgemma.run.requirements import check_environment
 from ds_dgemma.tracking.services import open_services
@@ -41,9 +38,10 @@ def open_tracker(config: RunConfig, ranks: RankLayout, start: int, stop: StopReq
     """Rank 0's sinks; the metrics file is cut back to the step that the run continues from."""
     if not ranks.is_main:
         return Tracker([], stop.wish)
-    file = JsonlSink(config.run.dir / METRICS, start, patient=config.checkpoint.on_error == "continue")
+    services = open_services(config, start)  # before the file is cut back, which says how much they were told
     console = ConsoleSink(config.train.max_steps, start, config.tracking.console_every)
-    return Tracker([file, console, *open_services(config, start, file.told)], stop.wish)
+    patient = config.checkpoint.on_error == "continue"
+    return Tracker([JsonlSink(config.run.dir / METRICS, start, patient), console, *services], stop.wish)
 
 
 def start(train: Train, about: str | None, argv: list[str] | None = None) -> int:
@@ -76,32 +74,44 @@ def start(train: Train, about: str | None, argv: list[str] | None = None) -> int
         print(error, file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     with Liveness(ranks, config.parallel.collective_timeout_minutes, stop):
-        code = run(train, config, ranks, stop)
+        with agreed(ranks):
+            settings = deepspeed_config(config, ranks.world, ranks.device.type)
+            check_expert_groups(config.parallel, {socket.gethostname(): ranks.local_world})
+            build_cpu_adam(settings)
+        code = run(train, config, settings, ranks, stop)
         disconnect()
     return code
 
 
-def run(train: Train, config: RunConfig, ranks: RankLayout, stop: StopRequest) -> int:
-    """Check, train and say when the run is complete; a collective. The exit code."""
+def run(train: Train, config: RunConfig, settings: dict[str, Any], ranks: RankLayout, stop: StopRequest) -> int:
+    """Check, train and say when the run is complete; a collective. Returns the exit code.
+
+    `settings` are what DeepSpeed is told.
+    """
+    with agreed(ranks):
+        lock = claim(config.run.dir) if ranks.is_main else nullcontext()
+    with agreed(ranks):
+        check_shared(config.run.dir, ranks)
+        check_belongs(config)
+    with agreed(ranks):
+        found = find_start(config)  # it looks together; what it finds, all find
     with agreed(ranks, hours=DOWNLOAD_HOURS):
         if ranks.local_rank == 0:  # the node's other ranks find it in the cache
             local_directory(config.model.path, config.model.revision)
     with agreed(ranks):
-        lock = claim(config.run.dir) if ranks.is_main else nullcontext()
-    seen = gather(contents(config.run.dir), ranks)
-    with agreed(ranks):
-        check_shared(config.run.dir, seen)
-    with agreed(ranks):
-        found = find_start(config)  # it looks together; what it finds, all find
-    with agreed(ranks):
-        prepared = prepare(config, ranks, found)
+        pretrained = open_pretrained(config.model.path, config.model.revision, download=False)
+        prepared = prepare(config, settings, ranks, pretrained, found)
     last, over = config.train.max_steps, prepared.is_over(config)
+    if ranks.is_main:
+        print("\n".join(prepared.told), flush=True)
+        for warning in prepared.warnings:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+        if over:
+            print(f"{config.run.dir} is complete at step {prepared.start}: nothing is left to train", flush=True)
     with agreed(ranks):
         if ranks.is_main and not over:
             begin(config, prepared.deepspeed)
         tracker = open_tracker(config, ranks, prepared.start, stop)
-    if ranks.is_main and over:
-        print(f"{config.run.dir} is complete at step {prepared.start}: nothing is left to train", flush=True)
     with lock:
         try:
             with tracker:

@@ -95,6 +95,11 @@ def read_lines(path: Path) -> Iterator[tuple[str, Record]]:
             raise UserError(f"{path}:{number}: expected a JSON object with a step, found {found}. Delete that line.")
 
 
+def last_step(path: Path) -> int:
+    """The last step that a metrics file tells of; 0 where there is no file."""
+    return max((int(record["step"]) for _, record in read_lines(path)), default=0) if path.is_file() else 0
+
+
 def _finite(value: int | float | str) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 

@@ -19,6 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ds_dgemma.config.recorded import METRICS
 from ds_dgemma.errors import UserError
 from ds_dgemma.tracking.metrics import Record, read_lines
 
@@ -144,7 +145,7 @@ def smooth(values_T: np.ndarray, deviation: float) -> np.ndarray:
 
 
 def _read(run: Path) -> list[Record]:
-    path = run / "metrics.jsonl"
+    path = run / METRICS
     if not path.is_file():
         raise UserError(f"{path} does not exist. Name a run directory (run.dir of its config).")
     records = [record for _, record in read_lines(path)]

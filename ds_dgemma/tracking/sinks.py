@@ -74,10 +74,9 @@ class JsonlSink:
     def __init__(self, path: Path, keep_through_step: int, patient: bool = False) -> None:
         self._path, self._patient = path, patient
         self._pending: list[str] = []
-        self.told = 0  # steps that the file told before it was cut back
         try:
             if path.exists():
-                self.told = _cut_back(path, keep_through_step)
+                _cut_back(path, keep_through_step)
             self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise UserError(f"metrics cannot be written: {path}: {error.strerror}.") from error
@@ -127,17 +126,15 @@ class JsonlSink:
         return UserError(f"metrics cannot be written: {self._path}: {error.strerror}. Make room.")
 
 
-def _cut_back(path: Path, keep_through_step: int) -> int:
-    """Drop every record after a step, whole or not at all; a start from that step too, for this one tells it again.
-
-    Returns the last step that there was.
-    """
-    lines = list(read_lines(path))
+def _cut_back(path: Path, keep_through_step: int) -> None:
+    """Drop every record after a step, whole or not at all; a start from that step too, for this one tells it again."""
+    kept = [
+        line
+        for line, record in read_lines(path)
+        if int(record["step"]) + (record.get("kind") == START) <= keep_through_step
+    ]
     with atomic_file(path) as file:
-        file.writelines(
-            line for line, record in lines if int(record["step"]) + (record.get("kind") == START) <= keep_through_step
-        )
-    return max((int(record["step"]) for _, record in lines), default=0)
+        file.writelines(kept)
 
 
 class ConsoleSink:

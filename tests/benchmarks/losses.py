@@ -29,7 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from ds_dgemma.checkpoint.export import export_run
-from ds_dgemma.checkpoint.load import find_places, materialise, plain
+from ds_dgemma.checkpoint.load import check_places, materialise, plain
 from ds_dgemma.checkpoint.pretrained import open_pretrained
 from ds_dgemma.checkpoint.weights import WeightReader
 from ds_dgemma.config.file import load_config
@@ -41,6 +41,7 @@ from ds_dgemma.evaluation.open_model import Source, find_model
 from ds_dgemma.evaluation.questions import section_of
 from ds_dgemma.evaluation.validation import FIXED_EPOCH
 from ds_dgemma.model.build import build_stack
+from ds_dgemma.model.names import places_of
 from ds_dgemma.objective.collate import collate
 from ds_dgemma.objective.corruption import Corruption
 from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
@@ -92,7 +93,7 @@ def diffusion_loss(model: Path, data: Path, loss: LossName) -> float:
     """Mean over the canvases' tokens, at levels, noise and coins that are every model's."""
     opened = open_pretrained(str(model))
     stack, reader = build_stack(opened.spec), WeightReader(model)
-    materialise(stack, reader, find_places(stack, reader), plain(torch.float32, "cpu"), device="cpu")
+    materialise(stack, reader, check_places(stack, places_of(stack), reader), plain(torch.float32, "cpu"), device="cpu")
     objective = DenoisingObjective(stack, 16, loss).eval()
     config = load_config(ROOT / "ds_configs/runs/sudoku.yaml", [f"data.train={data}"])
     examples = read_split(config, "train", opened.spec, opened.tokenizer)

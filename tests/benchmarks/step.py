@@ -89,9 +89,10 @@ def make_batch(prompt: int, response: int, size: int, vocabulary: int, canvas: i
 
 def open_ours(directory: Path, args: argparse.Namespace, checkpointing: Any) -> Step:
     """The stack with its objective, as one rank without ZeRO holds it."""
-    from ds_dgemma.checkpoint.load import find_places, materialise, plain
+    from ds_dgemma.checkpoint.load import check_places, materialise, plain
     from ds_dgemma.checkpoint.weights import WeightReader
     from ds_dgemma.model.build import build_stack
+    from ds_dgemma.model.names import places_of
     from ds_dgemma.model.spec import read_spec
     from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights
 
@@ -103,7 +104,7 @@ def open_ours(directory: Path, args: argparse.Namespace, checkpointing: Any) -> 
         place_experts(stack, 1, 0, args.device == "cuda" and dtype is torch.bfloat16)
     reader = WeightReader(directory)
     make_real = plain(dtype, args.device)
-    materialise(stack, reader, find_places(stack, reader), make_real, device=args.device)
+    materialise(stack, reader, check_places(stack, places_of(stack), reader), make_real, device=args.device)
     objective = DenoisingObjective(stack, args.logits_chunk_mib).train()
 
     def step(batch: Batch) -> tuple[float, float]:

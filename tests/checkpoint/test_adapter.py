@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache
 
-from ds_dgemma.checkpoint.adapter import CONFIG, TENSORS, AdapterReader, check_continues
+from ds_dgemma.checkpoint.adapter import CONFIG, TENSORS, AdapterReader
 from ds_dgemma.checkpoint.export import merge_adapter
 from ds_dgemma.cli import main
 from ds_dgemma.config.run import LoraSection
 from ds_dgemma.errors import UserError
 from ds_dgemma.model.build import build_stack
-from ds_dgemma.model.lora import Target, choose_targets, possible_targets, scaling
+from ds_dgemma.model.lora import Target, check_continues, choose_targets, possible_targets, scaling
 from tests.reference.adapters import REVISION, write_random_adapter
 from tests.reference.fixtures import Case, make_config, make_model
 from tests.reference.float64 import DoublePrecision
@@ -131,7 +131,7 @@ def test_what_is_written_is_read_back_the_same(name: str, base: Path, tmp_path: 
     targets, lora, read = write_random_adapter(tmp_path / "adapter", base, **SETTINGS[name])
     reader = AdapterReader(tmp_path / "adapter", possible())
     assert (reader.settings["base_model_name_or_path"], reader.settings["revision"]) == (str(base), REVISION)
-    check_continues(reader, targets, lora)
+    check_continues(lora, targets, reader.lora, reader.targets)
     assert scaling(reader.lora) == scaling(lora)
     for target in targets:
         for factor in ("lora_A", "lora_B"):
@@ -240,4 +240,4 @@ def test_a_run_that_would_continue_another_adapter_is_refused(settings, said, ba
     lora = LoraSection(**{"r": 4, "lora_alpha": 6, "target_modules": ["q_proj"], **settings})
     stack = build_stack(make_config(CASE))
     with pytest.raises(UserError, match=said):
-        check_continues(reader, choose_targets(stack, lora), lora)
+        check_continues(lora, choose_targets(stack, lora), reader.lora, reader.targets)

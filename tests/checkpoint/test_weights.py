@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import DiffusionGemmaForBlockDiffusion
 
 from ds_dgemma.checkpoint.export import merge_adapter
-from ds_dgemma.checkpoint.load import find_places, materialise, plain
-from ds_dgemma.checkpoint.names import Place
+from ds_dgemma.checkpoint.load import check_places, materialise, plain
 from ds_dgemma.checkpoint.weights import INDEX, SINGLE, WeightReader
 from ds_dgemma.errors import UserError
 from ds_dgemma.model.build import build_stack
+from ds_dgemma.model.names import Place, places_of
 from ds_dgemma.model.spec import read_spec
 from ds_dgemma.model.stack import DiffusionGemmaStack
 from tests.reference.fixtures import Case, make_model
@@ -58,8 +58,9 @@ def rewrite(file: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> 
 
 def told(folder: Path, **options) -> str:
     """The message of the error that opening the checkpoint raises."""
+    stack = outline(folder)
     with pytest.raises(UserError) as caught:
-        find_places(outline(folder), WeightReader(folder), **options)
+        check_places(stack, places_of(stack), WeightReader(folder), **options)
     return str(caught.value)
 
 
@@ -109,7 +110,7 @@ def test_a_range_reads_no_more_bytes_than_it_holds(tmp_path: Path):
 def read_all(folder: Path) -> dict[str, torch.Tensor]:
     stack = outline(folder)
     reader = WeightReader(folder)
-    materialise(stack, reader, find_places(stack, reader), plain(torch.float32, "cpu"), device="cpu")
+    materialise(stack, reader, check_places(stack, places_of(stack), reader), plain(torch.float32, "cpu"), device="cpu")
     return dict(stack.state_dict())
 
 
@@ -134,7 +135,9 @@ def test_of_a_file_and_an_index_that_are_both_there_the_file_is_read_as_transfor
 def test_every_parameter_is_given_memory_and_keeps_whether_it_trains(single: Path):
     stack = build_stack(read_spec(str(single)))
     reader = WeightReader(single)
-    materialise(stack, reader, find_places(stack, reader), plain(torch.bfloat16, "cpu"), device="cpu")
+    materialise(
+        stack, reader, check_places(stack, places_of(stack), reader), plain(torch.bfloat16, "cpu"), device="cpu"
+    )
     assert not any(tensor.is_meta for tensor in [*stack.parameters(), *stack.buffers()])
     assert {p.dtype for p in stack.parameters()} == {torch.bfloat16}
     frozen = {name for name, p in stack.named_parameters() if not p.requires_grad}
@@ -288,7 +291,7 @@ def test_missing_encoder_scalars_are_refused_or_copied_from_the_decoder(single: 
     assert "missing_encoder_scalars: copy_decoder" in message
 
     stack, reader = outline(tmp_path), WeightReader(tmp_path)
-    places = find_places(stack, reader, copy_decoder_scalars=True)
+    places = check_places(stack, places_of(stack), reader, True)
     materialise(stack, reader, places, plain(torch.float32, "cpu"), device="cpu")
     buffers = dict(stack.named_buffers())
     assert torch.equal(buffers["layers.1.encoder_layer_scalar"], buffers["layers.1.layer_scalar"])

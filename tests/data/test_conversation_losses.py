@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DiffusionGemmaForBlockDiffusion
 
-from ds_dgemma.checkpoint.names import checkpoint_name
 from ds_dgemma.config.run import ObjectiveSection
 from ds_dgemma.data.batch import Batch
+from ds_dgemma.model.names import checkpoint_name
 from ds_dgemma.objective.collate import collate
 from ds_dgemma.objective.corruption import Corruption
 from ds_dgemma.objective.denoising import DenoisingObjective, TokenWeights

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from transformers import DiffusionGemmaForBlockDiffusion
 
-from ds_dgemma.checkpoint.load import find_places, materialise, plain
+from ds_dgemma.checkpoint.load import check_places, materialise, plain
 from ds_dgemma.checkpoint.weights import WeightReader
 from ds_dgemma.engine.expert_parallel import place_experts
 from ds_dgemma.evaluation.sampler import Group, Sampler
 from ds_dgemma.evaluation.sampler_settings import read_settings
 from ds_dgemma.model.build import build_stack
+from ds_dgemma.model.names import places_of
 from ds_dgemma.model.spec import read_spec
 from tests.benchmarks.real_checkpoint import make_checkpoint
 from tests.gpu import shapes
@@ -54,7 +55,9 @@ def our_way(
     stack, reader = build_stack(read_spec(str(directory))), WeightReader(directory)
     if where.type == "cuda":  # as `evaluation/open_model.py` has it
         place_experts(stack, 1, 0, grouped=dtype is torch.bfloat16)
-    materialise(stack, reader, find_places(stack, reader), plain(dtype, str(where)), device=str(where))
+    materialise(
+        stack, reader, check_places(stack, places_of(stack), reader), plain(dtype, str(where)), device=str(where)
+    )
     sampler = Sampler(stack.eval(), read_settings(directory, length), where)
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

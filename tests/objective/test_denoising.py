@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from ds_dgemma.checkpoint.load import find_places, materialise, plain
+from ds_dgemma.checkpoint.load import check_places, materialise, plain
 from ds_dgemma.checkpoint.weights import WeightReader
 from ds_dgemma.config.run import LoraSection, ObjectiveSection
 from ds_dgemma.data.batch import Batch
 from ds_dgemma.model.build import build_stack
 from ds_dgemma.model.lora import FACTORS, LoraLinear, adapt_linears, choose_targets, seed_dropout
+from ds_dgemma.model.names import places_of
 from ds_dgemma.model.spec import read_spec
 from ds_dgemma.model.stack import SweepLayer
 from ds_dgemma.model.sweep import Sweep
@@ -192,7 +193,7 @@ def open_recomputing(checkpoint: Path, checkpointing: Any, monkeypatch: pytest.M
     """As `open_float64`, with layers that are in double precision within the backward pass too."""
     stack = build_stack(read_spec(str(checkpoint)), train_router=True, activation_checkpointing=checkpointing)
     reader = WeightReader(checkpoint)
-    materialise(stack, reader, find_places(stack, reader), plain(torch.float64, "cpu"), device="cpu")
+    materialise(stack, reader, check_places(stack, places_of(stack), reader), plain(torch.float64, "cpu"), device="cpu")
     block = SweepLayer.block
 
     def doubled(*args: Any, **more: Any) -> Any:

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ds_dgemma.checkpoint.adapter import to_peft
-from ds_dgemma.checkpoint.names import DECODER, checkpoint_name
 from ds_dgemma.checkpoint.weights import WeightReader
 from ds_dgemma.data.batch import Batch, Pictures
 from ds_dgemma.errors import UserError, first_line
+from ds_dgemma.model.names import DECODER, checkpoint_name
 from ds_dgemma.model.spec import read_spec
 from ds_dgemma.ranks.layout import RankLayout
 

@@ -20,16 +20,14 @@ from typing import IO, Any
 
 from ds_dgemma.checkpoint.run_state import StateReader, newest, open_state, step_directories, step_directory
 from ds_dgemma.checkpoint.save import settle
-from ds_dgemma.config.recorded import CONFIG, check_same_run, resolved_yaml
+from ds_dgemma.config.recorded import CHECKPOINTS, COMPLETE, CONFIG, METRICS, resolved_yaml
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.errors import UserError, told
 from ds_dgemma.files import atomic_file, lock, sync_directory
+from ds_dgemma.ranks.layout import RankLayout, gather
 
 DEEPSPEED = "deepspeed.json"
-METRICS = "metrics.jsonl"
-CHECKPOINTS = "checkpoints"
 LOCK = "run.lock"
-COMPLETE = "complete.json"
 LOCK_SECONDS = 20  # the ranks of a launcher that was killed need a moment to notice
 
 
@@ -52,8 +50,10 @@ def contents(directory: Path) -> list[str]:
     return [owner(directory), *steps, *(name for name in (CONFIG, METRICS) if (directory / name).is_file())]
 
 
-def check_shared(directory: Path, seen: Sequence[list[str]]) -> None:
-    """Raise `UserError` unless all ranks have `seen` the same `contents`."""
+def check_shared(directory: Path, ranks: RankLayout) -> None:
+    """Raise `UserError`, on every rank, unless all see the same `contents`; a collective."""
+    here = contents(directory)
+    seen = gather(here, ranks)
     for rank, names in enumerate(seen):
         if names != seen[0]:
             differ = min(set(names) ^ set(seen[0]))
@@ -66,25 +66,14 @@ def check_shared(directory: Path, seen: Sequence[list[str]]) -> None:
 def find_start(config: RunConfig) -> Start:
     """Which checkpoint to continue from, whole to its last bit; changes nothing. In a process group a collective.
 
-    Call it when the directory is claimed, or what another job still writes would be missed, and when all ranks are
-    known to see the same (`check_shared`), for they look at one checkpoint after another together.
+    Call it when the directory is claimed, or what another job still writes would be missed; when it is known to be
+    this run's (`check_belongs`); and when all ranks are known to see the same (`check_shared`), for they look at one
+    checkpoint after another together.
 
     Raises:
-        UserError: the directory belongs to another config, or holds nothing to continue from that is whole.
+        UserError: the directory holds nothing to continue from that is whole.
     """
-    directory = config.run.dir
-    used = (directory / CONFIG).is_file()
-    if used and config.run.resume == "never":
-        raise UserError(
-            f"run.dir: {directory} holds a run, and run.resume is never. Choose another run.dir, or resume."
-        )
-    if used:
-        check_same_run(directory / CONFIG, config)
-    elif any((directory / CHECKPOINTS).glob("step-*")) or (directory / METRICS).exists():
-        raise UserError(
-            f"run.dir: {directory} has checkpoints or metrics but no {CONFIG}: it is not a run of ours. Choose another."
-        )
-    own = directory / CHECKPOINTS
+    own = config.run.dir / CHECKPOINTS
     latest = Start(*newest(own))
     if config.run.resume in ("auto", "never"):
         return latest

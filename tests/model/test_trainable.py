@@ -2,16 +2,15 @@
 
 import pytest
 
-from ds_dgemma.checkpoint.names import checkpoint_name
 from ds_dgemma.config.optimizer import OptimizerSection, ParameterGroupSection
 from ds_dgemma.engine.expert_parallel import place_experts
-from ds_dgemma.engine.trainable import all_names, check_groups, check_stage, freeze, parameter_groups, trained_names
+from ds_dgemma.engine.optimizers import parameter_groups
 from ds_dgemma.errors import UserError
 from ds_dgemma.model.build import build_stack
+from ds_dgemma.model.names import checkpoint_name
 from ds_dgemma.model.stack import DiffusionGemmaStack
+from ds_dgemma.model.trainable import all_names, check_groups, check_stage, freeze, trained_names
 from tests.reference.fixtures import Case, make_config
-
-VISION = ["model.encoder.vision_tower.patch_embedder.input_proj.weight"]
 
 
 @pytest.fixture
@@ -32,13 +31,13 @@ def trained(stack: DiffusionGemmaStack) -> set[str]:
         (["*.experts.gate_up_proj"], lambda n: n.endswith("gate_up_proj")),
         (["model.decoder.layers.0.*", "*embed_tokens*"], lambda n: ".layers.0." in n or "embed_tokens" in n),
         ([r"re:.*\.(mlp|self_attn)\..*"], lambda n: ".mlp." in n or ".self_attn." in n),
-        (["model.encoder.vision_tower.*"], lambda n: False),
+        (["model.encoder.vision_tower.*", "model.encoder.language_model.layers.0.layer_scalar"], lambda n: False),
         (["model.encoder.language_model.layers.1.*", "lm_head.*"], lambda n: ".layers.1." in n or "embed_tokens" in n),
     ],
 )
 def test_a_pattern_freezes_what_it_covers_and_nothing_else(stack, patterns, frozen):
     before = trained(stack)
-    freeze(stack, patterns, VISION)
+    freeze(stack, patterns)
     assert before - trained(stack) == {name for name in before if frozen(name)}
 
 
@@ -52,7 +51,7 @@ def test_a_pattern_freezes_what_it_covers_and_nothing_else(stack, patterns, froz
 )
 def test_a_pattern_that_freezes_nothing_or_everything_is_told(stack, patterns, said):
     with pytest.raises(UserError, match=said):
-        freeze(stack, patterns, VISION)
+        freeze(stack, patterns)
 
 
 def optimizer(*groups: tuple) -> OptimizerSection:
@@ -84,15 +83,15 @@ def test_the_first_group_that_matches_has_a_parameter_and_the_rest_is_one_group(
     ],
 )
 def test_a_group_that_gets_nothing_is_told(stack, match, said):
-    names = [*all_names(stack), *VISION]
-    freeze(stack, ["*.layers.0.mlp.*"], [])
+    names = all_names(stack)
+    freeze(stack, ["*.layers.0.mlp.*"])
     with pytest.raises(UserError, match=said):
         check_groups(optimizer(("*.experts.*", 1e-4, None), (match, 1e-4, None)), trained_names(stack), names)
 
 
 def test_frozen_experts_need_stage_3(stack):
     check_stage(1, sorted(trained(stack)))
-    freeze(stack, ["*.experts.*"], [])
+    freeze(stack, ["*.experts.*"])
     check_stage(3, sorted(trained(stack)))
     with pytest.raises(UserError, match="stage = 2: all experts are frozen"):
         check_stage(2, sorted(trained(stack)))

@@ -5,19 +5,19 @@ from pathlib import Path
 
 import pytest
 
+from ds_dgemma.checkpoint import run_directory as directory
 from ds_dgemma.checkpoint.manifest import write_state
-from ds_dgemma.checkpoint.run_state import open_checkpoint, step_directory
-from ds_dgemma.checkpoint.same import check_same_data
-from ds_dgemma.config.file import load_config
-from ds_dgemma.errors import UserError
-from ds_dgemma.run import directory
-from ds_dgemma.run.directory import (
+from ds_dgemma.checkpoint.run_directory import (
     COMPLETE,
     begin,
     claim,
     find_start,
     mark_complete,
 )
+from ds_dgemma.checkpoint.run_state import open_checkpoint, step_directory
+from ds_dgemma.checkpoint.same import check_same_data
+from ds_dgemma.config.file import load_config
+from ds_dgemma.errors import UserError
 
 
 def write_checkpoint(run: Path, step: int, **facts: object) -> Path:

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from torch import nn
+
 from ds_dgemma.model.spec import DECODER, ENCODER
 
 DECODER_LAYERS, ENCODER_LAYERS = f"{DECODER}layers.", f"{ENCODER}layers."
@@ -97,6 +99,15 @@ def place_of(name: str, shape: tuple[int, ...], expert_rank: int = 0) -> Place:
         first = shape[1] if match["part"] == "w3" else 0
         return Place(f"{DECODER}{match['layer']}.{tensor}", experts, (first, first + shape[1]))
     return Place(_outer_name(name))
+
+
+def places_of(stack: nn.Module, expert_rank: int = 0) -> dict[str, Place]:
+    """Where every parameter and buffer of a stack lies that is on meta still."""
+    return {
+        name: place_of(name, tuple(tensor.shape), expert_rank)
+        for name, tensor in [*stack.named_parameters(), *stack.named_buffers()]
+        if tensor.is_meta
+    }
 
 
 def tied_to(tensor: str) -> str | None:

@@ -1,18 +1,18 @@
-"""Which parameters are trained, and in which of AdamW's groups; people name them as in the checkpoint."""
+"""Which parameters are trained; people name them as in the checkpoint."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from torch import nn
 
-from ds_dgemma.checkpoint.names import checkpoint_name, matching
 from ds_dgemma.config.optimizer import OptimizerSection
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.errors import UserError, did_you_mean, one_line_each
+from ds_dgemma.model.names import checkpoint_name, matching, places_of
+from ds_dgemma.model.stack import DiffusionGemmaStack
 
 
-def freeze(stack: nn.Module, patterns: Sequence[str], tensors: Sequence[str]) -> None:
-    """Stop training what the patterns name; of the checkpoint's `tensors` they may name what is frozen anyway.
+def freeze(stack: DiffusionGemmaStack, patterns: Sequence[str]) -> None:
+    """Stop training what the patterns name; they may name what is frozen anyway.
 
     Raises:
         UserError: a pattern that matches nothing, or nothing is left to train.
@@ -20,7 +20,7 @@ def freeze(stack: nn.Module, patterns: Sequence[str], tensors: Sequence[str]) ->
     parameters: dict[str, list[nn.Parameter]] = {}
     for name, parameter in stack.named_parameters():
         parameters.setdefault(checkpoint_name(name), []).append(parameter)
-    names = list(dict.fromkeys([*parameters, *tensors]))
+    names = all_names(stack)
     problems = [_no_match("model.freeze", pattern, names) for pattern in patterns if not matching(pattern, names)]
     for name in (name for pattern in patterns for name in matching(pattern, parameters)):
         for parameter in parameters[name]:
@@ -31,9 +31,9 @@ def freeze(stack: nn.Module, patterns: Sequence[str], tensors: Sequence[str]) ->
         raise one_line_each("the run config", problems)
 
 
-def all_names(module: nn.Module) -> list[str]:
-    """The names, as in the checkpoint, of every parameter."""
-    return sorted({checkpoint_name(name) for name, _ in module.named_parameters()})
+def all_names(stack: DiffusionGemmaStack) -> list[str]:
+    """The names of all that the checkpoint holds, scalars and vision tower too."""
+    return sorted({*(place.tensor for place in places_of(stack).values()), *stack.outside})
 
 
 def trained_names(module: nn.Module) -> list[str]:
@@ -89,22 +89,6 @@ def check_router_balance(weight: float, trained: Sequence[str]) -> None:
             "lora, by router.proj in lora.target_modules; else by model.train_router, and no pattern of model.freeze "
             "that covers them."
         )
-
-
-def parameter_groups(module: nn.Module, optimizer: OptimizerSection | None) -> list[dict[str, Any]]:
-    """AdamW's groups over the trainable parameters; `lr_scale` is a group's share of the scheduled learning rate,
-    `has_lr` whether that is the group's own.
-    """
-    left = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    groups: list[dict[str, Any]] = []
-    for number, group in enumerate(optimizer.groups if optimizer else ()):
-        picked = [left.pop(name) for name in list(left) if matching(group.match, [checkpoint_name(name)])]
-        scale = group.lr / optimizer.lr if optimizer and group.lr else 1.0
-        own = {} if group.weight_decay is None else {"weight_decay": group.weight_decay}
-        name = f"group-{number}"
-        groups.append({"name": name, "params": picked, "lr_scale": scale, "has_lr": group.lr is not None, **own})
-    groups.append({"name": "rest", "params": list(left.values()), "lr_scale": 1.0, "has_lr": False})
-    return [group for group in groups if group["params"]]
 
 
 def _no_match(key: str, pattern: str, names: Sequence[str]) -> str:
