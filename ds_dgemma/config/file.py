@@ -6,9 +6,8 @@ directory. Neither torch nor deepspeed is imported: a wrong config fails at once
 
 import copy
 from collections.abc import Sequence
-from math import inf
+from functools import reduce
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -16,22 +15,10 @@ from pydantic.fields import FieldInfo
 
 from ds_dgemma.config.faults import faults
 from ds_dgemma.config.run import RunConfig
-from ds_dgemma.config.schema import dotted, expected, lookup, meaning, nearest, show
+from ds_dgemma.config.schema import dotted, expected, meaning, nearest, show
 from ds_dgemma.config.section import section_of
-from ds_dgemma.config.yaml import CoreLoader, Key, read_yaml
-from ds_dgemma.errors import UserError, one_line_each
-
-AT_SET = inf  # in place of a line, and behind all lines
-NOWHERE = 10**9
-UNWRITTEN = object()
-
-
-class Problem(NamedTuple):
-    """One thing to mend: where it stands, what stands there, what is expected."""
-
-    line: float
-    what: str  # "optimizer.lr = -1"
-    advice: str
+from ds_dgemma.config.yaml import ABSENT, AT_SET, NOWHERE, CoreLoader, Key, Written, find, read_yaml
+from ds_dgemma.errors import one_line_each
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -40,57 +27,53 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: every problem, in the file's order.
     """
-    source = _Source(*read_yaml(path))
+    source = _Source(read_yaml(path))
     for override in overrides:
         source.override(override)
     config = source.validate()
     for name, advice in faults(config) if config else ():
         source.note(tuple(name.split(".")), advice, config)
     if source.problems or config is None:
-        raise _all_problems(path, source.problems)
+        names, problems = {AT_SET: "--set", NOWHERE: str(path)}, sorted(source.problems)
+        lines = [f"{names.get(line, f'{path}:{line}')}  {what}  {advice}" for line, what, advice in problems]
+        raise one_line_each(str(path), lines)
     return config
 
 
 class _Source:
-    """The values of one file and its overrides, the line where each was written, and the problems found so far."""
+    """The values of one file and its overrides, and the problems found so far."""
 
-    def __init__(self, values: dict[str, Any], lines: dict[Key, int]) -> None:
+    def __init__(self, values: Written) -> None:
         self.values = values
-        self.lines: dict[Key, float] = {**lines}
-        self.problems: list[Problem] = []
+        self.problems: list[tuple[int, str, str]] = []  # the line, what stands there, and what is expected
 
     def override(self, override: str) -> None:
         """Merge one `a.b=value`."""
         name, equals, text = override.partition("=")
-        key = tuple(name.strip().split("."))
+        *above, last = name.strip().split(".")
         try:
             value = yaml.load(text, Loader=CoreLoader)  # a SafeLoader
-        except yaml.YAMLError:
-            self.problems.append(Problem(AT_SET, override, "the value is not valid YAML. Put it in quotes."))
-            return
-        if not equals or not all(key):
-            self.problems.append(Problem(AT_SET, override, "expected key=value, as in optimizer.lr=1e-4."))
+            if not equals or not all((*above, last)):
+                raise ValueError
+        except (yaml.YAMLError, ValueError):
+            advice = "expected key=value, as in optimizer.lr=1e-4; a value that is no YAML stands in quotes."
+            self.problems.append((AT_SET, override, advice))
             return
         section = self.values
-        for part in key[:-1]:
-            if not isinstance(section.get(part), dict):
-                section[part] = {}
+        for part in above:
+            if not isinstance(section.get(part), Written):
+                section[part], section.lines[part] = Written(), AT_SET
             section = section[part]
-        section[key[-1]] = value
-        self.lines = {other: line for other, line in self.lines.items() if other[: len(key)] != key} | {key: AT_SET}
+        section[last], section.lines[last] = value, AT_SET
 
     def note(self, key: Key, advice: str, config: RunConfig | None = None) -> None:
         """Note a problem of a setting, with its value; one that is not written has that of `config`."""
-        value, default = lookup(self.values, key, UNWRITTEN), ""
-        if value is UNWRITTEN and config:
-            value, default = lookup(config.model_dump(mode="json"), key, None), " (the default)"
-        self._add(key, dotted(key) if value is UNWRITTEN else f"{dotted(key)} = {show(value)}{default}", advice)
-
-    def _add(self, key: Key, what: str, advice: str) -> None:
-        """Note a problem where its key, or the closest thing around it, was written."""
-        around = (key[:length] for length in range(len(key), 0, -1))
-        line = next((self.lines[there] for there in around if there in self.lines), NOWHERE)
-        self.problems.append(Problem(line, what, advice))
+        (line, value), what = find(self.values, key), dotted(key)
+        if value is not ABSENT:
+            what += f" = {show(value)}"
+        elif config:
+            what += f" = {show(reduce(getattr, key, config))} (the default)"
+        self.problems.append((line, what, advice))
 
     def validate(self) -> RunConfig | None:
         """Note every problem; return the config, with defaults where settings are wrong, or None where that is none."""
@@ -103,7 +86,8 @@ class _Source:
             except ValidationError as error:
                 found = self._translate(error, wrong)
             wrong |= found
-            if not any([_remove(values, key) for key in found]):
+            inside = [(find(values, key[:-1])[1], key[-1]) for key in found]
+            if not any([isinstance(section, dict) and section.pop(name, None) is not None for section, name in inside]):
                 return None
 
     def _translate(self, error: ValidationError, known: set[Key]) -> set[Key]:
@@ -116,44 +100,27 @@ class _Source:
                 continue
             noted.add(key)
             if field is None:
-                self._add(key, dotted(key), f"unknown setting.{nearest(key)}")
-            elif found["type"] == "missing" and not inside:
-                self._add(key, dotted(key), f"is required: {expected(field)}; {meaning(field)}.")
+                self.note(key, f"unknown setting.{nearest(key)}")
             elif found["type"] == "value_error":
                 said = found["msg"].removeprefix("Value error, ")
-                self._add((*key, said.split()[0]), dotted(key), f"{said}.")  # mostly the setting's name: its line
+                first = (*key, said.split()[0])  # mostly the setting's name
+                self.note(key if find(self.values, first)[1] is ABSENT else first, f"{said}.")
             else:
-                self.note(key, f"expected {expected(field)}: {meaning(field)}.")
+                required = "is required; " if found["type"] == "missing" and not inside else ""
+                self.note(key, f"{required}expected {expected(field)}: {meaning(field)}.")
         return noted
 
 
 def _setting(loc: tuple[int | str, ...]) -> tuple[Key, FieldInfo | None, tuple[int | str, ...]]:
-    """Split pydantic's location into our key, its field (None: unknown) and what lies inside the value; an item of a
-    list of sections is a number in the key.
-    """
+    """Pydantic's location as our key, with places in lists; its field (None: unknown); what lies inside the value."""
     section: type[BaseModel] | None = RunConfig
     key: Key = ()
     field: FieldInfo | None = None
-    for index, part in enumerate(loc):
+    for part in loc:
         if section is None:
-            return key, field, loc[index:]
+            break
         key = (*key, str(part))
         if isinstance(part, str):
             field = section.model_fields.get(part)
             section = section_of(field) if field else None
-    return key, field, ()
-
-
-def _remove(values: dict[str, Any], key: Key) -> bool:
-    """Leave a setting out; whether there was one."""
-    inside = lookup(values, key[:-1], None)
-    return isinstance(inside, dict) and inside.pop(key[-1], None) is not None
-
-
-def _all_problems(path: Path, problems: list[Problem]) -> UserError:
-    """One error: in the file's order, `--set` last, columns aligned."""
-    names = {AT_SET: "--set", NOWHERE: str(path)}
-    rows = [(names.get(line, f"{path}:{line}"), what, advice) for line, what, advice in sorted(problems)]
-    wheres = max(len(where) for where, _, _ in rows)
-    whats = max((len(what) for _, what, _ in rows if len(what) <= 48), default=0)
-    return one_line_each(str(path), [f"{where:<{wheres}}  {what:<{whats}}  {advice}" for where, what, advice in rows])
+    return key, field, loc[len(key) :]

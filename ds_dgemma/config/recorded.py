@@ -8,10 +8,10 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
 
 from ds_dgemma.config.run import RunConfig
-from ds_dgemma.config.schema import default_of, dotted, lookup, section_of, show
+from ds_dgemma.config.schema import dotted, show
 from ds_dgemma.config.section import MAY_CHANGE
 from ds_dgemma.config.yaml import CoreDumper, Key, read_yaml
 from ds_dgemma.errors import UserError, first_fault, one_line_each
@@ -34,7 +34,7 @@ def recorded_config(path: Path) -> RunConfig:
         UserError: no run of this version wrote it.
     """
     try:
-        return RunConfig.model_validate(read_yaml(path)[0])
+        return RunConfig.model_validate(read_yaml(path))
     except ValidationError as error:
         raise UserError(f"{path} is not what a run of this version writes: {first_fault(error)}.") from error
 
@@ -69,13 +69,13 @@ def check_same_run(path: Path, new: RunConfig) -> None:
         UserError: those settings; or the file cannot be read.
     """
     try:
-        old = read_yaml(path)[0]
+        old = recorded_config(path)
     except UserError as error:
         raise UserError(
             f"run.dir: {error} It is this run's record of its settings: put it back (a copy of the run's YAML with "
             "every --set written out does), or choose another directory."
         ) from error
-    if problems := list(_changed(old, new.model_dump(mode="json"))):
+    if problems := list(_differences(_fixed(old), _fixed(new))):
         advice = (
             "Set these back; or choose another run.dir with run.resume: the path of this run's checkpoint, which goes "
             "on from there with the new settings."
@@ -83,28 +83,21 @@ def check_same_run(path: Path, new: RunConfig) -> None:
         raise one_line_each(f"{path.parent}, which belongs to another config", problems, advice)
 
 
-def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    for key, field in _fixed(RunConfig):
-        before, now = lookup(old, key, default_of(field)), lookup(new, key, None)
-        if isinstance(before, Mapping) and isinstance(now, Mapping):  # a section that may be null, there in both
-            for name in {**before, **now}:
-                if before.get(name) != now.get(name):
-                    yield _differs((*key, name), before.get(name), now.get(name))
+def _fixed(section: BaseModel) -> dict[str, Any]:
+    """What may not change within a run, as JSON holds it; a section below is a mapping."""
+    fields = type(section).model_fields.items()
+    kept = {name: getattr(section, name) for name, field in fields if MAY_CHANGE not in field.metadata}
+    return {
+        name: _fixed(value) if isinstance(value, BaseModel) else to_jsonable_python(value)
+        for name, value in kept.items()
+    }
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], above: Key = ()) -> Iterator[str]:
+    for name in {**old, **new}:
+        before, now, key = old.get(name), new.get(name), (*above, name)
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            yield from _differences(before, now, key)
         elif before != now:
             why = " (the learning rate's schedule ends there)" if key == ("train", "max_steps") else ""
-            yield _differs(key, before, now) + why
-
-
-def _fixed(section: type[BaseModel], above: Key = ()) -> Iterator[tuple[Key, FieldInfo]]:
-    for name, field in section.model_fields.items():
-        below = section_of(field)
-        if MAY_CHANGE in field.metadata:
-            continue
-        if below is not None and below is field.annotation:
-            yield from _fixed(below, (*above, name))
-        else:
-            yield (*above, name), field
-
-
-def _differs(key: Key, before: Any, now: Any) -> str:
-    return f"{dotted(key)}: run directory has {show(before)}, this config says {show(now)}"
+            yield f"{dotted(key)}: run directory has {show(before)}, this config says {show(now)}{why}"

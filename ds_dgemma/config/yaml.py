@@ -3,37 +3,32 @@
 PyYAML alone reads YAML 1.1: here `1e-4` is a number, `on` and `off` are text and `010` is ten.
 """
 
-import difflib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ds_dgemma.errors import UserError, first_line
+from ds_dgemma.errors import UserError, did_you_mean, first_line
 
-LONGEST_INT = 100  # digits
+NOWHERE, AT_SET = 10**9, 10**10  # in place of a line, and behind all lines
+ABSENT = object()
 
 Key = tuple[str, ...]
 
 
+class Written(dict[str, Any]):
+    """A mapping that knows where its keys are written: the line of each, from 1, or AT_SET."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: dict[str, int] = {}
+
+
 class CoreLoader(yaml.SafeLoader):
-    """YAML 1.2's core types; every key is text, and stands once."""
+    """YAML 1.2's core types; a mapping is `Written`, each key is text and stands once."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012  (PyYAML's own name and type; empty, so that 1.1's are not inherited)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """PyYAML's own lets the last of two equal keys win."""
-        first: dict[str, int] = {}
-        for name, _ in node.value:
-            if not isinstance(name, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=name.start_mark)
-            if (key := name.value) in first:
-                problem = f"{key} is set twice, first on line {first[key]}. Keep one of them"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=name.start_mark)
-            first[key] = name.start_mark.line + 1
-        return {name.value: self.construct_object(value, deep=True) for name, value in node.value}
 
 
 class CoreDumper(yaml.SafeDumper):
@@ -52,55 +47,58 @@ for _name, _pattern in _CORE_TYPES.items():
 
 
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | str:
-    text = str(loader.construct_scalar(node))
-    if len(text) > LONGEST_INT:
-        return text  # Python refuses thousands of digits; no setting is a text of digits, so it is told as a wrong one
-    return int(text, 0 if text[:2] in ("0o", "0x") else 10)
+    text = str(loader.construct_scalar(node))  # Python refuses thousands of digits: text, which no setting takes
+    return text if len(text) > 100 else int(text, 0 if text[:2] in ("0o", "0x") else 10)
+
+
+def _construct_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> Written:
+    made = Written()
+    for name, value in node.value:
+        if not isinstance(name, yaml.ScalarNode):
+            raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=name.start_mark)
+        if (key := name.value) in made.lines:  # PyYAML's own lets the last one win
+            problem = f"{key} is set twice, first on line {made.lines[key]}. Keep one of them"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=name.start_mark)
+        made.lines[key] = name.start_mark.line + 1
+        made[key] = loader.construct_object(value, deep=True)
+    return made
 
 
 CoreLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+CoreLoader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 
-def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Key, int]]:
-    """The mapping in a file, and the line of each of its keys.
+def read_yaml(path: Path) -> Written:
+    """The mapping in a file.
 
     Raises:
         UserError: the file cannot be read, or is no YAML mapping.
     """
-    text = _read_text(path)
     try:
-        loader = CoreLoader(text)
-        node = loader.get_single_node()
-        if not isinstance(node, yaml.MappingNode):
-            found = f"starts as a list or plain text, line {node.start_mark.line + 1}" if node else "is empty"
-            raise UserError(f"{path} holds no settings: it {found}. Expected `key: value` lines.")
-        # deep: a node that holds itself is an error
-        return loader.construct_object(node, deep=True), dict(_lines(node))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=CoreLoader)
+    except OSError as error:
+        hint = did_you_mean(str(path), map(str, path.parent.glob("*.yaml"))) or " Give the run's YAML file."
+        raise UserError(f"{path} cannot be read: {error.strerror} (in {Path.cwd()}).{hint}") from None
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        mark: Any = error.problem_mark or error.context_mark
         begun = f" ({error.context}, line {error.context_mark.line + 1})" if error.context_mark else ""
-        raise UserError(f"{place} is not valid YAML: {error.problem or error.context}{begun}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {first_line(error)}") from None
+        raise UserError(f"{path}:{mark.line + 1} is not valid YAML: {error.problem or error.context}{begun}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML in UTF-8: {first_line(error)}") from None
+    if not isinstance(values, Written):
+        found = "is empty" if values is None else "starts as a list or plain text"
+        raise UserError(f"{path} holds no settings: it {found}. Expected `key: value` lines.")
+    return values
 
 
-def _lines(node: yaml.MappingNode, above: Key = ()) -> Iterator[tuple[Key, int]]:
-    for name, value in node.value:
-        key = (*above, name.value)
-        yield key, name.start_mark.line + 1
-        if isinstance(value, yaml.MappingNode):
-            yield from _lines(value, key)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        close = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        hint = f" Did you mean {path.parent / close[0]}?" if close else ""
-        raise UserError(f"{path} does not exist (looked in {Path.cwd()}).{hint}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}).") from None
-    except OSError as error:  # a directory, rights
-        raise UserError(f"{path} cannot be read: {error.strerror}. Give the run's YAML file.") from None
+def find(values: Any, key: Key) -> tuple[int, Any]:
+    """The line of a key, or of the closest thing around it, and its value or ABSENT; numbers are places in a list."""
+    line = NOWHERE
+    for part in key:
+        if isinstance(values, list) and part.isdigit() and int(part) < len(values):
+            values = values[int(part)]
+        elif isinstance(values, Written) and part in values:
+            line, values = line if line == AT_SET else values.lines[part], values[part]
+        else:
+            return line, ABSENT
+    return line, values

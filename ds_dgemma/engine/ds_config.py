@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from pydantic_core import to_jsonable_python
 
 from ds_dgemma.config.division import check_topology
 from ds_dgemma.config.run import RunConfig
-from ds_dgemma.config.schema import plain, show
+from ds_dgemma.config.schema import show
 from ds_dgemma.config.section import section_of
 from ds_dgemma.errors import UserError, did_you_mean, first_line, one_line_each
 
@@ -251,7 +252,7 @@ def _fill_from_yaml(settings: dict[str, Any], config: RunConfig, accumulation: i
     }
     for name in _OWNED_ADAM_PARAMS:
         owned[f"optimizer.params.{name}"] = (
-            plain(getattr(config.optimizer, name)),
+            to_jsonable_python(getattr(config.optimizer, name)),
             f"optimizer.{name} is {{}}",
         )
     for key, (value, said) in owned.items():

@@ -281,7 +281,7 @@ def test_a_run_whose_model_or_settings_are_gone_is_told(model, tmp_path):
     shutil.rmtree(tmp_path / "model")
     with pytest.raises(UserError, match="started from a model that is gone"):
         export_run(run, tmp_path / "out")
-    settings = read_yaml(run / "config.yaml")[0]
+    settings = read_yaml(run / "config.yaml")
     for broken, said in (([], "holds no settings"), ({**settings, "seed": "x"}, ".*: seed = 'x': Input should be")):
         (run / "config.yaml").write_text(json.dumps(broken))
         with pytest.raises(UserError, match=rf"config\.yaml {said}"):

@@ -8,7 +8,7 @@ from typing import Any
 
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.data.examples import ExampleSet
-from ds_dgemma.data.read import open_stream, read_split
+from ds_dgemma.data.read import read_split, read_training
 from ds_dgemma.data.streaming import StreamedExamples
 
 CANVAS = 8
@@ -48,4 +48,6 @@ def read(config: RunConfig, tokenizer: Any, cache: Path) -> ExampleSet:
 
 
 def read_stream(config: RunConfig, tokenizer: Any) -> StreamedExamples:
-    return open_stream(config, SPEC, tokenizer, tells=False)
+    stream = read_training(config, SPEC, tokenizer, shows=False)
+    assert isinstance(stream, StreamedExamples)
+    return stream
