@@ -107,11 +107,7 @@ def prepare(
         scores=Scores.continued(config.checkpoint.best_by, measures.digest, resumed.checkpoint if resumed else None),
         resumed=resumed,
         facts=facts,
-        told=[
-            *examples.report("train"),
-            *measures.told,
-            *([f"continuing from {resumed.checkpoint.path}"] if resumed else []),
-        ],
+        told=told,
         warnings=[*warnings, *(line for choice in kernels.values() for line in choice.dropped)],
     )
 
