@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 from ds_dgemma.data.batch import Batch, Example
 from ds_dgemma.data.canvas import Cut
 from ds_dgemma.data.examples import SourceExamples, examples_of
+from ds_dgemma.data.findings import first_seen, settle
 from ds_dgemma.data.formats import BadRow
 from ds_dgemma.data.order import Arrangement, permutation
-from ds_dgemma.data.reading import Reading, first_seen, settle
+from ds_dgemma.data.reading import Reading
 from ds_dgemma.data.rows import RowReader
 from ds_dgemma.data.stream import Collate, Share
 from ds_dgemma.data.token_cache import held_rows

@@ -29,7 +29,8 @@ from rich.progress import Progress
 
 from ds_dgemma.data.batch import Image
 from ds_dgemma.data.chat import Document
-from ds_dgemma.data.reading import Reading, settle
+from ds_dgemma.data.findings import settle
+from ds_dgemma.data.reading import Reading
 from ds_dgemma.data.rows import RowReader
 from ds_dgemma.data.sources import Chunk, Source, Split
 from ds_dgemma.data.workers import map_in_order

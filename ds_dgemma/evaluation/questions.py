@@ -9,11 +9,12 @@ from transformers import PreTrainedTokenizerFast
 from ds_dgemma.config.data import DataSection
 from ds_dgemma.data.chat import Document, tokenize_rows
 from ds_dgemma.data.drafter import Drafter
+from ds_dgemma.data.findings import settle
 from ds_dgemma.data.formats import Conversation, template_kwargs_of, tools_of
 from ds_dgemma.data.image_files import ImageFiles
 from ds_dgemma.data.messages import BadRow, Message, read_message
 from ds_dgemma.data.pictures import place, placed_in, take_column
-from ds_dgemma.data.reading import Reading, settle
+from ds_dgemma.data.reading import Reading
 from ds_dgemma.data.sources import Source, Split, open_sources, read_rows
 from ds_dgemma.errors import UserError
 from ds_dgemma.evaluation.open_model import Found

@@ -10,8 +10,9 @@ import pytest
 
 from ds_dgemma.config.data import ColumnsSection, DataSection
 from ds_dgemma.data.control_tokens import checked, control_tokens_of
+from ds_dgemma.data.findings import settle
 from ds_dgemma.data.formats import BadRow, Layout, read_row
-from ds_dgemma.data.reading import Reading, settle
+from ds_dgemma.data.reading import Reading
 from ds_dgemma.data.sources import Source, open_sources, read_rows
 from ds_dgemma.errors import UserError
 from tests.data.reading import chat, read, settings, write_rows

@@ -13,9 +13,10 @@ import datasets
 import pytest
 
 from ds_dgemma.config.data import ColumnsSection, DataSection, SourceSection
+from ds_dgemma.data.findings import not_read, settle
 from ds_dgemma.data.formats import BadRow, Conversation, Layout
 from ds_dgemma.data.json_files import BLOCK, CHUNK
-from ds_dgemma.data.reading import Reading, not_read, settle
+from ds_dgemma.data.reading import Reading
 from ds_dgemma.data.sources import Source, open_sources, read_rows
 from ds_dgemma.data.tables import hub_dataset
 from ds_dgemma.errors import UserError
