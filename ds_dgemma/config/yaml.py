@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ds_dgemma.errors import UserError, did_you_mean, first_line
+from ds_dgemma.errors import UserError, first_line
 
 NOWHERE, AT_SET = 10**9, 10**10  # in place of a line, and behind all lines
 ABSENT = object()
@@ -77,8 +77,7 @@ def read_yaml(path: Path) -> Written:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=CoreLoader)
     except OSError as error:
-        hint = did_you_mean(str(path), map(str, path.parent.glob("*.yaml"))) or " Give the run's YAML file."
-        raise UserError(f"{path} cannot be read: {error.strerror} (in {Path.cwd()}).{hint}") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}. Give the run's YAML file.") from None
     except yaml.MarkedYAMLError as error:
         mark: Any = error.problem_mark or error.context_mark
         begun = f" ({error.context}, line {error.context_mark.line + 1})" if error.context_mark else ""
