@@ -151,7 +151,7 @@ def test_a_wrong_type_hides_neither_a_boolean_nor_what_two_settings_say_together
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "sft.yaml cannot be read: No such file or directory"),
+        (None, "sft.yaml does not exist"),
         (b"", "sft.yaml holds no settings: it is empty"),
         (b"- a\n", "sft.yaml holds no settings: it starts as a list"),
         (b"seed: 1\nrun: [\n", "sft.yaml:3 is not valid YAML"),

@@ -18,7 +18,7 @@ from ds_dgemma.config.run import RunConfig
 from ds_dgemma.config.schema import dotted, expected, meaning, nearest, show
 from ds_dgemma.config.section import section_of
 from ds_dgemma.config.yaml import ABSENT, AT_SET, NOWHERE, CoreLoader, Key, Written, find, read_yaml
-from ds_dgemma.errors import one_line_each
+from ds_dgemma.errors import UserError, did_you_mean, one_line_each
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -27,6 +27,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: every problem, in the file's order.
     """
+    if not path.exists():
+        near = did_you_mean(str(path), map(str, path.parent.glob("*.yaml")))
+        raise UserError(f"{path} does not exist (looked in {Path.cwd()}).{near}")
     source = _Source(read_yaml(path))
     for override in overrides:
         source.override(override)
