@@ -55,12 +55,16 @@ def plan(args: argparse.Namespace) -> int:
     """Tell the memory, arithmetic and traffic of a run before it is started, and whether it fits (else exit code 1)."""
     from rich.console import Console
 
+    from ds_dgemma.config.faults import doubts
     from ds_dgemma.config.file import load_config
     from ds_dgemma.plan.plan import Limits, make_plan
     from ds_dgemma.plan.report import as_dict, tables
 
     limits = Limits(args.gpu_memory, args.host_memory, args.gpus_per_node)
-    planned = make_plan(load_config(args.config, args.set), args.gpus, limits, args.length, args.images)
+    config = load_config(args.config, args.set)
+    planned = make_plan(config, args.gpus, limits, args.length, args.images)
+    for warning in doubts(config, planned.inventory.text.max_position_embeddings):
+        print(f"warning: {warning}", file=sys.stderr)
     if args.json:
         print(json.dumps(as_dict(planned, args.tflops), indent=2))
     else:

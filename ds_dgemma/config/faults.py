@@ -1,4 +1,4 @@
-"""What settings of different sections say against each other: a setting, and what is wrong with it."""
+"""What settings of different sections say against each other: faults, a setting and what is wrong with it; doubts."""
 
 from collections.abc import Iterator
 from math import lcm
@@ -33,6 +33,23 @@ def faults(config: RunConfig) -> Iterator[Fault]:
         yield "run.dir", f"is in the model's own directory, {model}. Choose another place."
     if not config.deepspeed.is_file():
         yield "deepspeed", f"no such file; relative paths start at the current directory, {Path.cwd()}."
+
+
+def doubts(config: RunConfig, positions: int) -> Iterator[str]:
+    """What may be meant, and is worth a word; `positions`: the model's `max_position_embeddings`."""
+    if config.data.max_length > positions:
+        yield (
+            f"data.max_length {config.data.max_length:,} is above the model's max_position_embeddings, {positions:,}: "
+            "it was made for no positions behind that."
+        )
+    if config.optimizer.warmup_steps >= config.train.max_steps:
+        yield "optimizer.warmup_steps is not below train.max_steps: the run ends before lr is reached."
+    measured, saved = getattr(config, config.checkpoint.best_by.split("/")[0]).every, config.checkpoint.every
+    if (config.checkpoint.keep_best or config.train.early_stopping_patience) and saved != measured:
+        yield (
+            f"{config.checkpoint.best_by} is measured every {measured} steps, checkpoints are every {saved} (0: at the "
+            "end). The best may have none: set checkpoint.every equal to keep it."
+        )
 
 
 def _faults_of_lora(config: RunConfig) -> Iterator[Fault]:

@@ -1,6 +1,6 @@
 """Everything that is checked and read before the first weight."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ from ds_dgemma.checkpoint.retention import Scores
 from ds_dgemma.checkpoint.run_directory import Start
 from ds_dgemma.checkpoint.run_state import StateReader
 from ds_dgemma.checkpoint.same import check_same_data, check_same_model, check_same_optimizer
+from ds_dgemma.config.faults import doubts
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.data.batch import Batch, Example
 from ds_dgemma.data.examples import ExampleSet
@@ -80,7 +81,9 @@ def prepare(
     check_trained(config, settings["zero_optimization"]["stage"], model.trained_names, model.reader.files)
     dtype = DTYPES[config.train.precision]
     kernels = choose_kernels(config.model.attention, pretrained.spec, ranks.device, dtype)
-    warnings = [*start.warnings, *_warnings(config, model, pretrained.text)]
+    warnings = [*start.warnings, *doubts(config, pretrained.text.max_position_embeddings)]
+    if model.adapters and (warning := model.adapters.base_warning(config.model.path)):
+        warnings.append(warning)
     measures = _read_measures(config, pretrained, images, ranks)
     examples = read_training(config, pretrained.spec, pretrained.tokenizer, ranks.is_main)
     facts = {
@@ -110,24 +113,6 @@ def prepare(
         told=told,
         warnings=[*warnings, *(line for choice in kernels.values() for line in choice.dropped)],
     )
-
-
-def _warnings(config: RunConfig, model: OutlinedModel, text: Any) -> Iterator[str]:
-    if config.data.max_length > text.max_position_embeddings:
-        yield (
-            f"data.max_length {config.data.max_length:,} is above the model's max_position_embeddings, "
-            f"{text.max_position_embeddings:,}: it was made for no positions behind that."
-        )
-    if config.optimizer.warmup_steps >= config.train.max_steps:
-        yield "optimizer.warmup_steps is not below train.max_steps: the run ends before lr is reached."
-    measured, saved = getattr(config, config.checkpoint.best_by.split("/")[0]).every, config.checkpoint.every
-    if (config.checkpoint.keep_best or config.train.early_stopping_patience) and saved != measured:
-        yield (
-            f"{config.checkpoint.best_by} is measured every {measured} steps, checkpoints are every {saved} (0: at the "
-            "end). The best may have none: set checkpoint.every equal to keep it."
-        )
-    if model.adapters and (warning := model.adapters.base_warning(config.model.path)):
-        yield warning
 
 
 class _Measures(NamedTuple):
