@@ -106,6 +106,10 @@ MISTAKES = [
     ("optimizer: {groups: [{match: a}]}", "optimizer.groups.0 lr weight_decay"),
     (["train.precison=fp32"], "--set train.precison train.precision"),
     (["data.train=[a"], "--set data.train [a"),
+    (["seed=!!timestamp foo"], "--set seed=!!timestamp foo"),
+    (["seed=!!binary /w=="], "--set seed = b'"),
+    (["optimizer={lr: 1, lr: 2}"], "--set lr is set twice"),
+    ("optimizer: {lr: 1e-6}", "sft.yaml:10 optimizer.lr min_lr"),
     (["train={max_steps: 1}"], "--set train.micro_batch_size"),
     (["train.micro_batch_size=5"], "train.global_batch_size 32 1, 2, 4, 8"),
     (["model.freeze=['re:(']"], "--set model.freeze"),
@@ -141,9 +145,10 @@ def test_a_wrong_type_hides_neither_a_boolean_nor_what_two_settings_say_together
         "train.global_batch_size=65",
         "train.micro_batch_size=2",
         "tracking.console_every=true",
+        "seed=-1",
     ]
     heading, *lines = refusal(GOOD, *mistakes, "health.spike_window=few").splitlines()
-    assert heading == "4 problems in sft.yaml"
+    assert heading == "5 problems in sft.yaml"
     for words in ("optimizer.lrr", "65", "console_every = true", "spike_window"):
         assert any(words in line for line in lines), words
 
@@ -158,6 +163,7 @@ def test_a_wrong_type_hides_neither_a_boolean_nor_what_two_settings_say_together
         (b"a: !!python/name:os.system x\n", "sft.yaml:1 is not valid YAML"),
         (b"run: {dir: a}\n? [b]\n: 1\n", "sft.yaml:2 is not valid YAML"),
         (b"&a {b: *a}\n", "sft.yaml:1 is not valid YAML"),
+        (b"seed: " + b"[" * 3000, "sft.yaml is not valid YAML"),
         (b"a: \x00\n", "sft.yaml is not valid YAML in UTF-8: unacceptable character"),
         (b"a: \xff\n", "sft.yaml is not valid YAML in UTF-8: 'utf-8' codec can't decode byte 0xff"),
     ],

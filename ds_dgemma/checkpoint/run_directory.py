@@ -1,4 +1,5 @@
-"""The run directory: it belongs to one config and to one running job, and says where the run stands.
+"""The run directory: it belongs to one config (`config/recorded.py`) and to one running job, and says where the run
+stands.
 
 config.yaml     resolved settings      deepspeed.json  what DeepSpeed was told
 metrics.jsonl   one object a step      checkpoints/    step-NNNNNN/
@@ -56,7 +57,7 @@ def check_shared(directory: Path, ranks: RankLayout) -> None:
     seen = gather(here, ranks)
     for rank, names in enumerate(seen):
         if names != seen[0]:
-            differ = min(set(names) ^ set(seen[0]))
+            differ = min((set(names) ^ set(seen[0])) - {""})
             raise UserError(
                 f"run.dir: {directory} is not the same directory for all ranks: only one of rank 0 and rank {rank} "
                 f"sees {differ}. Put it on a disk that they share."

@@ -5,6 +5,7 @@ directory. Neither torch nor deepspeed is imported: a wrong config fails at once
 """
 
 import copy
+import re
 from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
@@ -17,7 +18,7 @@ from ds_dgemma.config.faults import faults
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.config.schema import dotted, expected, meaning, nearest, show
 from ds_dgemma.config.section import section_of
-from ds_dgemma.config.yaml import ABSENT, AT_SET, NOWHERE, CoreLoader, Key, Written, find, read_yaml
+from ds_dgemma.config.yaml import ABSENT, AT_SET, BROKEN, NOWHERE, CoreLoader, Key, Written, find, read_yaml
 from ds_dgemma.errors import UserError, did_you_mean, one_line_each
 
 
@@ -58,9 +59,9 @@ class _Source:
             value = yaml.load(text, Loader=CoreLoader)  # a SafeLoader
             if not equals or not all((*above, last)):
                 raise ValueError
-        except (yaml.YAMLError, ValueError):
-            advice = "expected key=value, as in optimizer.lr=1e-4; a value that is no YAML stands in quotes."
-            self.problems.append((AT_SET, override, advice))
+        except BROKEN as error:
+            why = getattr(error, "problem", None) or "the value is YAML, or stands in quotes"
+            self.problems.append((AT_SET, override, f"expected key=value, as in optimizer.lr=1e-4: {why}."))
             return
         section = self.values
         for part in above:
@@ -84,8 +85,8 @@ class _Source:
         while True:
             try:
                 config = RunConfig.model_validate(values)
-                # a whole section that is wrong may be what the others speak of
-                return config if all(len(key) > 1 for key in wrong) else None
+                whole = [name for name, field in RunConfig.model_fields.items() if section_of(field)]
+                return config if wrong.isdisjoint((name,) for name in whole) else None  # others may speak of it
             except ValidationError as error:
                 found = self._translate(error, wrong)
             wrong |= found
@@ -106,8 +107,8 @@ class _Source:
                 self.note(key, f"unknown setting.{nearest(key)}")
             elif found["type"] == "value_error":
                 said = found["msg"].removeprefix("Value error, ")
-                first = (*key, said.split()[0])  # mostly the setting's name
-                self.note(key if find(self.values, first)[1] is ABSENT else first, f"{said}.")
+                named = [(*key, word) for word in re.findall(r"\w+", said)]  # the first setting that is written
+                self.note(next((one for one in named if find(self.values, one)[1] is not ABSENT), key), f"{said}.")
             else:
                 required = "is required; " if found["type"] == "missing" and not inside else ""
                 self.note(key, f"{required}expected {expected(field)}: {meaning(field)}.")

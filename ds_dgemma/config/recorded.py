@@ -2,13 +2,11 @@
 the config that goes on.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic_core import to_jsonable_python
 
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.config.schema import dotted, show
@@ -75,7 +73,7 @@ def check_same_run(path: Path, new: RunConfig) -> None:
             f"run.dir: {error} It is this run's record of its settings: put it back (a copy of the run's YAML with "
             "every --set written out does), or choose another directory."
         ) from error
-    if problems := list(_differences(_fixed(old), _fixed(new))):
+    if problems := list(_differences(old, new)):
         advice = (
             "Set these back; or choose another run.dir with run.resume: the path of this run's checkpoint, which goes "
             "on from there with the new settings."
@@ -83,21 +81,14 @@ def check_same_run(path: Path, new: RunConfig) -> None:
         raise one_line_each(f"{path.parent}, which belongs to another config", problems, advice)
 
 
-def _fixed(section: BaseModel) -> dict[str, Any]:
-    """What may not change within a run, as JSON holds it; a section below is a mapping."""
-    fields = type(section).model_fields.items()
-    kept = {name: getattr(section, name) for name, field in fields if MAY_CHANGE not in field.metadata}
-    return {
-        name: _fixed(value) if isinstance(value, BaseModel) else to_jsonable_python(value)
-        for name, value in kept.items()
-    }
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], above: Key = ()) -> Iterator[str]:
-    for name in {**old, **new}:
-        before, now, key = old.get(name), new.get(name), (*above, name)
-        if isinstance(before, Mapping) and isinstance(now, Mapping):
-            yield from _differences(before, now, key)
-        elif before != now:
+def _differences(old: BaseModel, new: BaseModel, above: Key = ()) -> Iterator[str]:
+    before, now = old.model_dump(mode="json"), new.model_dump(mode="json")
+    for name, field in type(new).model_fields.items():
+        key, left, right = (*above, name), getattr(old, name), getattr(new, name)
+        if MAY_CHANGE in field.metadata:
+            continue
+        if isinstance(left, BaseModel) and isinstance(right, BaseModel):
+            yield from _differences(left, right, key)
+        elif before[name] != now[name]:
             why = " (the learning rate's schedule ends there)" if key == ("train", "max_steps") else ""
-            yield f"{dotted(key)}: run directory has {show(before)}, this config says {show(now)}{why}"
+            yield f"{dotted(key)}: run directory has {show(before[name])}, this config says {show(now[name])}{why}"

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import to_jsonable_python
 
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.config.section import section_of
@@ -55,9 +54,7 @@ def expected(field: FieldInfo) -> str:
 
 def _bounds_in_words(metadata: Iterable[Any]) -> str:
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    bounds = [
-        f"{sign} {getattr(bound, name)}" for bound in metadata for name, sign in signs.items() if hasattr(bound, name)
-    ]
+    bounds = [f"{sign} {getattr(one, name)}" for one in metadata for name, sign in signs.items() if hasattr(one, name)]
     return f" {' and '.join(bounds)}" if bounds else ""
 
 
@@ -91,7 +88,7 @@ def meaning(field: FieldInfo) -> str:
 
 def show(value: Any) -> str:
     """A value for one line of a message; of a long one, both ends."""
-    text = json.dumps(to_jsonable_python(value, fallback=str), ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else f"{text[:25]}...{text[-32:]}"
 
 

@@ -11,6 +11,8 @@ import yaml
 
 from ds_dgemma.errors import UserError, first_line
 
+# What PyYAML raises of no YAML, of a tag that its value does not fit, and of nesting without end
+BROKEN = (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 NOWHERE, AT_SET = 10**9, 10**10  # in place of a line, and behind all lines
 ABSENT = object()
 
@@ -82,7 +84,7 @@ def read_yaml(path: Path) -> Written:
         mark: Any = error.problem_mark or error.context_mark
         begun = f" ({error.context}, line {error.context_mark.line + 1})" if error.context_mark else ""
         raise UserError(f"{path}:{mark.line + 1} is not valid YAML: {error.problem or error.context}{begun}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except BROKEN as error:
         raise UserError(f"{path} is not valid YAML in UTF-8: {first_line(error)}") from None
     if not isinstance(values, Written):
         found = "is empty" if values is None else "starts as a list or plain text"

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from ds_dgemma.checkpoint.pretrained import open_pretrained
 from ds_dgemma.config.run import RunConfig
-from ds_dgemma.data.read import arrangement_of, read_split
 from ds_dgemma.data.sources import Split
+from ds_dgemma.data.split import arrangement_of, read_split
 from ds_dgemma.errors import UserError
 from ds_dgemma.inspection.console import show
 from ds_dgemma.inspection.page import write_page

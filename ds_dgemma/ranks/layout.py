@@ -94,8 +94,8 @@ def gather(value: Any, ranks: RankLayout, group: Any = None) -> list[Any]:
 def agreed(ranks: RankLayout, hours: float | None = None) -> Iterator[None]:
     """Run a block that may find a user's mistake; when any rank found one, rank 0 tells it once and all ranks exit.
 
-    The block must not hold a collective: a rank that failed would leave the others waiting in it. With `hours` a
-    rank may take that long instead of the process group's timeout.
+    The block may hold a collective only where no rank can fail alone before it: the others would wait in it. With
+    `hours` a rank may take that long instead of the process group's timeout.
     """
     group: Any = dist.new_group(backend="gloo", timeout=timedelta(hours=hours)) if hours else None
     found: str | None = None

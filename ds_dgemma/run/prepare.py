@@ -15,7 +15,7 @@ from ds_dgemma.config.run import RunConfig
 from ds_dgemma.data.batch import Batch, Example
 from ds_dgemma.data.examples import ExampleSet
 from ds_dgemma.data.image_files import ImageFiles
-from ds_dgemma.data.read import order_of, read_split, read_training
+from ds_dgemma.data.split import order_of, read_split, read_training
 from ds_dgemma.data.stream import Share, Stream
 from ds_dgemma.data.streaming import Cursor, StreamedBatches, StreamedExamples
 from ds_dgemma.engine.ds_config import DTYPES
@@ -64,9 +64,9 @@ def waited(scores: Scores, config: RunConfig) -> bool:
 
 
 def prepare(
-    config: RunConfig, settings: dict[str, Any], ranks: RankLayout, pretrained: Pretrained, start: Start
+    config: RunConfig, deepspeed: dict[str, Any], ranks: RankLayout, pretrained: Pretrained, start: Start
 ) -> Prepared:
-    """Check everything else that a user can get wrong; no collective, no weights. `settings`: what DeepSpeed is told.
+    """Check everything else that a user can get wrong; no collective, no weights.
 
     Raises:
         UserError: what is wrong, and what to do about it.
@@ -78,10 +78,10 @@ def prepare(
         check_same_optimizer(config.optimizer.type, resumed.checkpoint)
         resumed.check_fits(model.trained_sizes)
     images = pretrained.images(config.data)
-    check_trained(config, settings["zero_optimization"]["stage"], model.trained_names, model.reader.files)
+    check_trained(config, deepspeed["zero_optimization"]["stage"], model.trained_names, model.reader.files)
     dtype = DTYPES[config.train.precision]
     kernels = choose_kernels(config.model.attention, pretrained.spec, ranks.device, dtype)
-    warnings = [*start.warnings, *doubts(config, pretrained.text.max_position_embeddings)]
+    warnings = [*doubts(config, pretrained.text.max_position_embeddings)]
     if model.adapters and (warning := model.adapters.base_warning(config.model.path)):
         warnings.append(warning)
     measures = _read_measures(config, pretrained, images, ranks)
@@ -99,7 +99,7 @@ def prepare(
         check_same_data(config.data.named("train"), resumed.checkpoint, facts["data_digest"], facts["examples"])
     corruption = Corruption(config.objective, config.seed, pretrained.text.vocab_size)
     return Prepared(
-        deepspeed=settings,
+        deepspeed=deepspeed,
         model=model,
         attention={kind: choice.kernel.name for kind, choice in sorted(kernels.items())},
         collate=partial(collate, corruption, images=images),

@@ -21,7 +21,7 @@ from ds_dgemma.config.run import RunConfig
 from ds_dgemma.data.batch import Batch
 from ds_dgemma.data.examples import ExampleSet
 from ds_dgemma.data.order import Item
-from ds_dgemma.data.read import order_of, read_split
+from ds_dgemma.data.split import order_of, read_split
 from ds_dgemma.data.stream import Share, make_batch
 from ds_dgemma.engine.connect import connect
 from ds_dgemma.engine.router_balance import router_balance

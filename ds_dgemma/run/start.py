@@ -5,7 +5,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,6 +24,7 @@ from ds_dgemma.ranks.layout import RankLayout, agreed, disconnect
 from ds_dgemma.ranks.stop_request import StopRequest
 from ds_dgemma.run.prepare import Prepared, prepare
 from ds_dgemma.run.requirements import check_environment
+from ds_dgemma.tracking.metrics import last_step
 from ds_dgemma.tracking.services import open_services
 from ds_dgemma.tracking.sinks import ConsoleSink, JsonlSink, Tracker
 from ds_dgemma.watch.liveness import Liveness
@@ -38,7 +39,8 @@ def open_tracker(config: RunConfig, ranks: RankLayout, start: int, stop: StopReq
     """Rank 0's sinks; the metrics file is cut back to the step that the run continues from."""
     if not ranks.is_main:
         return Tracker([], stop.wish)
-    services = open_services(config, start)  # before the file is cut back, which says how much they were told
+    told = last_step(config.run.dir / METRICS)  # before it is cut back
+    services = open_services(config, start, told)
     console = ConsoleSink(config.train.max_steps, start, config.tracking.console_every)
     patient = config.checkpoint.on_error == "continue"
     return Tracker([JsonlSink(config.run.dir / METRICS, start, patient), console, *services], stop.wish)
@@ -75,19 +77,22 @@ def start(train: Train, about: str | None, argv: list[str] | None = None) -> int
         return EXIT_USER_ERROR
     with Liveness(ranks, config.parallel.collective_timeout_minutes, stop):
         with agreed(ranks):
-            settings = deepspeed_config(config, ranks.world, ranks.device.type)
+            deepspeed = deepspeed_config(config, ranks.world, ranks.device.type)
             check_expert_groups(config.parallel, {socket.gethostname(): ranks.local_world})
-            build_cpu_adam(settings)
-        code = run(train, config, settings, ranks, stop)
+            build_cpu_adam(deepspeed)
+        code = run(train, config, deepspeed, ranks, stop)
         disconnect()
     return code
 
 
-def run(train: Train, config: RunConfig, settings: dict[str, Any], ranks: RankLayout, stop: StopRequest) -> int:
+def run(train: Train, config: RunConfig, deepspeed: dict[str, Any], ranks: RankLayout, stop: StopRequest) -> int:
     """Check, train and say when the run is complete; a collective. Returns the exit code.
 
-    `settings` are what DeepSpeed is told.
+    `deepspeed` is what DeepSpeed is told.
     """
+    with agreed(ranks, hours=DOWNLOAD_HOURS):
+        if ranks.local_rank == 0:  # the node's other ranks find it in the cache
+            local_directory(config.model.path, config.model.revision)
     with agreed(ranks):
         lock = claim(config.run.dir) if ranks.is_main else nullcontext()
     with agreed(ranks):
@@ -95,23 +100,21 @@ def run(train: Train, config: RunConfig, settings: dict[str, Any], ranks: RankLa
         check_belongs(config)
     with agreed(ranks):
         found = find_start(config)  # it looks together; what it finds, all find
-    with agreed(ranks, hours=DOWNLOAD_HOURS):
-        if ranks.local_rank == 0:  # the node's other ranks find it in the cache
-            local_directory(config.model.path, config.model.revision)
+    if ranks.is_main:
+        _warn(found.warnings)
     with agreed(ranks):
         pretrained = open_pretrained(config.model.path, config.model.revision, download=False)
-        prepared = prepare(config, settings, ranks, pretrained, found)
+        prepared = prepare(config, deepspeed, ranks, pretrained, found)
     last, over = config.train.max_steps, prepared.is_over(config)
     if ranks.is_main:
         print("\n".join(prepared.told), flush=True)
-        for warning in prepared.warnings:
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
-        if over:
-            print(f"{config.run.dir} is complete at step {prepared.start}: nothing is left to train", flush=True)
+        _warn(prepared.warnings)
     with agreed(ranks):
         if ranks.is_main and not over:
-            begin(config, prepared.deepspeed)
+            begin(config, deepspeed)
         tracker = open_tracker(config, ranks, prepared.start, stop)
+    if ranks.is_main and over:
+        print(f"{config.run.dir} is complete at step {prepared.start}: nothing is left to train", flush=True)
     with lock:
         try:
             with tracker:
@@ -124,6 +127,11 @@ def run(train: Train, config: RunConfig, settings: dict[str, Any], ranks: RankLa
             step = max(prepared.start, stop.step or 0)
             mark_complete(config.run.dir, step, config.train.early_stopping_patience if step < last else 0)
     return 0 if complete else EXIT_STOPPED
+
+
+def _warn(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def leave(main: Callable[[], int]) -> NoReturn:

@@ -36,8 +36,8 @@ from ds_dgemma.config.run import ObjectiveSection
 from ds_dgemma.data.batch import Batch, Example, Span
 from ds_dgemma.data.canvas import Cut
 from ds_dgemma.data.order import Arrangement, Order
-from ds_dgemma.data.read import read_split
 from ds_dgemma.data.rendering import ChatTemplate
+from ds_dgemma.data.split import read_split
 from ds_dgemma.model.spec import read_spec
 from ds_dgemma.objective.collate import collate
 from ds_dgemma.objective.corruption import Corruption

@@ -34,7 +34,7 @@ from ds_dgemma.checkpoint.pretrained import open_pretrained
 from ds_dgemma.checkpoint.weights import WeightReader
 from ds_dgemma.config.file import load_config
 from ds_dgemma.config.run import LossName, ObjectiveSection
-from ds_dgemma.data.read import read_split
+from ds_dgemma.data.split import read_split
 from ds_dgemma.data.sudoku import write_sudoku
 from ds_dgemma.evaluation.evaluate import evaluate
 from ds_dgemma.evaluation.open_model import Source, find_model

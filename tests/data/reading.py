@@ -8,7 +8,7 @@ from typing import Any
 
 from ds_dgemma.config.run import RunConfig
 from ds_dgemma.data.examples import ExampleSet
-from ds_dgemma.data.read import read_split, read_training
+from ds_dgemma.data.split import read_split, read_training
 from ds_dgemma.data.streaming import StreamedExamples
 
 CANVAS = 8

@@ -21,7 +21,7 @@ from ds_dgemma.config.run import ObjectiveSection
 from ds_dgemma.data.image_files import PROCESSOR_FILES, ImageFiles, image_files
 from ds_dgemma.data.messages import BadRow
 from ds_dgemma.data.pictures import Origin
-from ds_dgemma.data.read import read_split
+from ds_dgemma.data.split import read_split
 from ds_dgemma.data.tokenizer import load_tokenizer
 from ds_dgemma.errors import UserError
 from ds_dgemma.inspection.sequences import sequences

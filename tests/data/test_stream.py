@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ds_dgemma.data.read import order_of
+from ds_dgemma.data.split import order_of
 from ds_dgemma.data.stream import Share, Stream
 from ds_dgemma.data.streaming import Cursor, StreamedBatches
 from ds_dgemma.errors import UserError

@@ -2,18 +2,15 @@
 line below.
 """
 
-from ds_dgemma.config.recorded import METRICS
 from ds_dgemma.config.run import RunConfig
-from ds_dgemma.tracking.metrics import last_step
 from ds_dgemma.tracking.services.service import Service
 from ds_dgemma.tracking.services.tensorboard import TensorBoard
 from ds_dgemma.tracking.services.trackio import Trackio
 from ds_dgemma.tracking.services.wandb import Wandb
 
 
-def open_services(config: RunConfig, start: int) -> list[Service]:
-    """The services that `tracking` names, for a run that goes on from step `start`; what they have been told of is in
-    its metrics file.
+def open_services(config: RunConfig, start: int, told: int) -> list[Service]:
+    """The services that `tracking` names, for a run that goes on from step `start` and has told of `told` steps.
 
     Raises:
         UserError: one does not start, or its package is missing.
@@ -26,5 +23,5 @@ def open_services(config: RunConfig, start: int) -> list[Service]:
     if tracking.tensorboard:
         services.append(TensorBoard(run_dir, settings, start))
     if tracking.trackio:
-        services.append(Trackio(tracking.trackio, run_dir, settings, last_step(run_dir / METRICS)))
+        services.append(Trackio(tracking.trackio, run_dir, settings, told))
     return services
