@@ -76,7 +76,7 @@ def start(train: Train, about: str | None, argv: list[str] | None = None) -> int
         print(error, file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     with Liveness(ranks, config.parallel.collective_timeout_minutes, stop):
-        with agreed(ranks):
+        with agreed(ranks):  # what config and ranks alone can have wrong, before anything is fetched or claimed
             deepspeed = deepspeed_config(config, ranks.world, ranks.device.type)
             check_expert_groups(config.parallel, {socket.gethostname(): ranks.local_world})
             build_cpu_adam(deepspeed)
