@@ -23,6 +23,8 @@ FIRST = [
     "test_readme.py",
     "test_parity.py",
     "test_resume.py",
+    "test_hostfile.py",
+    "evaluation/test_learned.py",
     "test_faults.py",
     "test_stop.py",
     "engine/test_topologies.py",
