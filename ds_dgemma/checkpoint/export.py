@@ -96,7 +96,7 @@ def merge_adapter(
     directory = local_directory(model, revision)
     stack = _outline(directory)
     possible = possible_targets(stack)
-    check_places(stack, places_of(stack), WeightReader(directory), True)
+    check_places(stack, places_of(stack), WeightReader(directory), copy_decoder_scalars=True)
     reader = AdapterReader(adapter, possible)
     if warning := reader.base_warning(model):
         print(warning, file=sys.stderr)

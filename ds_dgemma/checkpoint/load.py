@@ -34,7 +34,7 @@ def plain(dtype: torch.dtype, device: torch.device | str) -> MakeReal:
 
 
 def check_places(
-    stack: DiffusionGemmaStack, places: dict[str, Place], reader: WeightReader, copy_decoder_scalars: bool = False
+    stack: DiffusionGemmaStack, places: dict[str, Place], reader: WeightReader, *, copy_decoder_scalars: bool = False
 ) -> dict[str, Place]:
     """Hold the places of a stack (`names.places_of`) against what a checkpoint has, and return them; those of encoder
     scalars that it lacks are the decoder's, if so wished. Reads headers, and samples of what is stored twice.

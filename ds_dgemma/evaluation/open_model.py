@@ -105,7 +105,7 @@ def load_model(found: Found) -> OpenModel:
 
         place_experts(stack, 1, 0, grouped=dtype is torch.bfloat16)
     copies = found.source.run is not None
-    places = check_places(stack, places_of(stack), reader, copies)
+    places = check_places(stack, places_of(stack), reader, copy_decoder_scalars=copies)
     materialise(stack, reader, places, plain(dtype, device), device=device)
     reader.close()
     if not on_gpu and sum(parameter.numel() for parameter in stack.parameters()) < ONE_THREAD_BELOW:

@@ -114,7 +114,7 @@ def outline_model(
     if not lora:
         freeze(stack, frozen)
     places, reader = places_of(stack, ranks.expert_rank), WeightReader(directory)
-    places = check_places(stack, places, reader, copy_decoder_scalars)
+    places = check_places(stack, places, reader, copy_decoder_scalars=copy_decoder_scalars)
     return OutlinedModel(stack, reader, places, size, adapters)
 
 

@@ -291,7 +291,7 @@ def test_missing_encoder_scalars_are_refused_or_copied_from_the_decoder(single: 
     assert "missing_encoder_scalars: copy_decoder" in message
 
     stack, reader = outline(tmp_path), WeightReader(tmp_path)
-    places = check_places(stack, places_of(stack), reader, True)
+    places = check_places(stack, places_of(stack), reader, copy_decoder_scalars=True)
     materialise(stack, reader, places, plain(torch.float32, "cpu"), device="cpu")
     buffers = dict(stack.named_buffers())
     assert torch.equal(buffers["layers.1.encoder_layer_scalar"], buffers["layers.1.layer_scalar"])
